@@ -1,0 +1,78 @@
+"""Bottleneck adapters: the only thing StyleDrop trains (Section 3.2, Figure S1).
+
+    h  ->  h + gelu(h W_d) W_u          W_d: D x H, W_u: H x D, no biases, no norm
+
+One generator for each placement holds W_d and W_u of every layer, either independently or shared
+across depth up to a small offset. All "up" weights start at zero, so a new adapter changes nothing.
+
+Shapes: L layers (n_layer), D width (d_emb), H bottleneck (d_prj).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+PLACEMENTS = ("cross", "mlp")           # after cross-attention, after the MLP (B.1.1)
+
+
+def apply_adapter(emb, wd, wu):
+    """emb (B, P, D), wd (D, H), wu (H, D) -> h + gelu(h wd) wu; gelu by tanh, as jax.nn.gelu is."""
+    return emb + F.gelu(emb @ wd, approximate="tanh") @ wu
+
+
+class AdapterGenerator(nn.Module):
+    """The weights of one placement for all layers (Figure S1).
+
+    is_shared=False: W_d[l], W_u[l] independent: 2 L D H parameters.
+    is_shared=True:  W_d[l] = W_d0 + 1 d_l,  W_u[l] = W_u0 + 1 u_l: the same d_l (H) on every row of
+                     W_d0, the same u_l (D) on every row of W_u0: L H + L D + 2 D H parameters.
+    """
+
+    def __init__(self, d_emb, d_prj, n_layer, is_shared, generator=None):
+        super().__init__()
+        self.is_shared = is_shared
+        down = lambda *shape: nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02, generator=generator))
+        zero = lambda *shape: nn.Parameter(torch.zeros(*shape))
+        if is_shared:
+            self.down, self.up = down(d_emb, d_prj), zero(d_prj, d_emb)
+            self.depth_down, self.depth_up = down(n_layer, d_prj), zero(n_layer, d_emb)
+        else:
+            self.down, self.up = down(n_layer, d_emb, d_prj), zero(n_layer, d_prj, d_emb)
+
+    def forward(self):
+        """-> wd (L, D, H), wu (L, H, D)."""
+        if not self.is_shared:
+            return self.down, self.up
+        return self.down + self.depth_down[:, None, :], self.up + self.depth_up[:, None, :]
+
+
+class Adapter(nn.Module):
+    """theta: one generator for each placement. Calling it gives the function that Muse takes."""
+
+    def __init__(self, d_emb, d_prj, n_layer, is_shared, generator=None):
+        super().__init__()
+        self.config = dict(d_emb=d_emb, d_prj=d_prj, n_layer=n_layer, is_shared=is_shared)
+        self.generators = nn.ModuleDict(
+            {p: AdapterGenerator(d_emb, d_prj, n_layer, is_shared, generator) for p in PLACEMENTS})
+
+    def forward(self):
+        """-> a function (h (B, P, D), layer, placement) -> h, with every layer's weights made once."""
+        weights = {p: g() for p, g in self.generators.items()}
+
+        def adapters(h, layer, placement):
+            wd, wu = weights[placement]
+            return apply_adapter(h, wd[layer], wu[layer])
+        return adapters
+
+
+def by_rows(parts):
+    """Adapters for a batch whose branches differ: parts is a list of (rows, adapters or None).
+
+    This is how the three forward passes of Eq. 4 (and the five of Eq. 5 and 6) become one call.
+    """
+    sizes = [rows for rows, _ in parts]
+
+    def adapters(h, layer, placement):
+        pieces = h.split(sizes)
+        return torch.cat([p if a is None else a(p, layer, placement) for p, (_, a) in zip(pieces, parts)])
+    return adapters

@@ -1,0 +1,212 @@
+"""The art: sprite sheets with their names, the words for them, and the pictures of the user.
+
+    art = Art(size=64)                                  # the training sets
+    images, captions = art.batch(16, rng, 64)           # uint8 (16, 64, 64, 3), 16 strings
+    images, captions = Folder("my/pictures").batch(...) # the same from your own
+
+Every training example is a drawing in a style drawn afresh (styles.py). All images are RGB uint8.
+"""
+
+import csv
+import functools
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from . import styles
+
+HERE = Path(__file__).parent
+TILE, COLUMNS = 128, 30                                 # pixels a side of a tile, tiles in a row of a sheet
+MAX_PIXELS = 64_000_000                                 # of a picture we agree to open
+
+
+# ---------------------------------------------------------------------------------------------
+# Words
+
+NO_ARTICLE = set("""bacon broccoli cheese chocolate corn fire flame fog garlic ginger honey ice jeans lightning milk
+    money oil popcorn rice sake salt sushi sunshine tempura thread water wood yarn tea butter sheep-wool luggage
+    spaghetti sashimi curry-rice cooked-rice bread wc""".split())
+SINGULAR = ("ss", "us", "is", "tennis", "abacus", "lens", "chess", "dice", "gas")          # end in s, yet are one thing
+
+
+def content_phrase(name):
+    """A tile's name as a content phrase: "hot-air-balloon" -> "a hot air balloon", "glasses" -> "glasses"."""
+    words = name.replace("-", " ")
+    head = words.split(" with ")[0].split(" of ")[0].split(" in ")[0].split(" on ")[0].split(" and ")[0]
+    if words in NO_ARTICLE or name in NO_ARTICLE or (head.endswith("s") and not head.endswith(SINGULAR)):
+        return words
+    vowel = words[0] in "aeiou" and not words.startswith(("uni", "us", "one ", "ufo"))
+    return f"{'an' if vowel else 'a'} {words}"
+
+
+def read_table(name):
+    with open(HERE / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+@functools.lru_cache(None)
+def names():
+    """All names the base may have met, sorted."""
+    held_out = {row["set"] for row in read_table("sets.tsv") if row["role"] != "training"}
+    return sorted({row["name"] for row in read_table("names.tsv") if row["set"] not in held_out})
+
+
+@functools.lru_cache(None)
+def synonyms():
+    """name -> other words for it, from keywords.tsv."""
+    return {row["name"]: row["synonyms"].split(", ") for row in read_table("keywords.tsv")}
+
+
+def caption(content, style):
+    """The paper's template (Section 3.2.1): "{content} in {style} style"; content alone without a style."""
+    return f"{content} in {style} style" if style else content
+
+
+# ---------------------------------------------------------------------------------------------
+# Sources of training pictures
+
+class Art:
+    """The drawings of some sets, as uint8 (n, size, size, 4) with straight alpha, in `.drawings`.
+
+    sets: names from sets.tsv; by default all of a role ("training" or "held-out"). `.names`, `.sets`
+    and `.hands` (the set's style phrase) go along with them.
+    """
+
+    def __init__(self, sets=None, role="training", size=64):
+        table = {row["set"]: row for row in read_table("sets.tsv")}
+        sets = [s for s, row in table.items() if row["role"] == role] if sets is None else list(sets)
+        for s in sets:
+            if s not in table:
+                raise ValueError(f"no set {s!r} in data/sets.tsv; there are {', '.join(table)}")
+        rows = [row for row in read_table("names.tsv") if row["set"] in sets]
+        self.names, self.sets = [row["name"] for row in rows], [row["set"] for row in rows]
+        self.hands = [table[s]["style"] for s in self.sets]
+        sheets = {s: Image.open(HERE / "sheets" / f"{s}.webp").convert("RGBa") for s in sets}   # premultiplied
+        self.drawings = np.stack([self.tile(sheets[row["set"]], int(row["tile"]), size) for row in rows])
+
+    @staticmethod
+    def tile(sheet, index, size):
+        """Scaled while its colour is multiplied by alpha: the invisible colour around it cannot leak in."""
+        x, y = index % COLUMNS * TILE, index // COLUMNS * TILE
+        tile = sheet.crop((x, y, x + TILE, y + TILE)).resize((size, size), Image.BOX if size < TILE else Image.BICUBIC)
+        return np.asarray(tile.convert("RGBA"))
+
+    def find(self, name, set_name):
+        """Index of a drawing. Raises ValueError if the set does not have that name."""
+        for i, pair in enumerate(zip(self.names, self.sets)):
+            if pair == (name, set_name):
+                return i
+        raise ValueError(f"no drawing {name!r} in {set_name}")
+
+    def content(self, i, rng=None):
+        """Content phrase of drawing i; with rng, one time in five by another word for it."""
+        others = synonyms().get(self.names[i])
+        return content_phrase(str(rng.choice(others)) if others and rng is not None and rng.random() < 0.2 else self.names[i])
+
+    def batch(self, n, rng, resolution, held_out=False):
+        """n drawings, each placed a little differently and in a style of its own.
+
+        rng: numpy Generator, the only source of chance. Returns uint8 (n, resolution, resolution, 3)
+        and n captions, half of them without a word of style. held_out: styles that training never has.
+        """
+        images, captions = [], []
+        for i in rng.integers(len(self.names), size=n):
+            style = styles.sample(rng, held_out=held_out)
+            images.append(styles.apply(style, jitter(self.drawings[i], resolution, rng), rng))
+            captions.append(caption(self.content(i, rng), styles.phrase(style, self.hands[i], rng)))
+        return np.stack(images), captions
+
+    def prompts(self, n):
+        """n captions to draw samples for, always the same: half without, half with style words."""
+        rng = np.random.default_rng(0)
+        picks = rng.integers(len(self.names), size=n)
+        return [caption(self.content(i), styles.phrase(styles.sample(rng), self.hands[i]) if k % 2 else "")
+                for k, i in enumerate(picks)]
+
+
+class Folder:
+    """A user's own pictures: a folder with NAME.txt beside each NAME.png, or captions.tsv (file, caption).
+
+    Raises ValueError in one line where the folder, a picture or a caption is missing.
+    """
+
+    SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+    def __init__(self, path, size=64):
+        path = Path(path)
+        if not path.is_dir():
+            raise ValueError(f"{path} is not a folder of pictures")
+        if (path / "captions.tsv").exists():
+            with open(path / "captions.tsv", newline="", encoding="utf-8") as file:
+                pairs = [(path / row[0], row[1].strip()) for row in csv.reader(file, delimiter="\t") if len(row) > 1]
+            pairs = [(file, words) for file, words in pairs if file.name != "file"]              # the header
+        else:
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in self.SUFFIXES)
+            for file in files:
+                if not file.with_suffix(".txt").exists():
+                    raise ValueError(f"{file} has no caption: write {file.with_suffix('.txt').name} beside it")
+            pairs = [(file, file.with_suffix(".txt").read_text(encoding="utf-8").strip()) for file in files]
+        if not pairs:
+            raise ValueError(f"{path} holds no pictures with captions")
+        self.images = np.stack([read_image(file, size) for file, _ in pairs])
+        self.captions = [words for _, words in pairs]
+
+    def batch(self, n, rng, resolution):
+        """As Art.batch; the pictures keep the style they have."""
+        picks = rng.integers(len(self.images), size=n)
+        images = [np.asarray(Image.fromarray(self.images[i]).resize((resolution,) * 2, Image.BICUBIC)) for i in picks]
+        return np.stack(images), [self.captions[i] for i in picks]
+
+    def prompts(self, n):
+        return [self.captions[i % len(self.captions)] for i in range(n)]
+
+
+def jitter(rgba, size, rng):
+    """The drawing (h, h, 4) at 80 to 100 % of a transparent frame (size, size, 4), somewhere in it."""
+    side = round(size * rng.uniform(0.8, 1))
+    tile = Image.fromarray(rgba).convert("RGBa").resize((side, side), Image.BICUBIC).convert("RGBA")
+    frame = np.zeros((size, size, 4), np.uint8)
+    x, y = rng.integers(size - side + 1, size=2)
+    frame[y:y + side, x:x + side] = np.asarray(tile)
+    return frame
+
+
+# ---------------------------------------------------------------------------------------------
+# A picture from anywhere
+
+def read_image(path, size):
+    """Any picture file -> RGB uint8 (size, size, 3): first frame, upright, alpha on white, centre square.
+
+    Raises ValueError in one line for what is no picture, is damaged, or is too large to open safely.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"no picture at {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a picture")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)      # we look at the size ourselves
+            image = Image.open(path)
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{path} is {image.width} x {image.height} pixels; scale it below {MAX_PIXELS:,} in all")
+            image.load()
+        image = ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path} has too many pixels; scale it below {MAX_PIXELS:,} in all") from None
+    except (OSError, SyntaxError) as error:                                      # what Pillow raises on damage
+        if isinstance(error, Image.UnidentifiedImageError):
+            raise ValueError(f"{path} is not a picture that Pillow can read") from None
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if image.mode.startswith("I") or image.mode == "F":                          # 16 bits or more: to 8, not clipped
+        values = np.asarray(image, np.float64)
+        top = 65535 if values.max() > 255 else 255
+        image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS))

@@ -1,0 +1,330 @@
+"""A space of styles: what a drawing looks like, as a few attributes that combine freely.
+
+A style is five attributes; each is drawn afresh for every training example and most may be empty,
+which means "as drawn". Its phrase is composed of its attributes' words, so phrases combine as the
+styles do:
+
+    Style(palette="blue and gold", line="thick red outline", medium="watercolor", ground="black")
+    "blue and gold watercolor with thick red outline on black"
+
+    python -m data.styles          # draws data/contact_sheet.png
+
+numpy and Pillow only. Images are float (H, W, 3) in [0, 1] inside, uint8 outside; lengths are in
+pixels of a 64 px picture and grow with the picture.
+"""
+
+import functools
+import zlib
+from dataclasses import astuple, dataclass
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+HUES = {name: np.array(rgb, np.float32) / 255 for name, rgb in {
+    "black": (18, 18, 20), "white": (255, 255, 255), "grey": (140, 140, 145), "red": (206, 38, 42),
+    "orange": (244, 128, 32), "gold": (242, 190, 50), "green": (52, 150, 62), "teal": (24, 140, 140),
+    "blue": (50, 108, 220), "navy": (24, 34, 92), "purple": (116, 54, 156), "pink": (244, 140, 180),
+    "brown": (112, 68, 36), "cream": (250, 236, 204)}.items()}
+DARK = ("black", "navy", "purple", "brown", "green", "teal", "red", "blue")
+LIGHT = ("white", "cream", "gold", "pink", "orange", "grey")
+GROUND_HUES = tuple(HUES)[2:]                       # white and black are grounds of their own
+
+ATTRIBUTES = {
+    "palette": [f"{d} and {l}" for d in DARK for l in LIGHT] + ["pastel", "neon", "sepia", "grey"],
+    "line": [f"{w} {h} outline" for w in ("thin", "thick") for h in ("black", "white", "red", "blue", "brown")]
+            + ["line drawing"],
+    "medium": ["flat", "watercolor", "oil painting", "kid crayon", "pencil hatching", "halftone", "mosaic",
+               "stained glass", "pixel art", "woodcut", "embroidery", "chalk", "wooden", "golden", "glowing"],
+    "ground": ["white", "black", "paper"] + list(GROUND_HUES)
+              + [f"{a} and {b} {kind}" for kind in ("gradient", "stripes", "dots")
+                 for a, b in zip(GROUND_HUES, GROUND_HUES[5:] + GROUND_HUES[:5])],
+    "light": ["bevelled 3d", "drop shadow", "sticker"],
+}
+HELD_OUT = {"medium": ("stained glass", "glowing"), "light": ("sticker",)}
+
+
+@dataclass(frozen=True)
+class Style:
+    """One point of the space; "" is "as drawn" (ground: white)."""
+    palette: str = ""
+    line: str = ""
+    medium: str = ""
+    ground: str = "white"
+    light: str = ""
+
+
+def is_held_out(style):
+    """True for what the base never sees: two media, one light, and about a fifth of all attribute pairs.
+
+    Two named values are a held-out pair where the CRC-32 of their words divides by 5, whatever the
+    other attributes are. A white ground is everywhere and counts in no pair.
+    """
+    named = {k: v for k, v in zip(ATTRIBUTES, astuple(style)) if v and v != "white"}
+    if any(v in HELD_OUT.get(k, ()) for k, v in named.items()):
+        return True
+    values = [f"{k}={v}" for k, v in named.items()]
+    return any(zlib.crc32(f"{a}|{b}".encode()) % 5 == 0 for i, a in enumerate(values) for b in values[i + 1:])
+
+
+def sample(rng, hand="", held_out=False):
+    """A random Style, held out of training or not, as asked. rng: numpy Generator."""
+    while True:
+        if rng.random() < 0.15 and not held_out:
+            return Style()
+        named = {k: str(rng.choice(values)) for k, values in ATTRIBUTES.items()
+                 if rng.random() < {"palette": 0.45, "line": 0.3, "medium": 0.55, "ground": 0.65, "light": 0.25}[k]}
+        style = Style(**named)
+        if is_held_out(style) == held_out:
+            return style
+
+
+def phrase(style, hand="", rng=None):
+    """The style in words; `hand` names the drawing's own manner and stands where no medium does.
+
+    With rng, as captions have it: half of the time "", else each attribute is left out one time in
+    seven. The white ground goes without saying.
+    """
+    if rng is not None and rng.random() < 0.5:
+        return ""
+    said = lambda words: words if words and (rng is None or rng.random() > 1 / 7) else ""
+    outline = style.line if style.line != "line drawing" else ""
+    manner = [said(style.palette), said(style.medium or hand), said("line drawing" if style.line and not outline else "")]
+    extras = [words for words in (said(outline), said(style.light)) if words]
+    ground = said(style.ground if style.ground != "white" else "")
+    words = " ".join(w for w in manner if w)
+    words += (" with " if words else "") + " and ".join(extras) if extras else ""
+    return (words + (f" on {ground}" if words else f"{ground} ground") if ground else words).strip()
+
+
+# ---------------------------------------------------------------------------------------------
+# Tools: p picture (H, W, 3), a alpha (H, W, 1), u pixels of one 64th of the side
+
+def blur(x, radius):
+    """Gaussian blur of (H, W) or (H, W, C) in [0, 1]."""
+    image = Image.fromarray((np.squeeze(x) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius))
+    return np.asarray(image, np.float32).reshape(x.shape) / 255
+
+
+def spread(a, pixels):
+    """Alpha grown by `pixels` on every side."""
+    image = Image.fromarray((a[..., 0] * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(2 * max(1, round(pixels)) + 1))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(0.4)), np.float32)[..., None] / 255
+
+
+def light_of(p):                                    # luminance (H, W, 1)
+    return p @ np.array([[0.3], [0.59], [0.11]], np.float32)
+
+
+def mix(p, q, t):
+    return p + (q - p) * t
+
+
+@functools.lru_cache(None)
+def noise(size, scale, kind):
+    """A fixed noise (size, size, 1) in [0, 1] with features of `scale` / 64 of the side."""
+    rng = np.random.default_rng((kind, size, int(scale * 10)))
+    n = max(2, round(64 / scale))
+    x = Image.fromarray((rng.random((n, n)) * 255).astype(np.uint8)).resize((size, size), Image.BICUBIC)
+    x = np.asarray(x, np.float32)
+    return ((x - x.min()) / (x.max() - x.min()))[..., None]
+
+
+@functools.lru_cache(None)
+def coordinates(size):
+    """x, y (size, size, 1) in 64ths of the side."""
+    y, x = np.mgrid[:size, :size].astype(np.float32)[..., None] * (64 / size)
+    return x, y
+
+
+@functools.lru_cache(None)
+def cells(size, kind):
+    """A fixed Voronoi pattern of about 70 cells: (size, size) cell numbers, and its borders (size, size, 1)."""
+    rng = np.random.default_rng((kind, 70))
+    x, y = coordinates(size)
+    seeds = rng.random((70, 2)).astype(np.float32) * 64
+    distance = np.hypot(x - seeds[:, 0], y - seeds[:, 1])                        # (size, size, 70)
+    near = np.partition(distance, 1, axis=-1)
+    return distance.argmin(-1), (near[..., 1:2] - near[..., :1]) < 1.6
+
+
+def ramp(t, colours):
+    """t (H, W, 1) in [0, 1] along a list of colours -> (H, W, 3)."""
+    stops = np.linspace(0, 1, len(colours))
+    return np.stack([np.interp(t[..., 0], stops, [c[i] for c in colours]) for i in range(3)], -1).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Media: (p, a, size, kind) -> p. They work on drawing and ground alike: a style covers the sheet
+
+def flat(p, a, size, kind):
+    return np.round(blur(p, size / 80) * 3) / 3
+
+
+def watercolor(p, a, size, kind):
+    blots = noise(size, 12, kind) + 0.6 * noise(size, 4, kind + 1) - 0.8
+    rim = np.abs(blur(a, size / 40) - a) * 0.55                                  # pigment gathers at the edges
+    return mix(blur(p, size / 64), 1, np.clip(0.32 + 0.5 * blots, 0, 0.8)) - rim
+
+
+def oil_painting(p, a, size, kind):
+    x, y = coordinates(size)
+    angle = noise(size, 16, kind) * 6
+    strokes = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 1.1 + noise(size, 5, kind) * 4)
+    daubs = np.asarray(Image.fromarray((p * 255).astype(np.uint8)).filter(ImageFilter.MedianFilter(5)), np.float32) / 255
+    return mix(light_of(daubs), daubs, 1.25) * (0.92 + 0.13 * strokes)
+
+
+def kid_crayon(p, a, size, kind):
+    x, y = coordinates(size)
+    wax = np.sin((x + y) * 1.1 + 3 * noise(size, 8, kind)) * 0.5 + noise(size, 1.5, kind) - 0.45
+    return mix(p, 1, np.clip(2.2 * wax, 0, 0.85))
+
+
+def pencil_hatching(p, a, size, kind):
+    x, y = coordinates(size)
+    dark = 1 - light_of(p)
+    one, two = np.sin((x + y) * 1.7), np.sin((x - y) * 1.7)
+    ink = np.clip((dark - 0.12 - 0.25 * (one + 1) / 2) * 4, 0, 1) * (one > -0.2) + (dark > 0.6) * (two > 0) * 0.6
+    return mix(mix(p, 1, 0.75), p * 0.35, np.clip(ink, 0, 1))
+
+
+def halftone(p, a, size, kind):
+    x, y = coordinates(size)
+    screen = (np.cos((x + y) * 1.1) + np.cos((x - y) * 1.1)) / 4 + 0.5
+    return np.where(screen > light_of(p) * 0.95, p * 0.75, mix(p, 1, 0.8))
+
+
+def mosaic(p, a, size, kind):
+    tile = max(2, size * 4 // 64)
+    small = Image.fromarray((p * 255).astype(np.uint8)).resize((size // tile,) * 2, Image.BOX)
+    x, y = coordinates(size)
+    big = np.asarray(small.resize((size, size), Image.NEAREST), np.float32) / 255
+    big = big * (0.85 + 0.3 * noise(size, 4, kind))
+    step = tile * 64 / size
+    return mix(big, 0.25, ((x % step < 1) | (y % step < 1)) * 0.8)
+
+
+def stained_glass(p, a, size, kind):
+    index, lead = cells(size, kind)
+    count = np.bincount(index.ravel(), minlength=70)[:, None]
+    mean = np.stack([np.bincount(index.ravel(), p[..., i].ravel(), 70) for i in range(3)], 1) / np.maximum(count, 1)
+    glass = mean.astype(np.float32)[index] * (0.8 + 0.4 * noise(size, 3, kind))
+    return np.where(lead, 0.05, mix(light_of(glass), glass, 1.5))
+
+
+def pixel_art(p, a, size, kind):
+    small = Image.fromarray((p * 255).astype(np.uint8)).resize((size // max(1, size // 16),) * 2, Image.BOX)
+    return np.round(np.asarray(small.resize((size, size), Image.NEAREST), np.float32) / 255 * 5) / 5
+
+
+def woodcut(p, a, size, kind):
+    x, y = coordinates(size)
+    carved = np.sin(y * 1.6 + 2.5 * noise(size, 20, kind)) * 0.45 + 0.5
+    return np.where(light_of(blur(p, size / 90)) < carved, p * 0.15, mix(p, 1, 0.72))
+
+
+def embroidery(p, a, size, kind):
+    x, y = coordinates(size)
+    rows = np.floor(y / 4)
+    thread = np.sin(x * 2.1 + y * 1.05 + rows * 2) * 0.5 + 0.5
+    return blur(p, size / 100) * (0.62 + 0.5 * thread) * np.where(y % 4 < 0.9, 0.75, 1)
+
+
+def chalk(p, a, size, kind):
+    dust = noise(size, 1.2, kind) * 0.7 + noise(size, 5, kind) * 0.5
+    slate = np.float32([0.16, 0.2, 0.19])
+    return mix(slate, mix(p, 1, 0.25), np.clip((dust - 0.38) * 4, 0.1, 1) * np.maximum(a, 0.12))
+
+
+def wooden(p, a, size, kind):
+    x, y = coordinates(size)
+    rings = np.sin(y * 0.9 + 5 * noise(size, 24, kind) + 0.05 * x) * 0.5 + 0.5
+    tone = ramp(light_of(p) * 0.8 + 0.2 * rings, [(0.2, 0.1, 0.04), (0.55, 0.32, 0.14), (0.82, 0.6, 0.34), (0.93, 0.8, 0.58)])
+    return mix(tone, p, 0.12) * (0.82 + 0.22 * rings)
+
+
+def golden(p, a, size, kind):
+    shine = light_of(blur(p, size / 64)) * 1.6 + noise(size, 14, kind) * 0.5
+    metal = ramp(np.abs(shine % 1 * 2 - 1), [(1, 0.97, 0.75), (0.95, 0.76, 0.25), (0.72, 0.48, 0.08), (0.36, 0.2, 0.02)])
+    return mix(p, metal, np.maximum(a, 0.0))
+
+
+def glowing(p, a, size, kind):
+    lamp = mix(light_of(p), p, 1.6) * a
+    return np.float32([0.03, 0.03, 0.1]) + 0.75 * lamp + 1.1 * blur(np.clip(lamp, 0, 1), size / 16)
+
+
+MEDIA = {name: globals()[name.replace(" ", "_")] for name in ATTRIBUTES["medium"]}
+
+
+# ---------------------------------------------------------------------------------------------
+# The rest of a style
+
+def recolour(p, palette):
+    """p (H, W, 3) in [0, 1] -> the palette's colours."""
+    grey = light_of(p)
+    if palette == "pastel":
+        return mix(mix(grey, p, 0.7), 1, 0.5)
+    if palette == "neon":
+        return np.clip((p - grey) * 2.6 + 0.15 + grey * 0.8, 0, 1)
+    if palette == "sepia":
+        return ramp(grey, [(0.2, 0.1, 0.04), (0.62, 0.44, 0.26), (0.98, 0.9, 0.74)])
+    if palette == "grey":
+        return np.repeat(grey, 3, -1)
+    dark, light = palette.split(" and ")
+    low, high = np.percentile(grey, (4, 96))
+    return ramp(np.clip((grey - low) / max(high - low, 0.15), 0, 1), [HUES[dark], HUES[light]])
+
+
+def make_ground(ground, size, kind):
+    if ground == "paper":
+        return np.float32([0.93, 0.88, 0.78]) * (0.88 + 0.16 * noise(size, 1.5, kind) + 0.06 * noise(size, 20, kind))
+    if ground in HUES:
+        return np.broadcast_to(HUES[ground], (size, size, 3))
+    first, _, second, kind_of = ground.split(" ")
+    x, y = coordinates(size)
+    t = {"gradient": y / 64, "stripes": (np.sin((x + y) * 0.55) > 0) * 1.0,
+         "dots": (np.hypot(x % 10 - 5, y % 10 - 5) < 2.8) * 1.0}[kind_of]
+    return mix(HUES[first], HUES[second], t * (1 if kind_of == "gradient" else 0.6)).astype(np.float32)
+
+
+def edges(p, a, strength=5):
+    """Where colour or alpha change: (H, W, 1) in [0, 1]."""
+    x = np.concatenate([p * a, a], -1)
+    dy, dx = np.gradient(x, axis=(0, 1))
+    return np.clip(np.sqrt((dx ** 2 + dy ** 2).sum(-1, keepdims=True)) * strength - 0.6, 0, 1)
+
+
+def apply(style, rgba, rng):
+    """Draw `rgba` (H, W, 4) uint8, a drawing with its alpha mask, in a style -> (H, W, 3) uint8."""
+    size, kind = len(rgba), int(rng.integers(6))
+    u = size / 64
+    drawing = rgba.astype(np.float32) / 255
+    p, a = drawing[..., :3], drawing[..., 3:]
+    inner = edges(p, a) if style.line == "line drawing" else None
+    if style.palette:
+        inside = np.where(a > 0.5, p, (p * a).sum((0, 1)) / max(a.sum(), 1))      # the ground has no say in the range
+        p = recolour(inside, style.palette)
+    if style.light == "bevelled 3d":
+        height = blur(a, 2.5 * u) + 0.25 * light_of(blur(p, u))
+        dy, dx = np.gradient(height[..., 0])
+        p = np.clip(p * 0.95 - 1.6 * u * (dx + dy)[..., None] * -1, 0, 1)
+    ground = make_ground(style.ground, size, kind)
+    if style.light == "drop shadow":
+        shadow = np.roll(blur(a, 1.5 * u), (round(4 * u), round(3 * u)), (0, 1))
+        ground = ground * (1 - 0.6 * shadow)
+    if style.light == "sticker":
+        rim = spread(a, 3 * u)
+        ground = mix(mix(ground, 0.35, spread(a, 4 * u) * 0.6), 1, rim)
+    if inner is not None:                                                        # edges only, no fill
+        ink = HUES[style.palette.split(" and ")[0]] if " and " in style.palette else HUES["black"]
+        p, picture = ink, mix(ground, ink, inner)
+    else:
+        picture = mix(ground, p, a)
+    if style.medium:
+        picture = np.clip(MEDIA[style.medium](np.clip(picture, 0, 1), inner if inner is not None else a, size, kind), 0, 1)
+    if style.line.endswith("outline"):
+        width, hue, _ = style.line.split(" ")
+        rim = np.clip(spread(a, (2 if width == "thick" else 1) * u) - a, 0, 1)
+        picture = mix(picture, HUES[hue], np.maximum(rim, edges(drawing[..., :3], a, 3) * (1 if width == "thick" else 0.6)))
+    return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)

@@ -1,0 +1,333 @@
+"""StyleDrop: the method (arXiv 2306.00983, Section 3), on a small Muse.
+
+One reference image teaches an adapter (Eq. 3); sampling weighs the tuned model, the base and the
+base without text against each other (Eq. 4); two adapters are mixed (Eq. 5 and 6).
+
+    pipe = StyleDrop.load()                                          # weights/tiny
+    adapter = pipe.tune(images, ["a house"], style="watercolor painting")
+    images = pipe.generate(["a cat", "a tree"], style=adapter)       # (2, 3, H, W) in [-1, 1]
+
+Shapes: B batch, N image tokens, L text length, D width, V codebook size.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import clip_feedback
+import muse as muse_
+import vqgan as vqgan_
+from adapter import Adapter, by_rows
+from clip_feedback import CLIP, CLIPConfig, Tokenizer
+from muse import Muse, MuseConfig
+from vqgan import VQGAN, VQGANConfig
+
+RARE_TOKEN = "[V*]"                     # a style phrase that means nothing yet (Section 4.4.1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Equations
+
+def style_prompt(content, style):
+    """t of Section 3.2.1: "a cat" + "watercolor painting" -> "a cat in watercolor painting style"."""
+    return f"{content} in {style} style" if style else content
+
+
+def guided_logits(tuned, base, null, lambda_a, lambda_b):
+    """Eq. 4: l = G^(t) + lambda_A (G^(t) - G(t)) + lambda_B (G(t) - G(n)).
+
+    tuned G^(v, T(t), theta), base G(v, T(t)), null G(v, T(n)): logits of one shape. lambda_A pulls
+    from the untuned to the tuned model, lambda_B from the empty prompt to the text, and both of
+    ITS terms are the untuned model's. With tuned = base and lambda_a = 0 it is Eq. 1.
+    """
+    return tuned + lambda_a * (tuned - base) + lambda_b * (base - null)
+
+
+def mix_logits(style, content, gamma):
+    """Section 3.4: l = (1 - gamma) l_s + gamma l_c, of two results of `guided_logits`."""
+    return (1 - gamma) * style + gamma * content
+
+
+# ---------------------------------------------------------------------------------------------
+# Files: written whole or not at all, read with weights_only=True
+
+def write_whole(path, write):
+    """Call write(binary file) on a temporary file and rename it to `path`: nobody sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_checkpoint(path, kind):
+    """A dict written by torch.save, of the given kind. Raises ValueError with one line otherwise."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no {kind} file at {path}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:                                       # pickle, zip and torch all have their own
+        raise ValueError(f"{path} is damaged or not a {kind} file; fetch or train it again") from None
+    if not isinstance(saved, dict) or saved.get("kind") != kind:
+        raise ValueError(f"{path} is not a {kind} file")
+    return saved
+
+
+def save_model(path, kind, model, provenance, **more):
+    """Weights in half precision with their config and provenance: what weights/ ships."""
+    weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    saved = dict(kind=kind, config=asdict(model.config), weights=weights, provenance=provenance, **more)
+    write_whole(path, lambda file: torch.save(saved, file))
+
+
+def load_model(path, kind, config_class, model_class):
+    """The model that `save_model` wrote, in full precision and eval mode, and the dict it came in."""
+    saved = read_checkpoint(path, kind)
+    try:
+        model = model_class(config_class(**saved["config"]))
+        model.load_state_dict(saved["weights"])             # strict: no key is filled or dropped in silence
+    except (KeyError, TypeError, RuntimeError):
+        raise ValueError(f"{path} does not fit this version's {model_class.__name__}; train it again") from None
+    return model.float().eval().requires_grad_(False), saved
+
+
+def fingerprint(model):
+    """Twelve hex digits of all tensors: an adapter names the base it was tuned on by them."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def save_adapter(path, adapter):
+    saved = dict(kind="adapter", config=adapter.config, weights=adapter.state_dict(), about=adapter.about)
+    write_whole(path, lambda file: torch.save(saved, file))
+
+
+def load_adapter(path):
+    """An adapter from its file, or from the run folder that holds it. Raises ValueError if it is neither."""
+    path = Path(path)
+    saved = read_checkpoint(path / "adapter.pt" if path.is_dir() else path, "adapter")
+    try:
+        adapter = StyleAdapter(**saved["config"])
+        adapter.load_state_dict(saved["weights"])
+    except (KeyError, TypeError, RuntimeError):
+        raise ValueError(f"{path} does not fit this version's adapters; train it again") from None
+    adapter.about = saved["about"]
+    return adapter.eval().requires_grad_(False)
+
+
+class StyleAdapter(Adapter):
+    """An adapter that knows its style phrase, its training prompts and its base: `about`, a plain dict."""
+    about = {}
+    save = lambda self, path: save_adapter(path, self)
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+def to_tensor(images):
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(images, columns, scale=1, gap=2):
+    """uint8 (B, H, W, 3) -> one PIL image, row by row, each `scale` times as large."""
+    n, h, w, _ = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (h * scale + gap) + gap, columns * (w * scale + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = gap + i // columns * (h * scale + gap), gap + i % columns * (w * scale + gap)
+        sheet[y:y + h * scale, x:x + w * scale] = image.repeat(scale, 0).repeat(scale, 1)
+    return Image.fromarray(sheet)
+
+
+# ---------------------------------------------------------------------------------------------
+# The pipeline
+
+class StyleDrop:
+    """T, E, D and G, frozen, with everything that tunes and samples them."""
+
+    def __init__(self, vqgan, clip, muse, device="cpu"):
+        self.vqgan, self.clip, self.muse = vqgan.to(device), clip.to(device), muse.to(device)
+        self.device = torch.device(device)
+
+    @classmethod
+    def load(cls, weights="weights/tiny", device=None):
+        """The base in a folder of vqgan.pt, clip.pt and muse.pt. Raises ValueError in one line."""
+        weights = Path(weights)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        vqgan, _ = load_model(weights / "vqgan.pt", "vqgan", VQGANConfig, VQGAN)
+        clip = clip_feedback.load_clip(weights / "clip.pt").eval().requires_grad_(False)
+        muse, saved = load_model(weights / "muse.pt", "muse", MuseConfig, Muse)
+        pipe = cls(vqgan, clip, muse, device)
+        pipe.check()
+        return pipe
+
+    def check(self):
+        """Raise ValueError unless the three parts speak of the same tokens and text."""
+        v, c, m = self.vqgan.config, self.clip.config, self.muse.config
+        if v.codebook_size != m.codebook_size or v.resolution // v.factor != m.grid or c.text_width != m.text_width:
+            raise ValueError("vqgan.pt, clip.pt and muse.pt were not trained together: their sizes differ")
+
+    @property
+    def base(self):
+        """Fingerprint of G: what an adapter must have been tuned on."""
+        if not hasattr(self, "_base"):
+            self._base = fingerprint(self.muse)
+        return self._base
+
+    @torch.no_grad()
+    def embed(self, prompts):
+        """T: list of B strings -> per-token states (B, L, D), mask (B, L), true at real tokens."""
+        ids = self.clip.tokenizer(prompts, self.clip.config.context_length).to(self.device)
+        return self.clip.text_states(ids), self.clip.text_mask(ids)
+
+    def check_adapter(self, adapter, name):
+        tuned_on = adapter.about.get("base")
+        if tuned_on != self.base:
+            raise ValueError(f"the {name} adapter was tuned on base {tuned_on}, these weights are {self.base}; "
+                             "tune it again, or give --weights of its base")
+        return adapter.to(self.device)
+
+    @torch.no_grad()
+    def generate(self, prompts, style=None, content=None, lambda_a=2.0, lambda_b=5.0, gamma=0.5, steps=36,
+                 temperature=4.5, seed=0, negative="", style_phrase=None, on_step=None):
+        """Sample one image for each prompt: (B, 3, H, W) in [-1, 1].
+
+        prompts: strings. With a style adapter they are content phrases and its style phrase (or
+        `style_phrase`) is appended: t. The content adapter sees them as they are: c.
+        style only: Eq. 4. content only: Eq. 6, that is gamma 1. Both: (1 - gamma) Eq. 5 + gamma Eq. 6.
+        Neither: Eq. 1, the base. Every distinct forward pass of a step is one part of one batch.
+        The same seed on the same machine gives the same images. Raises ValueError for an adapter
+        of another base.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        B = len(prompts)
+        phrase = style_phrase if style_phrase is not None else (style.about.get("style", "") if style else "")
+        texts_s = [style_prompt(p, phrase) for p in prompts]
+        theta_s = self.check_adapter(style, "style")() if style is not None else None
+        theta_c = self.check_adapter(content, "content")() if content is not None else None
+        gamma = 1.0 if style is None and content is not None else gamma if content is not None else 0.0
+
+        branches = {}                                       # name -> (texts, adapters); n comes last
+        if gamma < 1:
+            branches["G(t)"] = texts_s, None
+            if theta_s is not None:
+                branches["G^(t)"] = texts_s, theta_s
+        if gamma > 0:
+            branches["G(c)"] = prompts, None
+            branches["G^(c)"] = prompts, theta_c
+        branches["G(n)"] = [negative] * B, None
+
+        text, text_mask = self.embed(sum((texts for texts, _ in branches.values()), []))
+        adapters = by_rows([(B, theta) for _, theta in branches.values()])
+
+        def logits_fn(ids, step):
+            logits = self.muse(ids.repeat(len(branches), 1), text, text_mask, adapters)
+            out = dict(zip(branches, logits.split(B)))
+            guided = lambda x: guided_logits(out.get(f"G^({x})", out[f"G({x})"]), out[f"G({x})"], out["G(n)"],
+                                             lambda_a, lambda_b)
+            if gamma == 0:
+                return guided("t")
+            if gamma == 1:
+                return guided("c")
+            return mix_logits(guided("t"), guided("c"), gamma)
+
+        c = self.muse.config
+        generator = torch.Generator(self.device).manual_seed(seed)
+        ids = muse_.decode(logits_fn, B, c.tokens, c.mask_id, steps, temperature, generator, on_step)
+        return self.vqgan.decode(ids.view(B, c.grid, c.grid))
+
+    def tune(self, images, prompts, style="", steps=200, lr=1e-3, batch=8, d_prj=4, is_shared=True, seed=0,
+             on_step=None):
+        """Eq. 3: theta = argmin E_{(x, t), m} CE_m( G^(M(E(x), m), T(t), theta), E(x) ).
+
+        images (R, 3, H, W) in [-1, 1], the references; prompts: R content phrases, one for each;
+        style: the phrase they share. Every reference is used. Tokens and text embeddings are made
+        once; only theta has gradients, and only theta changes. on_step(step, loss) after each step.
+        Returns an adapter with .about and .save(path).
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} reference images need as many content phrases, not {len(prompts)}")
+        c = self.muse.config
+        generator = torch.Generator().manual_seed(seed)
+        adapter = StyleAdapter(c.width, d_prj, c.layers, is_shared, generator).to(self.device)
+        adapter.about = dict(base=self.base, style=style, prompts=list(prompts), steps=steps, lr=lr, batch=batch,
+                             seed=seed)
+        optimiser = torch.optim.Adam(adapter.parameters(), lr=lr)
+        tokens = self.vqgan.encode(images.to(self.device)).flatten(1)            # (R, N)
+        text, text_mask = self.embed([style_prompt(p, style) for p in prompts])  # (R, L, D), (R, L)
+        order = torch.empty(0, dtype=torch.long)
+        for step in range(steps):
+            while len(order) < batch:                       # shuffled passes over all references
+                order = torch.cat([order, torch.randperm(len(tokens), generator=generator)])
+            rows, order = order[:batch].to(self.device), order[batch:]
+            ids = tokens[rows]
+            mask = muse_.random_mask(batch, c.tokens, generator).to(self.device)
+            logits = self.muse(ids.masked_fill(mask, c.mask_id), text[rows], text_mask[rows], adapter())
+            loss = muse_.masked_loss(logits, ids, mask)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            if on_step is not None:
+                on_step(step, loss.item())
+        return adapter.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------
+# What train.py and sample.py share
+
+def number(kind, low, strict=False):
+    """An argparse type: a finite int or float that is at least (strict: more than) low."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not math.isfinite(value) or value < low or strict and value == low:
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if strict else 'at least'} {low} and finite")
+        return value
+    return parse
+
+
+def check_prompt(pipe, prompt):
+    """Raise ValueError for an empty prompt; say so where T cannot read the whole of it."""
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; say what to draw")
+    length = pipe.clip.config.context_length
+    if not pipe.clip.tokenizer.fits(prompt, length):
+        print(f"note: a prompt is longer than {length} tokens; what comes after them is not read", file=sys.stderr)
+
+
+def run_command(main):
+    """Run a script's main(); what a user can mend is one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

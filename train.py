@@ -1,0 +1,414 @@
+"""Teach a style from one picture, or pretrain the base.
+
+    python train.py --ref style.png                                     # -> runs/style
+    python train.py --ref house.png --content "a house" --style "watercolor painting" --out runs/watercolor
+    python train.py --ref a.png b.png --content "a cat" "a house"       # every reference is used
+
+    python train.py --stage vqgan                                       # pretraining, in this order;
+    python train.py --stage clip                                        # the same command again goes on
+    python train.py --stage muse                                        # from the last checkpoint
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+import clip_feedback
+import data
+import muse as muse_
+import vqgan as vqgan_
+from styledrop import (RARE_TOKEN, StyleDrop, check_prompt, grid, load_model, number, read_checkpoint, run_command,
+                       save_model, style_prompt, to_tensor, to_uint8, write_whole)
+
+
+# ---------------------------------------------------------------------------------------------
+# The machine
+
+def machine():
+    """A line for logs and provenance, such as "2 x Intel Xeon, torch 2.13.0"."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{torch.get_num_threads()} threads of {model}, torch {torch.__version__}"
+
+
+def autocast(device):
+    """bf16 where it is fast: CUDA, and CPUs whose AMX tiles multiply it. Elsewhere fp32."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda" or amx())
+
+
+def peak_memory():
+    """Peak resident memory of this process in MB, or nan where the system does not tell."""
+    try:
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    except ImportError:
+        return math.nan
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Pretraining
+
+class Steps(torch.utils.data.Dataset):
+    """Batch number `step`, always the same one: what makes a resumed run equal an unbroken one."""
+
+    def __init__(self, source, batch, resolution, seed):
+        self.source, self.batch, self.resolution, self.seed = source, batch, resolution, seed
+
+    def __len__(self):
+        return 2 ** 31
+
+    def __getitem__(self, step):
+        images, captions = self.source.batch(self.batch, np.random.default_rng((self.seed, step)), self.resolution)
+        return to_tensor(images), captions
+
+
+def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=None):
+    """The loop of the three stages: resume, step, log, draw, keep.
+
+    models: name -> module, all in the checkpoint; optimisers: a list; train_step(step, images,
+    captions, generator) -> dict of floats, after its optimiser steps; picture() -> PIL image;
+    export(provenance) writes the shipped file; ema: a pair (average, module) or None.
+    All of a step's randomness follows from (seed, step), so step and weights are the whole state.
+    """
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    start, minutes = 0, 0.0
+    if (out / "checkpoint.pt").exists():
+        saved = read_checkpoint(out / "checkpoint.pt", f"{stage} checkpoint")
+        for name, model in models.items():
+            model.load_state_dict(saved["models"][name])
+        for optimiser, state in zip(optimisers, saved["optimisers"]):
+            optimiser.load_state_dict(state)
+        start, minutes = saved["step"], saved["minutes"]
+        print(f"going on from step {start} of {out / 'checkpoint.pt'}")
+
+    def keep(step):
+        spent = minutes + (time.time() - began) / 60
+        write_whole(out / "checkpoint.pt", lambda file: torch.save(
+            dict(kind=f"{stage} checkpoint", step=step, minutes=spent,
+                 models={name: model.state_dict() for name, model in models.items()},
+                 optimisers=[optimiser.state_dict() for optimiser in optimisers]), file))
+        write_whole(out / "samples.png", lambda file: picture().save(file, "PNG"))
+        export(dict(stage=stage, steps=step, batch=args.batch, images=step * args.batch, minutes=round(spent, 1),
+                    machine=machine(), data=args.data or "data/", seed=args.seed, lr=args.lr))
+
+    steps = Steps(args.source, args.batch, args.resolution, args.seed)
+    loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, args.steps),
+                                         num_workers=args.workers)
+    began = last_log = last_keep = time.time()
+    logged, sums = start, {}
+    for step, (images, captions) in zip(range(start, args.steps), loader):
+        rate = min(1, (step + 1) / args.warmup) * (0.02 + 0.98 * math.cos(math.pi / 2 * step / args.steps) ** 2)
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = group.setdefault("peak", group["lr"]) * rate
+        generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
+        for name, value in train_step(step, images.to(args.device), captions, generator).items():
+            sums[name] = sums.get(name, 0.0) + value
+        if ema is not None:
+            decay = min(args.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                for average, p in zip(ema[0].parameters(), ema[1].parameters()):
+                    average.lerp_(p, 1 - decay)
+        done, now = step + 1, time.time()
+        if now - last_log > args.log_seconds or done == args.steps:
+            means = {name: value / (done - logged) for name, value in sums.items()}
+            speed = (done - logged) * args.batch / (now - last_log)
+            left = (args.steps - done) * args.batch / speed
+            print(f"step {done}/{args.steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()) +
+                  f"  {speed:.1f} images/s  {clock(left)} left", flush=True)
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps(dict(step=done, images=done * args.batch, **{k: round(v, 5) for k, v in means.items()},
+                                          minutes=round(minutes + (now - began) / 60, 2))) + "\n")
+            last_log, logged, sums = now, done, {}
+        if now - last_keep > args.keep_minutes * 60 or done == args.steps:
+            keep(done)
+            last_keep = time.time()
+
+
+def pretrain_vqgan(args):
+    """E, D and the codebook: reconstruction + commitment, and the discriminator from half-way on."""
+    model = vqgan_.VQGAN(vqgan_.PRESETS[args.preset]).to(args.device, memory_format=torch.channels_last)
+    critic = vqgan_.Discriminator().to(args.device, memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    critic_optimiser = torch.optim.AdamW(critic.parameters(), args.lr / 2, betas=(0.5, 0.9), weight_decay=0.01)
+    shown, _ = Steps(args.source, 16, args.resolution, args.seed + 1)[0]         # the same drawings each time
+
+    def train_step(step, images, captions, generator):
+        images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(args.device):
+            fake, z, ids, commitment = model(images)
+        fake = fake.float()
+        rec = vqgan_.reconstruction_loss(fake, images)
+        loss = rec + 0.25 * commitment
+        adversarial = step >= args.steps * args.gan_start
+        if adversarial:
+            gan = -critic(fake).mean()                       # the generator's side of the hinge loss
+            loss = loss + args.gan_weight * vqgan_.adaptive_weight(rec, gan, model.decoder[-1].weight) * gan
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        model.quantizer.update(z.detach(), ids, generator)
+        if adversarial:
+            critic_loss = vqgan_.discriminator_loss(critic(images), critic(fake.detach()))
+            critic_optimiser.zero_grad()
+            critic_loss.backward()
+            critic_optimiser.step()
+        usage, perplexity = vqgan_.codebook_health(ids, model.config.codebook_size)
+        return dict(loss=loss.item(), psnr=vqgan_.psnr(fake.detach(), images), usage=usage, perplexity=perplexity,
+                    **(dict(critic=critic_loss.item()) if adversarial else {}))
+
+    def picture():
+        model.eval()
+        again = model.decode(model.encode(shown.to(args.device))).cpu()
+        model.train()
+        return grid(to_uint8(torch.cat([shown[:8], again[:8], shown[8:], again[8:]])), 8, scale=2)
+
+    pretrain("vqgan", args, dict(model=model, critic=critic), [optimiser, critic_optimiser], train_step, picture,
+             lambda provenance: save_model(Path(args.out) / "vqgan.pt", "vqgan", model, provenance))
+
+
+def pretrain_clip(args):
+    """T: both towers, contrastively. Identical captions in a batch are no negatives of each other."""
+    texts = [caption for step in range(80) for caption in Steps(args.source, 256, 16, args.seed + 2)[step][1]]
+    tokenizer = clip_feedback.Tokenizer(clip_feedback.train_merges(texts, args.merges))
+    config = replace(clip_feedback.PRESETS[args.preset], vocab_size=tokenizer.vocab_size)
+    model = clip_feedback.CLIP(config, tokenizer).to(args.device)
+    optimiser = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.1)
+
+    def train_step(step, images, captions, generator):
+        ids = tokenizer(captions, config.context_length).to(args.device)
+        same = (ids[:, None] == ids[None]).all(-1)           # (B, B): identical captions
+        with autocast(args.device):
+            image_features, text_features = model.encode_image(images), model.encode_text(ids)
+        loss = clip_feedback.contrastive_loss(image_features, text_features, model.logit_scale, same)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=clip_feedback.MAX_LOGIT_SCALE)
+            nearest = (image_features @ torch.nn.functional.normalize(text_features, dim=-1).T).argmax(1, keepdim=True)
+            accuracy = same.gather(1, nearest).float().mean().item()
+        return dict(loss=loss.item(), accuracy=accuracy, scale=model.logit_scale.exp().item())
+
+    def picture():                                           # 16 pictures the model has not met, nothing to draw
+        return grid(to_uint8(Steps(args.source, 16, args.resolution, args.seed + 1)[0][0]), 8)
+
+    pretrain("clip", args, dict(model=model), [optimiser], train_step, picture,
+             lambda provenance: clip_feedback.save_clip(Path(args.out) / "clip.pt", model, provenance, half=True))
+
+
+def pretrain_muse(args):
+    """G: Eq. 2 on frozen tokens and text, 10 % of the texts replaced by the empty prompt n."""
+    vqgan, _ = load_model(Path(args.weights) / "vqgan.pt", "vqgan", vqgan_.VQGANConfig, vqgan_.VQGAN)
+    clip = clip_feedback.load_clip(Path(args.weights) / "clip.pt").eval().requires_grad_(False)
+    config = replace(muse_.PRESETS[args.preset], codebook_size=vqgan.config.codebook_size,
+                     text_width=clip.config.text_width)
+    model = muse_.Muse(config).to(args.device)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    pipe = StyleDrop(vqgan, clip, average, args.device)
+    pipe.check()
+    # Muon for the blocks' matrices, AdamW for embeddings, norms and the way in and out
+    hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if not any(p is q for q in hidden)]
+    optimisers = [torch.optim.Muon(hidden, args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, args.lr, betas=(0.9, 0.96), weight_decay=0.05)]
+
+    def train_step(step, images, captions, generator):
+        ids = vqgan.encode(images).flatten(1)                                    # (B, N)
+        dropped = torch.rand(len(ids), generator=generator, device=args.device) < 0.1
+        text, text_mask = pipe.embed(["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)])
+        mask = muse_.random_mask(*ids.shape, generator)
+        with autocast(args.device):
+            logits = model(ids.masked_fill(mask, config.mask_id), text, text_mask)
+        loss = muse_.masked_loss(logits, ids, mask, label_smoothing=0.1)
+        for optimiser in optimisers:
+            optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimiser in optimisers:
+            optimiser.step()
+        right = (logits.argmax(-1) == ids) & mask
+        return dict(loss=loss.item(), accuracy=(right.sum() / mask.sum()).item())
+
+    def picture():
+        prompts = args.source.prompts(24)
+        return grid(to_uint8(pipe.generate(prompts, lambda_b=2.0, temperature=1.0, steps=16)), 8, scale=2)
+
+    pretrain("muse", args, dict(model=model, average=average), optimisers, train_step, picture,
+             lambda provenance: save_model(Path(args.out) / "muse.pt", "muse", average, provenance), (average, model))
+
+
+STAGES = {                                                   # stage: (function, default steps, batch, lr)
+    "vqgan": (pretrain_vqgan, 6000, 16, 1e-3),
+    "clip": (pretrain_clip, 1200, 128, 1e-3),
+    "muse": (pretrain_muse, 4000, 64, 2e-3),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Style tuning: the main job
+
+PREVIEW = ("a cat", "a tree", "a car", "an apple", "a rocket", "a fish")
+
+
+def before_after(references, before, after, prompts):
+    """One picture: the references on the left, the base's samples above, the tuned ones below.
+
+    references, before, after: uint8 (B, H, W, 3); before and after share their prompts and seeds.
+    """
+    size, edge, words = 2 * before.shape[1], 8, 16
+    sheet = Image.new("RGB", ((1 + len(prompts)) * (size + edge) + 2 * edge, 2 * (size + edge) + words + edge), "white")
+    draw = ImageDraw.Draw(sheet)
+    enlarge = lambda image, side: Image.fromarray(image).resize((side, side), Image.NEAREST)
+    side = size if len(references) == 1 else size // 2
+    for i, image in enumerate(references[:4]):
+        sheet.paste(enlarge(image, side), (edge + i % 2 * side, words + i // 2 * side))
+    draw.text((edge, 2), "reference", fill="black")
+    draw.text((edge, words + size + edge), "above: before\nbelow: after", fill="black")
+    for i, prompt in enumerate(prompts):
+        x = 2 * edge + (i + 1) * (size + edge)
+        draw.text((x, 2), prompt[:size // 6], fill="black")
+        sheet.paste(enlarge(before[i], size), (x, words))
+        sheet.paste(enlarge(after[i], size), (x, words + size + edge))
+    return sheet
+
+
+def tune(args):
+    """Eq. 3 from the command line: a run folder with adapter.pt, config.json, log.jsonl, samples.png."""
+    began = time.time()
+    out = Path(args.out or f"runs/{Path(args.ref[0]).stem}")
+    if out.exists() and not (out / "adapter.pt").exists():
+        raise ValueError(f"{out} exists and is not a run folder; give another --out")
+    if args.content and len(args.content) != len(args.ref):
+        raise ValueError(f"{len(args.ref)} references need as many --content phrases, not {len(args.content)}")
+    if args.content and not all(phrase.strip() for phrase in args.content):
+        raise ValueError("a --content phrase is empty; say what the picture shows, or leave --content out")
+    pipe = StyleDrop.load(args.weights, args.device)
+    images = np.stack([data.read_image(path, pipe.vqgan.config.resolution) for path in args.ref])
+    references = to_tensor(images)
+    if args.content:
+        contents = args.content
+    else:
+        contents = guess_content(pipe, references)
+        print(f"content guessed by CLIP: {', '.join(contents)} (say it with --content if that is wrong)")
+    style = RARE_TOKEN if args.style is None else args.style
+    for content in contents:
+        check_prompt(pipe, style_prompt(content, style))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:   # fails early, leaves nothing
+        run = Path(temporary) / "run"
+        run.mkdir()
+        log = []
+
+        def on_step(step, loss):
+            log.append(dict(step=step + 1, loss=round(loss, 5)))
+            if (step + 1) % max(1, args.steps // 10) == 0:
+                speed = (step + 1) * args.batch / (time.time() - tuning)
+                print(f"step {step + 1}/{args.steps}  loss {loss:.3f}  {speed:.1f} images/s  "
+                      f"{clock((args.steps - step - 1) * args.batch / speed)} left", flush=True)
+
+        tuning = time.time()
+        adapter = pipe.tune(references, contents, style, args.steps, args.lr, args.batch, args.d_prj,
+                            not args.unshared, args.seed, on_step)
+        ours = sum(p.numel() for p in adapter.parameters())
+        base = sum(p.numel() for p in pipe.muse.parameters())
+        print(f"adapter: {ours:,} parameters, {100 * ours / base:.2f} % of the base's {base:,}")
+        before = pipe.generate([style_prompt(p, style) for p in PREVIEW], seed=args.seed)
+        after = pipe.generate(PREVIEW, style=adapter, seed=args.seed)
+        adapter.save(run / "adapter.pt")
+        settings = {k: v for k, v in vars(args).items() if k in
+                    ("ref", "steps", "lr", "batch", "d_prj", "unshared", "seed", "weights")}
+        (run / "config.json").write_text(json.dumps(dict(settings, content=contents, style=style, base=pipe.base),
+                                                    indent=1, ensure_ascii=False) + "\n")
+        (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+        before_after(images, to_uint8(before), to_uint8(after), PREVIEW).save(run / "samples.png")
+        if out.exists():
+            os.replace(out, Path(temporary) / "old")
+        os.replace(run, out)
+    print(f"{out}: adapter.pt config.json log.jsonl samples.png  "
+          f"({time.time() - began:.0f} s, peak memory {peak_memory():.0f} MB)")
+    print(f'next: python sample.py --prompt "a cat" --style {out}')
+
+
+def guess_content(pipe, images):
+    """The nearest of all names the base was trained on, by CLIP, for each image (R, 3, H, W)."""
+    phrases = sorted({data.content_phrase(name) for name in data.names()})
+    texts = pipe.clip.encode_text(pipe.clip.tokenizer(phrases, pipe.clip.config.context_length).to(pipe.device))
+    scores = pipe.clip.encode_image(images.to(pipe.device)) @ torch.nn.functional.normalize(texts, dim=-1).T
+    return [phrases[i] for i in scores.argmax(1)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # style tuning
+    add("--ref", nargs="+", metavar="IMG", help="the style reference; several teach one style together")
+    add("--content", nargs="+", metavar="PHRASE", help='what each reference shows, such as "a house" (default: CLIP guesses)')
+    add("--style", help=f'words for the style (default: the rare token "{RARE_TOKEN}")')
+    add("--d-prj", type=number(int, 1), default=4, help="H, the adapter's bottleneck")
+    add("--unshared", action="store_true", help="independent adapter weights in each layer")
+    # pretraining
+    add("--stage", choices=STAGES, help="pretrain this part of the base instead")
+    add("--preset", choices=("toy", "tiny", "small"), default="tiny")
+    add("--data", help="folder of images with captions (default: the drawings in data/)")
+    add("--merges", type=number(int, 1), default=2000, help="BPE merges of CLIP's tokenizer")
+    add("--workers", type=number(int, 0), default=1, help="processes that draw the training pictures")
+    add("--warmup", type=number(int, 1), default=100)
+    add("--ema", type=number(float, 0), default=0.998, help="decay of Muse's weight average")
+    add("--gan-start", type=number(float, 0), default=0.6, help="share of the steps before the discriminator starts")
+    add("--gan-weight", type=number(float, 0), default=0.3)
+    add("--log-seconds", type=number(float, 0), default=20)
+    add("--keep-minutes", type=number(float, 0), default=4, help="between checkpoints")
+    # both
+    add("--steps", type=number(int, 1))
+    add("--batch", type=number(int, 1))
+    add("--lr", type=number(float, 0, strict=True))
+    add("--seed", type=number(int, 0), default=0)
+    add("--weights", default="weights/tiny", help="folder of the base")
+    add("--out", help="run folder (default: runs/NAME OF THE REFERENCE or runs/STAGE)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if bool(args.ref) == bool(args.stage):
+        parser.error("give --ref IMG to teach a style, or --stage vqgan|clip|muse to pretrain the base")
+    if args.ref:
+        defaults, job = (200, 8, 1e-3), tune
+    else:
+        job, *defaults = STAGES[args.stage]
+        args.out = args.out or f"runs/{args.stage}"
+    args.steps, args.batch, args.lr = (given or default for given, default in
+                                       zip((args.steps, args.batch, args.lr), defaults))
+    if args.stage:
+        args.resolution = vqgan_.PRESETS[args.preset].resolution
+        args.source = data.Folder(args.data, args.resolution) if args.data else data.Art(size=args.resolution)
+    job(args)
+
+
+if __name__ == "__main__":
+    run_command(main)
