@@ -62,7 +62,7 @@ def main():
         for i, (name, tile) in enumerate(tiles):
             sheet.paste(Image.fromarray(tile), (i % COLUMNS * TILE, i // COLUMNS * TILE))
             rows.append(f"{i}\t{set_name}\t{name}")
-        sheet.save(HERE / "sheets" / f"{set_name}.webp", quality=85, alpha_quality=95, method=6)
+        sheet.save(HERE / "sheets" / f"{set_name}.webp", quality=85, alpha_quality=100, method=6)
         print(f"{set_name}: {len(tiles)} drawings")
     (HERE / "names.tsv").write_text("tile\tset\tname\n" + "\n".join(rows) + "\n")
 

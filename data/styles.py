@@ -7,7 +7,7 @@ styles do:
     Style(palette="blue and gold", line="thick red outline", medium="watercolor", ground="black")
     "blue and gold watercolor with thick red outline on black"
 
-    python -m data.styles          # draws data/contact_sheet.png
+    python -m data.pictures        # draws data/contact_sheet.png, a page of random styles
 
 numpy and Pillow only. Images are float (H, W, 3) in [0, 1] inside, uint8 outside; lengths are in
 pixels of a 64 px picture and grow with the picture.
@@ -138,13 +138,13 @@ def coordinates(size):
 
 @functools.lru_cache(None)
 def cells(size, kind):
-    """A fixed Voronoi pattern of about 70 cells: (size, size) cell numbers, and its borders (size, size, 1)."""
-    rng = np.random.default_rng((kind, 70))
+    """A fixed Voronoi pattern of 160 cells: (size, size) cell numbers, and its borders (size, size, 1)."""
+    rng = np.random.default_rng((kind, 160))
     x, y = coordinates(size)
-    seeds = rng.random((70, 2)).astype(np.float32) * 64
-    distance = np.hypot(x - seeds[:, 0], y - seeds[:, 1])                        # (size, size, 70)
+    seeds = rng.random((160, 2)).astype(np.float32) * 64
+    distance = np.hypot(x - seeds[:, 0], y - seeds[:, 1])                        # (size, size, 160)
     near = np.partition(distance, 1, axis=-1)
-    return distance.argmin(-1), (near[..., 1:2] - near[..., :1]) < 1.6
+    return distance.argmin(-1), (near[..., 1:2] - near[..., :1]) < 1.0
 
 
 def ramp(t, colours):
@@ -206,8 +206,8 @@ def mosaic(p, a, size, kind):
 
 def stained_glass(p, a, size, kind):
     index, lead = cells(size, kind)
-    count = np.bincount(index.ravel(), minlength=70)[:, None]
-    mean = np.stack([np.bincount(index.ravel(), p[..., i].ravel(), 70) for i in range(3)], 1) / np.maximum(count, 1)
+    count = np.bincount(index.ravel(), minlength=160)[:, None]
+    mean = np.stack([np.bincount(index.ravel(), p[..., i].ravel(), 160) for i in range(3)], 1) / np.maximum(count, 1)
     glass = mean.astype(np.float32)[index] * (0.8 + 0.4 * noise(size, 3, kind))
     return np.where(lead, 0.05, mix(light_of(glass), glass, 1.5))
 
