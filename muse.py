@@ -24,7 +24,7 @@ class MuseConfig:
     codebook_size: int = 1024   # V; the id V stands for [MASK]
     text_width: int = 256       # of the text embeddings that come in
     width: int = 256            # D
-    layers: int = 8
+    layers: int = 6
     heads: int = 8
     patch: int = 2              # tokens a side that share one position (1: Muse). See Muse.forward
     token_width: int = 128      # of a token's own embedding, tied with the output

@@ -1,0 +1,186 @@
+"""The art, its words, and pictures from anywhere."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from data import styles
+
+
+@pytest.fixture(scope="module")
+def art():
+    return data.Art(sets=("twemoji",), size=32)
+
+
+def test_tables_agree_with_the_sheets():
+    """Every tile of names.tsv exists on its sheet and is not blank; every sheet has its row in sets.tsv."""
+    rows = data.read_table("names.tsv")
+    sets = {row["set"] for row in data.read_table("sets.tsv")}
+    assert {row["set"] for row in rows} == sets == {p.stem for p in (data.HERE / "sheets").iterdir()}
+    for s in sets:
+        with Image.open(data.HERE / "sheets" / f"{s}.webp") as sheet:
+            count = sum(row["set"] == s for row in rows)
+            assert sheet.width == data.COLUMNS * data.TILE
+            assert sheet.height == -(-count // data.COLUMNS) * data.TILE
+
+
+def test_no_tile_is_blank_and_ids_are_unique(art):
+    assert art.drawings.shape == (len(art.names), 32, 32, 4)
+    assert (art.drawings[..., 3].reshape(len(art.names), -1).max(1) > 0).all()
+    assert len(set(zip(art.names, art.sets))) == len(art.names)
+
+
+def test_the_held_out_set_is_no_training_data():
+    roles = {row["set"]: row["role"] for row in data.read_table("sets.tsv")}
+    assert roles["openmoji"] == "held-out"
+    training = [s for s, role in roles.items() if role == "training"]
+    assert "openmoji" not in training and len(training) == 5
+
+
+def test_scaling_leaks_no_invisible_colour():
+    """Red on transparent black, scaled down: the half-covered edge stays red, it does not darken."""
+    sheet = np.zeros((data.TILE, data.TILE, 4), np.uint8)
+    sheet[:, :57] = (255, 0, 0, 255)
+    tile = data.Art.tile(Image.fromarray(sheet).convert("RGBa"), 0, 16)
+    edge = tile[(tile[..., 3] > 20) & (tile[..., 3] < 240)]
+    assert len(edge) and (edge[:, 0] > 240).all()
+
+
+@pytest.mark.parametrize("name, words", [
+    ("hot-air-balloon", "a hot air balloon"), ("apple", "an apple"), ("unicorn", "a unicorn"), ("cherries", "cherries"),
+    ("bus", "a bus"), ("cactus", "a cactus"), ("house", "a house"), ("rice", "rice"), ("umbrella", "an umbrella"),
+    ("hour-glass", "a hour glass"), ("glass-of-milk", "a glass of milk"), ("sunglasses", "sunglasses")])
+def test_content_phrases(name, words):
+    assert data.content_phrase(name) == words
+
+
+def test_caption_is_the_papers_template():
+    assert data.caption("a cat", "watercolor painting") == "a cat in watercolor painting style"
+    assert data.caption("a cat", "") == "a cat"
+
+
+def test_synonyms_name_real_tiles():
+    known = set(data.names())
+    assert set(data.synonyms()) <= known
+    assert all(words and all(words) for words in data.synonyms().values())
+
+
+def test_batch_follows_from_its_generator(art):
+    one = art.batch(6, np.random.default_rng(5), 32)
+    two = art.batch(6, np.random.default_rng(5), 32)
+    other = art.batch(6, np.random.default_rng(6), 32)
+    assert (one[0] == two[0]).all() and one[1] == two[1]
+    assert one[1] != other[1]
+    assert one[0].shape == (6, 32, 32, 3) and one[0].dtype == np.uint8
+
+
+def test_about_half_of_the_captions_name_no_style(art):
+    captions = art.batch(600, np.random.default_rng(0), 16)[1]
+    plain = sum(not caption.endswith(" style") for caption in captions) / 600
+    assert 0.45 < plain < 0.7
+
+
+def test_a_batch_holds_many_drawings(art):
+    """The trap of a data set that always returns item 0."""
+    assert len(set(art.batch(64, np.random.default_rng(0), 16)[1])) > 40
+
+
+def test_unknown_set_and_drawing():
+    with pytest.raises(ValueError, match="no set 'nosuch'"):
+        data.Art(sets=("nosuch",))
+    with pytest.raises(ValueError, match="no drawing"):
+        data.Art(sets=("twemoji",), size=8).find("nosuch", "twemoji")
+
+
+# -- pictures from anywhere
+
+def save(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_alpha_lies_on_white(tmp_path):
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert (data.read_image(save(tmp_path / "a.png", clear), 4) == 255).all()
+    grey = Image.new("LA", (8, 8), (0, 0))
+    assert (data.read_image(save(tmp_path / "b.png", grey), 4) == 255).all()
+    indexed = Image.new("P", (8, 8), 0)
+    assert (data.read_image(save(tmp_path / "c.png", indexed, transparency=0), 4) == 255).all()
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    path = save(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
+    assert data.read_image(path, 2)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    ramp = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
+    assert abs(int(data.read_image(save(tmp_path / "a.png", ramp), 2)[0, 0, 0]) - 128) <= 1
+
+
+@pytest.mark.parametrize("mode, suffix, colour, expected", [
+    ("CMYK", ".jpg", (0, 0, 0, 0), 255), ("L", ".png", 90, 90), ("1", ".png", 1, 255), ("RGB", ".bmp", (7, 7, 7), 7)])
+def test_modes(tmp_path, mode, suffix, colour, expected):
+    image = data.read_image(save(tmp_path / f"a{suffix}", Image.new(mode, (9, 5), colour)), 4)
+    assert image.shape == (4, 4, 3) and image.dtype == np.uint8
+    assert abs(image.astype(int) - expected).max() <= 2
+
+
+def test_one_pixel_and_upright(tmp_path):
+    assert data.read_image(save(tmp_path / "a.png", Image.new("RGB", (1, 1), "red")), 4).shape == (4, 4, 3)
+    picture = Image.fromarray(np.repeat(np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8), 2, 0))
+    exif = Image.Exif()
+    exif[0x112] = 3                                          # upside down
+    turned = data.read_image(save(tmp_path / "b.png", picture, exif=exif), 2)
+    assert turned[0, 0].tolist() == [0, 0, 255]
+
+
+def test_centre_square(tmp_path):
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 255
+    assert (data.read_image(save(tmp_path / "a.png", Image.fromarray(wide)), 10) == 255).all()
+
+
+def test_what_is_no_picture(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("not a picture")
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    whole = save(tmp_path / "whole.png", noise).read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[:len(whole) // 2])
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")            # Pillow itself refuses this one
+    Image.new("1", (9_000, 9_000)).save(tmp_path / "large.png")
+    for name, words in [("missing.png", "no picture"), ("", "folder"), ("empty.png", "is empty"),
+                        ("text.png", "not a picture"), ("half.png", "cannot be read"), ("bomb.png", "pixels"), ("large.png", "9000 x 9000")]:
+        with pytest.raises(ValueError, match=words) as error:
+            data.read_image(tmp_path / name, 4)
+        assert "\n" not in str(error.value)
+
+
+# -- a folder of one's own
+
+def test_folder_reads_every_picture(tmp_path):
+    for i, colour in enumerate(("red", "blue", "lime")):
+        save(tmp_path / f"{i}.png", Image.new("RGB", (8, 8), colour))
+        (tmp_path / f"{i}.txt").write_text(f"a {colour} thing\n")
+    source = data.Folder(tmp_path, 8)
+    images, captions = source.batch(40, np.random.default_rng(0), 8)
+    assert {tuple(image[0, 0]) for image in images} == {(255, 0, 0), (0, 0, 255), (0, 255, 0)}
+    assert set(captions) == {"a red thing", "a blue thing", "a lime thing"}
+
+
+def test_folder_with_a_table(tmp_path):
+    save(tmp_path / "x.png", Image.new("RGB", (8, 8), "red"))
+    (tmp_path / "captions.tsv").write_text("file\tcaption\nx.png\ta red thing\n")
+    assert data.Folder(tmp_path, 4).captions == ["a red thing"]
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(ValueError, match="not a folder"):
+        data.Folder(tmp_path / "no")
+    with pytest.raises(ValueError, match="no pictures"):
+        data.Folder(tmp_path)
+    save(tmp_path / "x.png", Image.new("RGB", (8, 8)))
+    with pytest.raises(ValueError, match="x.txt"):
+        data.Folder(tmp_path)
