@@ -18,7 +18,7 @@ import os
 import warnings
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import ftfy
@@ -424,26 +424,10 @@ def contrastive_loss(image_features, text_features, logit_scale, same=None):
 # ----------------------------------------------------------------------------------------------------------
 # Files
 
-def save_clip(path, clip, provenance=None, half=False):
-    """Write config, weights, merges and provenance (a plain dict: data, steps, seed, ...). half: weights in fp16.
-
-    The file appears whole or not at all: it is written aside, then moved into place.
-    """
-    weights = {name: (w.half() if half else w).detach().cpu().clone() for name, w in clip.state_dict().items()}
-    merges = None if clip.tokenizer is None else [" ".join(pair) for pair in clip.tokenizer.merges]
-    path = Path(path)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(dict(config=asdict(clip.config), weights=weights, merges=merges, provenance=provenance or {}), aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def load_clip(path, merges=None, quick_gelu=None):
     """Read a CLIP -> CLIP in fp32 on the CPU, in eval mode, with its `.tokenizer` and `.provenance`.
 
-    path: a checkpoint of ours, or OpenAI's or open_clip's ViT weights (a state dict, bare or under "state_dict",
+    path: a checkpoint of ours (a dict of config, weights, merges and provenance, see styledrop.save_model), or OpenAI's or open_clip's ViT weights (a state dict, bare or under "state_dict",
     or a TorchScript archive), whose config is read off the shapes. merges, for foreign weights: the path of
     OpenAI's vocabulary file; by default the one beside `path`, if there is one. quick_gelu cannot be read off
     shapes: by default True for OpenAI's own files, False for open_clip's. Raises FileNotFoundError, or

@@ -218,7 +218,8 @@ def pretrain_clip(args):
         return grid(to_uint8(Steps(args.source, 16, args.resolution, args.seed + 1)[0][0]), 8)
 
     pretrain("clip", args, dict(model=model), [optimiser], train_step, picture,
-             lambda provenance: clip_feedback.save_clip(Path(args.out) / "clip.pt", model, provenance, half=True))
+             lambda provenance: save_model(Path(args.out) / "clip.pt", "clip", model, provenance,
+                                           merges=[" ".join(pair) for pair in tokenizer.merges]))
 
 
 def pretrain_muse(args):
