@@ -10,10 +10,13 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 from styledrop import StyleDrop, check_prompt, grid, load_adapter, number, run_command, to_uint8, write_whole
+
+AT_ONCE = 16                            # pictures in one batch: what bounds the memory
 
 
 def newest_run(root="runs"):
@@ -22,7 +25,7 @@ def newest_run(root="runs"):
     return runs[-1].parent if runs else None
 
 
-def trace_frames(pipe, steps, count):
+def trace_frames(pipe, steps):
     """steps: [(drawn ids, kept)] of `decode`'s on_step -> PIL frames; what is still masked is grey."""
     side = pipe.muse.config.grid
     for drawn, kept in steps:
@@ -30,7 +33,7 @@ def trace_frames(pipe, steps, count):
         f = images.shape[1] // side
         known = kept.view(-1, side, side, 1).cpu().numpy().repeat(f, 1).repeat(f, 2)
         images[~known[..., 0]] = 128
-        yield grid(images, min(count, 8), scale=3)
+        yield grid(images, min(len(images), 8), scale=3)
 
 
 def main():
@@ -50,10 +53,13 @@ def main():
     add("--out", default="sample.png", help="a PNG: one picture, or a grid with one row for each prompt")
     add("--trace", metavar="GIF", help="also write the decoding, step by step")
     add("--weights", default="weights/tiny", help="folder of the base")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if args.gamma > 1:
         parser.error("--gamma must lie between 0 and 1")
+    for path, suffix in ((args.out, ".png"), (args.trace, ".gif")):
+        if path and not path.lower().endswith(suffix):
+            parser.error(f"{path} must end in {suffix}")
 
     pipe = StyleDrop.load(args.weights, args.device)
     for prompt in args.prompt:
@@ -64,11 +70,14 @@ def main():
     style = load_adapter(run) if run else None
     content = load_adapter(args.content) if args.content else None
 
-    trace = []
-    images = to_uint8(pipe.generate(
-        [prompt for prompt in args.prompt for _ in range(args.num)], style, content, args.lambda_a, args.lambda_b,
-        args.gamma, args.steps, args.temperature, args.seed,
-        on_step=(lambda step, drawn, kept: trace.append((drawn, kept))) if args.trace else None))
+    wanted = [prompt for prompt in args.prompt for _ in range(args.num)]
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    images, trace = [], []                                  # the trace is of the first pictures
+    on_step = (lambda step, drawn, kept: trace.append((drawn, kept)) if not images else None) if args.trace else None
+    for i in range(0, len(wanted), AT_ONCE):
+        images.append(to_uint8(pipe.generate(wanted[i:i + AT_ONCE], style, content, args.lambda_a, args.lambda_b,
+                                             args.gamma, args.steps, args.temperature, generator, on_step=on_step)))
+    images = np.concatenate(images)
     if len(images) == 1:
         picture = Image.fromarray(images[0].repeat(args.scale, 0).repeat(args.scale, 1))
     else:
@@ -76,7 +85,7 @@ def main():
     write_whole(args.out, lambda file: picture.save(file, "PNG"))
     print(args.out)
     if args.trace:
-        first, *rest = trace_frames(pipe, trace, len(images))
+        first, *rest = trace_frames(pipe, trace)
         write_whole(args.trace, lambda file: first.save(
             file, "GIF", save_all=True, append_images=rest, loop=0, duration=[120] * len(rest) + [2000]))
         print(args.trace)

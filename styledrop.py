@@ -179,6 +179,8 @@ class StyleDrop:
         """The base in a folder of vqgan.pt, clip.pt and muse.pt. Raises ValueError in one line."""
         weights = Path(weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("there is no CUDA GPU here; use the device cpu")
         vqgan, _ = load_model(weights / "vqgan.pt", "vqgan", VQGANConfig, VQGAN)
         clip = clip_feedback.load_clip(weights / "clip.pt").eval().requires_grad_(False)
         muse, saved = load_model(weights / "muse.pt", "muse", MuseConfig, Muse)
@@ -221,8 +223,8 @@ class StyleDrop:
         `style_phrase`) is appended: t. The content adapter sees them as they are: c.
         style only: Eq. 4. content only: Eq. 6, that is gamma 1. Both: (1 - gamma) Eq. 5 + gamma Eq. 6.
         Neither: Eq. 1, the base. Every distinct forward pass of a step is one part of one batch.
-        The same seed on the same machine gives the same images. Raises ValueError for an adapter
-        of another base.
+        seed: an int, or a generator to go on from; the same seed on the same machine gives the same
+        images. Raises ValueError for an adapter of another base.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         B = len(prompts)
@@ -257,7 +259,7 @@ class StyleDrop:
             return mix_logits(guided("t"), guided("c"), gamma)
 
         c = self.muse.config
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = seed if isinstance(seed, torch.Generator) else torch.Generator(self.device).manual_seed(seed)
         ids = muse_.decode(logits_fn, B, c.tokens, c.mask_id, steps, temperature, generator, on_step)
         return self.vqgan.decode(ids.view(B, c.grid, c.grid))
 

@@ -102,6 +102,9 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
             optimiser.load_state_dict(state)
         start, minutes = saved["step"], saved["minutes"]
         print(f"going on from step {start} of {out / 'checkpoint.pt'}")
+        lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+        lines = [line + "\n" for line in lines if json.loads(line)["step"] <= start]     # what came after is lost
+        write_whole(out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
 
     def keep(step):
         spent = minutes + (time.time() - began) / 60
@@ -394,7 +397,7 @@ def main():
     add("--seed", type=number(int, 0), default=0)
     add("--weights", default="weights/tiny", help="folder of the base")
     add("--out", help="run folder (default: runs/NAME OF THE REFERENCE or runs/STAGE)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     if bool(args.ref) == bool(args.stage):
         parser.error("give --ref IMG to teach a style, or --stage vqgan|clip|muse to pretrain the base")
