@@ -87,7 +87,7 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
     """The loop of the three stages: resume, step, log, draw, keep.
 
     models: name -> module, all in the checkpoint; optimisers: a list; train_step(step, images,
-    captions, generator) -> dict of floats, after its optimiser steps; picture() -> PIL image;
+    captions, generator) -> dict of floats, after its optimiser steps; picture() -> PIL image, or None;
     export(provenance) writes the shipped file; ema: a pair (average, module) or None.
     All of a step's randomness follows from (seed, step), so step and weights are the whole state.
     """
@@ -112,7 +112,8 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
             dict(kind=f"{stage} checkpoint", step=step, minutes=spent,
                  models={name: model.state_dict() for name, model in models.items()},
                  optimisers=[optimiser.state_dict() for optimiser in optimisers]), file))
-        write_whole(out / "samples.png", lambda file: picture().save(file, "PNG"))
+        if picture is not None:
+            write_whole(out / "samples.png", lambda file: picture().save(file, "PNG"))
         export(dict(stage=stage, steps=step, batch=args.batch, images=step * args.batch, minutes=round(spent, 1),
                     machine=machine(), data=args.data or "data/", seed=args.seed, lr=args.lr))
 
@@ -217,10 +218,7 @@ def pretrain_clip(args):
             accuracy = same.gather(1, nearest).float().mean().item()
         return dict(loss=loss.item(), accuracy=accuracy, scale=model.logit_scale.exp().item())
 
-    def picture():                                           # 16 pictures the model has not met, nothing to draw
-        return grid(to_uint8(Steps(args.source, 16, args.resolution, args.seed + 1)[0][0]), 8)
-
-    pretrain("clip", args, dict(model=model), [optimiser], train_step, picture,
+    pretrain("clip", args, dict(model=model), [optimiser], train_step, None,
              lambda provenance: save_model(Path(args.out) / "clip.pt", "clip", model, provenance,
                                            merges=[" ".join(pair) for pair in tokenizer.merges]))
 

@@ -1,0 +1,269 @@
+"""muse.py: what the transformer may see, the cosine mask law, the masked loss, and MaskGIT's decoding rule."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import shake
+
+import muse as muse_
+from muse import PRESETS, Muse, decode, mask_ratio, masked_loss, random_mask
+
+TOY = PRESETS["toy"]
+N, V, MASK = TOY.tokens, TOY.codebook_size, TOY.mask_id
+generator = lambda seed=0: torch.Generator().manual_seed(seed)
+some_ids = lambda b=2, seed=0, n=N: torch.randint(V + 1, (b, n), generator=generator(seed))
+some_text = lambda b=2, seed=0: torch.randn(b, 6, TOY.text_width, generator=generator(seed))
+some_mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+
+
+@pytest.fixture(params=[1, 2], ids=["patch=1", "patch=2"])
+def muse(request):
+    return shake(Muse(replace(TOY, patch=request.param)), 0.2).eval().requires_grad_(False)
+
+
+# -- the transformer
+
+def test_logits_have_no_mask_token(muse):
+    """Trap: logits over V + 1 ids let [MASK] itself be drawn."""
+    logits = muse(some_ids(), some_text(), some_mask)
+    assert logits.shape == (2, N, V) and logits.dtype == torch.float32 and muse.token.num_embeddings == V + 1
+
+
+def test_text_padding_is_never_read(muse):
+    """Trap: attention without the text mask makes a picture depend on how long the other prompts are."""
+    ids, text = some_ids(), some_text()
+    logits = muse(ids, text, some_mask)
+    assert torch.equal(logits, muse(ids, text.masked_fill(~some_mask[..., None], 7.0), some_mask))
+    assert torch.allclose(logits[:1], muse(ids[:1], text[:1, :4], some_mask[:1, :4]), atol=1e-5)
+    assert (muse(ids, some_text(seed=1), some_mask) - logits).abs().amax((1, 2)).min() > 0.1     # the rest is read
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_ungrouping_undoes_grouping(patch):
+    """A network of identities that must give every token back at its own place.
+
+    Trap: tokens enter in the order (row, column in patch) and leave in another; the loss still falls.
+    """
+    E = V + 1
+    muse = Muse(replace(TOY, patch=patch, layers=0, width=patch ** 2 * E, token_width=E))
+    for p in muse.parameters():
+        p.data = torch.eye(*p.shape) if p.dim() == 2 else torch.zeros_like(p) if p.dim() == 3 else p.data
+    ids = some_ids(4).clamp(max=V - 1)
+    assert torch.equal(muse(ids, some_text(4), None).argmax(-1), ids)
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_a_position_holds_neighbours(patch):
+    """Without attention, logits n hear of token m only inside one patch x patch square.
+
+    Trap: a plain reshape groups runs of a row, or whole rows, instead of squares.
+    """
+    muse = shake(Muse(replace(TOY, patch=patch, layers=0)), 0.3)
+    ids = torch.zeros(1, N, dtype=torch.long)
+    square = lambda n: (n // TOY.grid // patch, n % TOY.grid // patch)
+    for m in range(N):
+        changed = (muse(ids.index_fill(1, torch.tensor([m]), 5), some_text(1), None) - muse(ids, some_text(1), None))[0]
+        assert (changed.abs().amax(1) > 1e-6).tolist() == [square(n) == square(m) for n in range(N)]
+
+
+def test_every_position_is_its_own(muse):
+    """Trap: rows and columns share an embedding, and (2, 1) looks like (1, 2)."""
+    P, D = muse.row.shape[0], muse.row.shape[2]
+    positions = (muse.row + muse.col).reshape(P * P, D)
+    assert torch.pdist(positions).min() > 0.1 and not torch.allclose(muse.row, muse.col.transpose(0, 1))
+
+
+def test_attention_reaches_everything(muse):
+    """Every token's logits depend on every other token."""
+    ids = some_ids(1)
+    before = muse(ids, some_text(1), None)
+    for m in range(0, N, 3):
+        after = muse(ids.index_fill(1, torch.tensor([m]), int(ids[0, m] + 1) % V), some_text(1), None)
+        assert ((after - before).abs().amax(-1) > 0).all()
+
+
+def test_adapters_are_called_once_at_each_layer_and_placement(muse):
+    """None is the identity, bit by bit. Traps: dead rows (the index stands still in some layers); a third placement."""
+    calls = []
+    logits = muse(some_ids(), some_text(), some_mask, lambda h, layer, site: calls.append((layer, site)) or h)
+    assert calls == [(layer, site) for layer in range(TOY.layers) for site in ("cross", "mlp")]
+    assert torch.equal(logits, muse(some_ids(), some_text(), some_mask))
+
+
+# -- the mask law
+
+def test_mask_ratio():
+    for u, ratio in ((0.0, 1.0), (1 / 3, 3 ** 0.5 / 2), (0.5, 0.5 ** 0.5), (1.0, 0.0)):
+        assert mask_ratio(u) == pytest.approx(ratio) and mask_ratio(torch.tensor(u)).item() == pytest.approx(ratio, abs=1e-6)
+
+
+def test_mask_law():
+    """r = cos(pi u / 2): mean 2 / pi, P(r > .9) = .287.
+
+    Traps: inverted (mean .36); the arccos law (the same mean, P = .157); one u for the whole batch.
+    """
+    mask = random_mask(10_000, 256, generator())
+    ratio = mask.float().mean(1)
+    assert ratio.mean().item() == pytest.approx(2 / math.pi, abs=0.01)
+    assert (ratio > 0.9).float().mean().item() == pytest.approx(0.287, abs=0.015)
+    assert (ratio > 0.99).float().mean().item() == pytest.approx(0.090, abs=0.02)
+    assert mask.float().mean(0).sub(2 / math.pi).abs().max() < 0.03          # no position is favoured
+    assert torch.equal(mask[:9], random_mask(10_000, 256, generator())[:9])
+
+
+@pytest.mark.parametrize("ratio, count", [(0.0, 1), (0.3, 5), (0.5, 8), (0.51, 9), (1.0, 16)])
+def test_mask_counts_are_exact(monkeypatch, ratio, count):
+    """ceil(gamma N) tokens, at least one. Traps: a coin for each token; floor; an empty mask, whose loss is 0 / 0."""
+    monkeypatch.setattr(muse_, "mask_ratio", lambda u: torch.full_like(u, ratio))
+    assert (random_mask(50, 16, generator()).sum(1) == count).all()
+
+
+# -- the loss
+
+def toy_loss(seed=0):
+    logits = torch.randn(3, 8, 5, generator=generator(seed), requires_grad=True)
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    mask[0, 3], mask[1, :7], mask[2, ::2] = True, True, True
+    return logits, torch.randint(5, (3, 8), generator=generator(seed)), mask
+
+
+@pytest.mark.parametrize("e", [0.0, 0.1])
+def test_masked_loss_equals_a_plain_loop(e):
+    """on = 1 - e + e / K, off = e / K; the mean of each image, then over images.
+
+    Traps: the pooled mean, where an image with one mask hardly counts; off = e / (K - 1).
+    """
+    logits, ids, mask = toy_loss()
+    images, pooled = [], []
+    for b in range(3):
+        terms = []
+        for n in range(8):
+            if mask[b, n]:
+                total = sum(math.exp(x) for x in logits[b, n].tolist())
+                log_p = [math.log(math.exp(x) / total) for x in logits[b, n].tolist()]
+                terms.append(-sum((e / 5 + (1 - e) * (k == int(ids[b, n]))) * log_p[k] for k in range(5)))
+        images.append(sum(terms) / len(terms))
+        pooled += terms
+    ours = masked_loss(logits, ids, mask, e).item()
+    assert ours == pytest.approx(sum(images) / 3, rel=1e-5)
+    assert abs(ours - sum(pooled) / len(pooled)) > 0.01                      # this batch tells the two apart
+
+
+def test_loss_is_blind_to_visible_tokens():
+    """StyleDrop's text says "unmasked"; MaskGIT's objective is on the masked. Trap: a loss over all teaches copying."""
+    logits, ids, mask = toy_loss()
+    loss = masked_loss(logits, ids, mask)
+    grad = torch.autograd.grad(loss, logits)[0].abs().sum(-1)
+    assert (grad[~mask] == 0).all() and (grad[mask] > 0).all()
+    other = torch.where(mask[..., None], logits, torch.randn(3, 8, 5, generator=generator(9)) * 10)
+    assert masked_loss(other, ids, mask) == loss
+
+
+# -- decoding
+
+def table(n, v=V, seed=0):
+    """A fake G of peaked logits that differ from step to step and hang on what is known."""
+    def logits_fn(ids, step):
+        known = (ids * (ids < v)).sum(1, keepdim=True)[..., None] % 7 / 7
+        return 2.5 * torch.randn(len(ids), n, v, generator=generator(100 * seed + step)) * (1 + known)
+    return logits_fn
+
+
+def trace(logits_fn, n=N, v=V, steps=6, temperature=4.5, seed=0, batch=2):
+    """What decode does: its result, and (ids it showed to G, logits, drawn, kept) for each step."""
+    seen, steps_seen = [], []
+
+    def spy(ids, step):
+        seen.append((ids.clone(), logits_fn(ids, step)))
+        return seen[-1][1]
+    out = decode(spy, batch, n, v, steps, temperature, generator(seed),
+                 lambda step, drawn, kept: steps_seen.append((*seen[step], drawn.clone(), kept.clone())))
+    assert len(steps_seen) == len(seen) == steps
+    return out, steps_seen
+
+
+@pytest.mark.parametrize("temperature", [0.0, 4.5])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_decode_follows_the_official_rule(monkeypatch, temperature, steps):
+    """MaskGIT's parallel_decode, replayed in numpy from the tokens and the noise that were drawn.
+
+    Traps: confidence by raw logit; the most confident masked again; annealing that compounds
+    (temperature *= 1 - ratio) or stands still; ratio = k / T; known tokens without +inf.
+    """
+    noise, draw = [], torch.Tensor.exponential_
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, **k: noise.append(draw(x, **k).clone()) or noise[-1])
+    n = 40
+    out, seen = trace(table(n), n, steps=steps, temperature=temperature)
+    known = np.zeros((2, n), bool)
+    for k, (ids, logits, drawn, kept) in enumerate(seen):
+        ratio = (k + 1) / steps
+        n_mask = max(1, min((~known[0]).sum() - 1, math.floor(n * math.cos(math.pi / 2 * ratio))))
+        for b in range(2):
+            x = logits[b].double().numpy()
+            log_p = x - np.log(np.exp(x).sum(1, keepdims=True))
+            confidence = log_p[np.arange(n), drawn[b]] - temperature * (1 - ratio) * np.log(noise[k][b].numpy())
+            confidence[known[b]] = np.inf
+            known[b] = True
+            known[b, sorted(range(n), key=lambda i: confidence[i])[:n_mask]] = k + 1 == steps
+        assert (kept.numpy() == known).all(), f"step {k}"
+    assert torch.equal(out, seen[-1][2])
+
+
+@pytest.mark.parametrize("n, steps, start, end", [
+    (256, 36, [1, 1, 1, 1, 3, 2, 3, 4], [11, 11]), (256, 12, [3, 6, 11, 15, 18, 22, 26, 27, 31, 31, 33, 33], []),
+    (64, 12, [1, 2, 2, 4, 5, 5, 7, 6, 8, 8, 8, 8], []), (16, 1, [16], []), (4, 6, [1, 1, 1, 0, 0, 1], [])])
+def test_reveal_counts(n, steps, start, end):
+    """The cosine schedule, worked out by hand. Traps: a linear one; a mask left over; too many steps for the tokens."""
+    _, seen = trace(lambda ids, step: torch.randn(*ids.shape, 3, generator=generator(step)), n, 3, steps)
+    known = torch.stack([torch.zeros(2, n, dtype=torch.bool), *(kept for *_, kept in seen)]).sum(-1).diff(dim=0)
+    for counts in known.T.tolist():
+        assert counts[:len(start)] == start and counts[len(counts) - len(end):] == end and sum(counts) == n
+
+
+@pytest.mark.parametrize("temperature", [0.0, 4.5])
+def test_each_token_is_fixed_once_and_for_good(temperature):
+    """Traps: a known token drawn afresh; G shown tokens that were masked again; [MASK] in the result."""
+    out, seen = trace(table(N), temperature=temperature)
+    before = torch.zeros(2, N, dtype=torch.bool)
+    tokens = torch.full((2, N), MASK)
+    for ids, _, drawn, kept in seen:
+        assert torch.equal(ids, tokens)                                      # what G saw: the kept ones and [MASK]
+        assert (kept | ~before).all() and torch.equal(drawn[before], tokens[before])
+        tokens, before = torch.where(kept, drawn, MASK), kept
+    assert torch.equal(out, tokens) and 0 <= out.min() and out.max() < V
+
+
+def test_tokens_are_drawn_without_temperature():
+    """Trap: 4.5 also flattens the tokens' own softmax, as zideliu's StyleDrop does."""
+    p = torch.tensor([0.8, 0.15, 0.05])
+    _, seen = trace(lambda ids, step: p.log().expand(*ids.shape, 3), 2000, 3, steps=3, temperature=4.5)
+    first = torch.bincount(seen[0][2].flatten(), minlength=3) / 4000
+    assert torch.allclose(first, p, atol=0.025)
+
+
+def test_temperature_is_chance_in_the_order():
+    """Trap: the noise is drawn but does nothing. At 0 the order is that of confidence alone."""
+    logits_fn = lambda ids, step: torch.linspace(1, 9, N)[:, None] * F.one_hot(torch.zeros(N, dtype=torch.long), V)[None].expand(len(ids), N, V)
+    first = lambda temperature: [int(trace(logits_fn, steps=N, temperature=temperature, seed=s, batch=1)[1][0][3].nonzero()[0, 1])
+                                 for s in range(12)]
+    assert min(first(0.0)) > N // 2 and len(set(first(50.0))) > 4
+
+
+def test_confidence_is_a_log_probability():
+    """A constant added to a position's logits is nothing to its softmax. Trap: raw logits, ranked across positions."""
+    shift = torch.randn(N, 1, generator=generator(5)) * 20
+    plain, shifted = (trace(lambda ids, step: table(N)(ids, step) + s)[0] for s in (0, shift))
+    assert torch.equal(plain, shifted)
+
+
+def test_decode_hangs_on_its_generator_alone():
+    """Trap: a second source of chance (global torch, numpy) that the seed does not reach."""
+    def run(seed, other):
+        torch.manual_seed(other), np.random.seed(other)
+        return trace(table(N), seed=seed)[0]
+    assert torch.equal(run(1, 2), run(1, 3)) and not torch.equal(run(1, 2), run(2, 2))
+    assert not torch.equal(*run(1, 2))                                       # nor are two pictures of a batch the same
