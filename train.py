@@ -96,10 +96,13 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
     start, minutes = 0, 0.0
     if (out / "checkpoint.pt").exists():
         saved = read_checkpoint(out / "checkpoint.pt", f"{stage} checkpoint")
-        for name, model in models.items():
-            model.load_state_dict(saved["models"][name])
-        for optimiser, state in zip(optimisers, saved["optimisers"]):
-            optimiser.load_state_dict(state)
+        try:
+            for name, model in models.items():
+                model.load_state_dict(saved["models"][name])
+            for optimiser, state in zip(optimisers, saved["optimisers"]):
+                optimiser.load_state_dict(state)
+        except (KeyError, RuntimeError, ValueError):
+            raise ValueError(f"{out / 'checkpoint.pt'} is of another preset; give another --out") from None
         start, minutes = saved["step"], saved["minutes"]
         print(f"going on from step {start} of {out / 'checkpoint.pt'}")
         lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
@@ -265,9 +268,9 @@ def pretrain_muse(args):
 
 
 STAGES = {                                                   # stage: (function, default steps, batch, lr)
-    "vqgan": (pretrain_vqgan, 6000, 16, 1e-3),
-    "clip": (pretrain_clip, 1200, 128, 1e-3),
-    "muse": (pretrain_muse, 4000, 64, 2e-3),
+    "vqgan": (pretrain_vqgan, 2200, 16, 1e-3),
+    "clip": (pretrain_clip, 560, 128, 1e-3),
+    "muse": (pretrain_muse, 1700, 64, 2e-3),
 }
 
 
