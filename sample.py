@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from styledrop import StyleDrop, check_prompt, grid, load_adapter, number, run_command, to_uint8, write_whole
+from styledrop import Parser, StyleDrop, check_prompt, grid, load_adapter, number, run_command, to_uint8, write_whole
 
 AT_ONCE = 16                            # pictures in one batch: what bounds the memory
 
@@ -37,7 +37,7 @@ def trace_frames(pipe, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--prompt", action="append", required=True, metavar="TEXT", help="what to draw; give it again for more pictures")
     add("--style", metavar="RUN", help="a run folder, or none for the bare base (default: the newest run)")

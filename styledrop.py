@@ -12,7 +12,6 @@ Shapes: B batch, N image tokens, L text length, D width, V codebook size.
 
 import argparse
 import hashlib
-import math
 import os
 import sys
 import tempfile
@@ -83,9 +82,9 @@ def read_checkpoint(path, kind):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                       # pickle, zip and torch all have their own
-        raise ValueError(f"{path} is damaged or not a {kind} file; fetch or train it again") from None
+        raise ValueError(f"{path} is damaged or no {kind} file; fetch or train it again") from None
     if not isinstance(saved, dict) or saved.get("kind") != kind:
-        raise ValueError(f"{path} is not a {kind} file")
+        raise ValueError(f"{path} is no {kind} file")
     return saved
 
 
@@ -128,9 +127,9 @@ def load_adapter(path):
     try:
         adapter = StyleAdapter(**saved["config"])
         adapter.load_state_dict(saved["weights"])
+        adapter.about = saved["about"]
     except (KeyError, TypeError, RuntimeError):
         raise ValueError(f"{path} does not fit this version's adapters; train it again") from None
-    adapter.about = saved["about"]
     return adapter.eval().requires_grad_(False)
 
 
@@ -302,15 +301,22 @@ class StyleDrop:
 # ---------------------------------------------------------------------------------------------
 # What train.py and sample.py share
 
+class Parser(argparse.ArgumentParser):
+    """A wrong option is one line like every other mistake, without the page of usage (--help has it)."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
 def number(kind, low, strict=False):
-    """An argparse type: a finite int or float that is at least (strict: more than) low."""
+    """An argparse type: an int or float that is at least (strict: more than) low, and neither nan nor endless."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not math.isfinite(value) or value < low or strict and value == low:
-            raise argparse.ArgumentTypeError(f"{text} must be {'above' if strict else 'at least'} {low} and finite")
+        if not low <= value < 1e12 or strict and value == low:
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if strict else 'at least'} {low} and below 1e12")
         return value
     return parse
 

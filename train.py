@@ -29,8 +29,8 @@ import clip_feedback
 import data
 import muse as muse_
 import vqgan as vqgan_
-from styledrop import (RARE_TOKEN, StyleDrop, check_prompt, grid, load_model, number, read_checkpoint, run_command,
-                       save_model, style_prompt, to_tensor, to_uint8, write_whole)
+from styledrop import (RARE_TOKEN, Parser, StyleDrop, check_prompt, grid, load_model, number, read_checkpoint,
+                       run_command, save_model, style_prompt, to_tensor, to_uint8, write_whole)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ def guess_content(pipe, images):
 # Command line
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # style tuning
     add("--ref", nargs="+", metavar="IMG", help="the style reference; several teach one style together")
@@ -410,6 +410,7 @@ def main():
     args.steps, args.batch, args.lr = (given or default for given, default in
                                        zip((args.steps, args.batch, args.lr), defaults))
     if args.stage:
+        torch.manual_seed(args.seed)                         # of the initial weights
         args.resolution = vqgan_.PRESETS[args.preset].resolution
         args.source = data.Folder(args.data, args.resolution) if args.data else data.Art(size=args.resolution)
     job(args)

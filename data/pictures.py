@@ -28,8 +28,8 @@ def draw(art, name, set_name, style, rng):
     return styles.apply(style, art.drawings[art.find(name, set_name)], rng)
 
 
-def contact_sheet(columns=14, rows=8):
-    art, rng = Art(size=96), np.random.default_rng(3)
+def contact_sheet(columns=12, rows=8):
+    art, rng = Art(size=64), np.random.default_rng(3)
     tiles = [styles.apply(styles.sample(rng, held_out=k % 4 == 0), art.drawings[rng.integers(len(art.names))], rng)
              for k in range(columns * rows)]
     return Image.fromarray(np.concatenate([np.concatenate(tiles[r * columns:][:columns], 1) for r in range(rows)]))

@@ -138,11 +138,13 @@ def coordinates(size):
 
 @functools.lru_cache(None)
 def cells(size, kind):
-    """A fixed Voronoi pattern of 160 cells: (size, size) cell numbers, and its borders (size, size, 1)."""
-    rng = np.random.default_rng((kind, 160))
+    """A fixed Voronoi pattern of 64 panes, one in each square of 8: (size, size) pane numbers, and the
+    borders between them (size, size, 1)."""
+    rng = np.random.default_rng((kind, 64))
     x, y = coordinates(size)
-    seeds = rng.random((160, 2)).astype(np.float32) * 64
-    distance = np.hypot(x - seeds[:, 0], y - seeds[:, 1])                        # (size, size, 160)
+    row, column = np.divmod(np.arange(64), 8)
+    seeds = (np.stack([column, row], 1) + rng.uniform(0.15, 0.85, (64, 2))).astype(np.float32) * 8
+    distance = np.hypot(x - seeds[:, 0], y - seeds[:, 1])                        # (size, size, 64)
     near = np.partition(distance, 1, axis=-1)
     return distance.argmin(-1), (near[..., 1:2] - near[..., :1]) < 1.0
 
@@ -206,10 +208,12 @@ def mosaic(p, a, size, kind):
 
 def stained_glass(p, a, size, kind):
     index, lead = cells(size, kind)
-    count = np.bincount(index.ravel(), minlength=160)[:, None]
-    mean = np.stack([np.bincount(index.ravel(), p[..., i].ravel(), 160) for i in range(3)], 1) / np.maximum(count, 1)
-    glass = mean.astype(np.float32)[index] * (0.8 + 0.4 * noise(size, 3, kind))
-    return np.where(lead, 0.05, mix(light_of(glass), glass, 1.5))
+    index = index + 64 * (a[..., 0] > 0.5)                                       # the drawing's contour cuts panes in two
+    count = np.bincount(index.ravel(), minlength=128)[:, None]
+    mean = np.stack([np.bincount(index.ravel(), p[..., i].ravel(), 128) for i in range(3)], 1) / np.maximum(count, 1)
+    glass = mix(mean.astype(np.float32)[index], p, 0.35) * (0.85 + 0.35 * noise(size, 6, kind))
+    contour = spread(a, size / 64) - a > 0.5
+    return np.where(lead | contour, 0.06, mix(light_of(glass), glass, 1.5))
 
 
 def pixel_art(p, a, size, kind):

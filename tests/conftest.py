@@ -1,16 +1,24 @@
-"""A toy base, random but complete, for every test that needs a pipeline."""
+"""Shared by all tests: a random base at toy size, its weights folder, adapters with an effect, the two commands."""
 
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clip_feedback
 import muse as muse_
 import vqgan as vqgan_
-from styledrop import StyleDrop, save_model
+from clip_feedback import CLIP, Tokenizer, train_merges
+from muse import Muse
+from styledrop import StyleAdapter, StyleDrop, run_command, save_model
+from vqgan import VQGAN
 
-torch.set_num_threads(1)                                    # toy sizes: more threads only wait for each other
+torch.set_num_threads(1)                # toy tensors gain nothing from a second thread, and lose on a busy machine
+
+WORDS = ["a cat in watercolor painting style", "a house", "a tree", "a teapot", "an owl", "blurry flat vector"] * 3
 
 
 def shake(module, std=0.2, seed=0):
@@ -23,38 +31,94 @@ def shake(module, std=0.2, seed=0):
     return module
 
 
+def noise_images(count, side=16, seed=0):
+    """Coarse random pictures (count, 3, side, side) in [-1, 1]."""
+    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=(side, side), mode="nearest")
+
+
 def toy_vqgan(seed=0):
+    """Its codebook has met one batch; before that, all codes are zero."""
     torch.manual_seed(seed)
-    vqgan = vqgan_.VQGAN(vqgan_.PRESETS["toy"]).eval()
-    images = torch.rand(16, 3, 16, 16) * 2 - 1
-    with torch.no_grad():                                   # an untrained codebook is all zeros: start it on data
-        z = vqgan.encoder(images)
-        vqgan.quantizer.update(z, vqgan.quantizer(z)[1], torch.Generator().manual_seed(seed))
-    return vqgan.requires_grad_(False)
+    vqgan = VQGAN(vqgan_.PRESETS["toy"]).eval()
+    z = vqgan.encoder(noise_images(16, seed=seed)).detach()
+    vqgan.quantizer.update(z, vqgan.quantizer(z)[1], torch.Generator().manual_seed(seed))
+    return vqgan
 
 
 def toy_clip(seed=0):
     torch.manual_seed(seed)
-    tokenizer = clip_feedback.Tokenizer(clip_feedback.train_merges(["a cat", "a house in flat style"], 8))
-    config = replace(clip_feedback.PRESETS["toy"], vocab_size=tokenizer.vocab_size)
-    return clip_feedback.CLIP(config, tokenizer).eval().requires_grad_(False)
+    tokenizer = Tokenizer(train_merges(WORDS, 100))
+    return shake(CLIP(replace(clip_feedback.PRESETS["toy"], vocab_size=tokenizer.vocab_size), tokenizer), 0.3).eval()
 
 
 def toy_muse(seed=0, **changes):
-    return shake(muse_.Muse(replace(muse_.PRESETS["toy"], **changes)), seed=seed).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="session")
-def pipe():
-    return StyleDrop(toy_vqgan(), toy_clip(), toy_muse())
+    return shake(Muse(replace(muse_.PRESETS["toy"], **changes)), seed=seed).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A weights folder with a toy base, as train.py writes it."""
+    """A weights folder as pretraining writes it, untrained."""
     folder = tmp_path_factory.mktemp("weights")
     clip = toy_clip()
     save_model(folder / "vqgan.pt", "vqgan", toy_vqgan(), {})
     save_model(folder / "clip.pt", "clip", clip, {}, merges=[" ".join(pair) for pair in clip.tokenizer.merges])
     save_model(folder / "muse.pt", "muse", toy_muse(), {})
     return folder
+
+
+@pytest.fixture(scope="session")
+def pipe(weights):
+    """The toy pipeline. Shared: tests that change it take a copy."""
+    return StyleDrop.load(weights, "cpu")
+
+
+@pytest.fixture(scope="session")
+def make_adapter(pipe):
+    """make_adapter(seed) -> an adapter of the toy base whose effect is plain to see; sd=0: a fresh one."""
+    def make(seed=0, sd=0.3, style="watercolor painting", base=None):
+        c = pipe.muse.config
+        adapter = StyleAdapter(c.width, 4, c.layers, True, torch.Generator().manual_seed(seed))
+        adapter.about = dict(base=base or pipe.base, style=style)
+        return (shake(adapter, sd, seed) if sd else adapter).requires_grad_(False)
+    return make
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """picture("a.png") -> the path of a new 20 x 16 picture."""
+    def make(name="ref.png", seed=0):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(tmp_path / name)
+        return str(tmp_path / name)
+    return make
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """cli(main, *arguments) -> exit code, stdout, stderr of a command run in an empty folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            run_command(main)
+            code = 0
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return code, out, err
+    return run
+
+
+@pytest.fixture
+def refused(cli, tmp_path):
+    """refused(main, *arguments): the command exits with 2 and one line, which is returned, and leaves nothing behind."""
+    def run(main, *arguments):
+        files = lambda: {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+        before = files()
+        code, _, err = cli(main, *arguments)
+        assert code == 2 and err.endswith("\n") and err.count("\n") == 1, f"exit {code}:\n{err}"
+        assert "Traceback" not in err and files() == before
+        return err
+    return run

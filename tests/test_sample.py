@@ -1,0 +1,167 @@
+"""sample.py: which style is used and said, what is written, and refusals that write nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from styledrop import StyleDrop, load_adapter, to_uint8
+
+ROOT = Path(sample.__file__).parent
+
+
+@pytest.fixture
+def draw(cli, weights, make_adapter):
+    """draw("--prompt", "a cat", ...) -> exit code, stdout, stderr; in a folder with the runs old and new."""
+    for when, (name, seed) in enumerate((("new", 1), ("old", 2)), 1):
+        make_adapter(seed).save(f"runs/{name}/adapter.pt")
+        os.utime(f"runs/{name}/adapter.pt", (1e9 - when, 1e9 - when))
+    Path("runs/unfinished").mkdir()
+    return lambda *options: cli(sample.main, "--weights", weights, "--steps", 3, *options)
+
+
+def picture(path="sample.png"):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_newest_run_is_used_and_named(draw, pipe):
+    """Not the last by name, nor a folder without an adapter. Trap: the style is applied but not said."""
+    code, out, err = draw("--prompt", "a cat", "--scale", 1)
+    assert code == 0 and err == "" and out.splitlines() == [f"style: {Path('runs/new')}, the newest run", "sample.png"]
+    expected = lambda style: to_uint8(pipe.generate(["a cat"], style and load_adapter(style), steps=3))[0]
+    assert np.array_equal(picture(), expected("runs/new"))
+    os.utime("runs/old/adapter.pt", (2e9, 2e9))
+    assert "runs/old" in draw("--prompt", "a cat", "--scale", 1)[1].replace("\\", "/")
+    assert np.array_equal(picture(), expected("runs/old")) and not np.array_equal(picture(), expected("runs/new"))
+    for style in ("runs/new", "runs/new/adapter.pt"):
+        assert draw("--prompt", "a cat", "--scale", 1, "--style", style)[1] == "sample.png\n"
+        assert np.array_equal(picture(), expected("runs/new"))
+    assert draw("--prompt", "a cat", "--scale", 1, "--style", "none")[0] == 0
+    assert np.array_equal(picture(), expected(None))
+
+
+def test_no_run_yet(cli, weights):
+    code, out, _ = cli(sample.main, "--weights", weights, "--prompt", "a cat", "--steps", 2)
+    assert code == 0 and "no run yet" in out and picture().shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("options, rows, columns", [
+    (["--prompt", "a cat", "--num", "3"], 1, 3), (["--prompt", "a cat", "--prompt", "a house", "--num", "2"], 2, 2),
+    (["--prompt", "a cat"] * 3, 1, 3), (["--prompt", "a cat"] * 9, 2, 8), (["--prompt", "a cat", "--num", "18"], 1, 18)])
+def test_grids(draw, options, rows, columns):
+    """A row for each prompt; more pictures than go through at once come out all the same, and all different."""
+    assert draw(*options, "--scale", 2, "--out", "grids/a.png")[0] == 0
+    sheet = picture("grids/a.png")
+    assert sheet.shape == (rows * 34 + 2, columns * 34 + 2, 3)
+    cells = {sheet[2:34, 2 + 34 * i:34 + 34 * i].tobytes() for i in range(columns)}
+    assert len(cells) == columns
+
+
+def test_options_reach_the_sampler(draw, monkeypatch):
+    """Trap: positional arguments in the wrong order."""
+    seen, real = [], StyleDrop.generate
+    names = ["prompts", "style", "content", "lambda_a", "lambda_b", "gamma", "steps", "temperature", "seed"]
+    monkeypatch.setattr(StyleDrop, "generate",
+                        lambda self, *a, **k: seen.append(dict(zip(names, a), **k)) or real(self, *a, **k))
+    assert draw("--prompt", "a cat", "--style", "runs/new", "--content", "runs/old", "--lambda-a", 1.5, "--lambda-b", 4,
+                "--gamma", 0.25, "--temperature", 3, "--steps", 2, "--seed", 9)[0] == 0
+    call, = seen
+    for role, run in (("style", "runs/new"), ("content", "runs/old")):
+        assert torch.equal(call[role].generators["mlp"].up, load_adapter(run).generators["mlp"].up)
+    assert [call[name] for name in names[3:8]] == [1.5, 4, 0.25, 2, 3] and call["seed"].initial_seed() == 9
+
+
+def test_the_same_command_gives_the_same_bytes(draw):
+    draw("--prompt", "a cat", "--out", "a.png"), draw("--prompt", "a cat", "--out", "b.png")
+    draw("--prompt", "a cat", "--out", "c.png", "--seed", 1)
+    a, b, c = (Path(name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert a == b and a != c
+
+
+@pytest.mark.parametrize("steps, options", [(5, []), (1, []), (5, ["--num", "18"])])
+def test_trace_has_a_frame_for_each_step(draw, steps, options):
+    """Grey gives way to the picture, which is the last frame. Traps: equal frames merged; one step is no animation."""
+    assert draw("--prompt", "a cat", "--steps", steps, "--trace", "t.gif", "--scale", 3, *options)[0] == 0
+    grey = []
+    with Image.open("t.gif") as gif:
+        assert gif.n_frames == steps
+        for i in range(steps):
+            gif.seek(i)
+            grey.append((np.abs(np.asarray(gif.convert("RGB")).astype(int) - 128) < 2).all(-1).mean())
+        last = np.asarray(gif.convert("RGB")).astype(int)
+    assert grey == sorted(grey, reverse=True)
+    if steps > 1:
+        assert grey[0] > 0.5 and grey[-1] < 0.1
+    if not options:
+        assert np.abs(last[2:-2, 2:-2] - picture()).mean() < 20              # but for the GIF's palette
+
+
+@pytest.mark.parametrize("prompt", ["🐱🌳", "قطة على السطح", "一只猫", "кот", "a 'cat' \"in\" $HOME;\n%s {}", "É" * 3])
+def test_prompts_in_any_script(draw, prompt):
+    code, _, err = draw("--prompt", prompt)
+    assert code == 0 and "Traceback" not in err and picture().shape == (64, 64, 3)
+
+
+def test_a_long_prompt_is_cut_and_said(draw):
+    """500 words work; a note says that not all of them are read. Trap: a short one gets the note too."""
+    code, _, err = draw("--prompt", "cat " * 500)
+    assert code == 0 and err.count("\n") == 1 and "longer than 16 tokens" in err
+    assert draw("--prompt", "a cat")[2] == ""
+
+
+BAD = {                                                          # options besides a prompt, a word of the answer
+    "an empty prompt": (["--prompt", ""], "empty"),
+    "a blank prompt": (["--prompt", " \t"], "empty"),
+    "no steps": (["--steps", "0"], "--steps"),
+    "half a step": (["--steps", "1.5"], "--steps"),
+    "lambda nan": (["--lambda-a", "nan"], "--lambda-a"),
+    "lambda inf": (["--lambda-b", "inf"], "--lambda-b"),
+    "a gamma beyond 1": (["--gamma", "1.1"], "--gamma"),
+    "no pictures": (["--num", "0"], "--num"),
+    "a negative temperature": (["--temperature", "-1"], "--temperature"),
+    "a negative seed": (["--seed", "-1"], "--seed"),
+    "a missing run": (["--style", "runs/nothing"], "nothing"),
+    "a run without adapter": (["--style", "runs/unfinished"], "unfinished"),
+    "a missing content run": (["--content", "runs/nothing"], "nothing"),
+    "a run of another base": (["--style", "runs/foreign"], "another"),
+    "a content run of another base": (["--content", "runs/foreign"], "another"),
+    "a damaged run": (["--style", "runs/damaged"], "damaged"),
+    "a missing base": (["--weights", "nowhere"], "nowhere"),
+    "out is no png": (["--out", "cat.jpg"], "cat.jpg"),
+    "out is a folder": (["--out", "folder.png"], "folder.png"),
+    "out under a file": (["--out", "file/cat.png"], "file"),
+    "trace is no gif": (["--trace", "a.png"], "a.png"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refusals(draw, refused, weights, make_adapter, case):
+    """One line that names the trouble, exit code 2, no picture."""
+    make_adapter(base="another").save("runs/foreign/adapter.pt")
+    make_adapter().save("runs/damaged/adapter.pt")
+    Path("runs/damaged/adapter.pt").write_bytes(Path("runs/damaged/adapter.pt").read_bytes()[:700])
+    for name in ("foreign", "damaged"):
+        os.utime(f"runs/{name}/adapter.pt", (1e8, 1e8))
+    Path("folder.png").mkdir()
+    Path("file").write_text("")
+    arguments, word = BAD[case]
+    assert word in refused(sample.main, "--prompt", "a cat", "--steps", 1, "--weights", weights, *arguments)
+
+
+def test_a_prompt_is_needed(refused):
+    assert "--prompt" in refused(sample.main)
+
+
+def test_from_the_shell(tmp_path, weights):
+    """The real thing, once, in a process of its own."""
+    command = [sys.executable, ROOT / "sample.py", "--weights", weights, "--steps", "2", "--prompt", "a cat"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("sample.png\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["sample.png"]

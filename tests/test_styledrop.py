@@ -1,0 +1,385 @@
+"""styledrop.py: guidance against separate forward passes, Eq. 3 tuning, and files that are whole or not there."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise_images
+
+import muse as muse_
+import styledrop
+from muse import Muse
+from styledrop import (StyleAdapter, StyleDrop, fingerprint, grid, guided_logits, load_adapter, load_model, mix_logits,
+                       style_prompt, to_tensor, to_uint8, write_whole)
+from vqgan import VQGAN, VQGANConfig
+
+PROMPTS = ["a cat", "a house"]
+PHRASE = "watercolor painting"
+
+
+# -- equations
+
+def test_style_prompt():
+    """Content phrase, then style phrase (Table S4); without a style the content alone."""
+    assert style_prompt("a cat", "watercolor painting") == "a cat in watercolor painting style"
+    assert style_prompt("a cat", "") == "a cat"
+
+
+def test_eq4_coefficients():
+    """(1 + lA) G^(t) + (lB - lA) G(t) - lB G(n): 3, 3, -5 at (2, 5); they sum to 1.
+
+    Trap: G^(t) - G^(n) or G^(t) - G(n) in the lB term, which is another equation.
+    """
+    one, zero = torch.ones(1), torch.zeros(1)
+    weights = lambda a, b: [guided_logits(*(one if i == j else zero for j in range(3)), a, b).item() for i in range(3)]
+    assert weights(2, 5) == [3, 3, -5] and weights(1, 0) == [2, -1, 0] and weights(0, 0) == [1, 0, 0]
+    for a, b in ((0.7, 3.1), (5, 0), (0, 12)):
+        assert sum(weights(a, b)) == pytest.approx(1, abs=1e-5)
+
+
+def test_eq4_without_an_adapter_is_eq1():
+    base, null = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)), torch.ones(2, 5)
+    assert torch.equal(guided_logits(base, base, null, 0, 5), base + 5 * (base - null))
+    assert torch.equal(guided_logits(base, base, null, 2, 5), base + 5 * (base - null))
+
+
+def test_mix_endpoints():
+    s, c = torch.tensor([0.1, 3.3]), torch.tensor([7.7, -0.3])
+    assert torch.equal(mix_logits(s, c, 0), s) and torch.equal(mix_logits(s, c, 1), c)
+    assert torch.allclose(mix_logits(s, c, 0.25), 0.75 * s + 0.25 * c)
+
+
+# -- sampling
+
+def logits_of(pipe, monkeypatch, prompts=PROMPTS, **options):
+    """The guided logits that generate() hands to decode, and G(prompts, adapter) to build them by hand."""
+    caught, calls = [], []
+    ids = torch.randint(pipe.muse.config.mask_id + 1, (len(prompts), pipe.muse.config.tokens),
+                        generator=torch.Generator().manual_seed(3))
+    with monkeypatch.context() as patch:
+        patch.setattr(muse_, "decode", lambda fn, b, n, *rest: caught.append(fn(ids, 0)) or torch.zeros(b, n).long())
+        forward = Muse.forward
+        patch.setattr(Muse, "forward", lambda self, *a: calls.append(len(a[0])) or forward(self, *a))
+        pipe.generate(prompts, **options)
+
+    @torch.no_grad()
+    def G(prompts, adapter=None):
+        text, mask = pipe.embed(prompts)
+        return pipe.muse(ids, text, mask, None if adapter is None else adapter())
+    return caught[0], G, calls
+
+
+close = lambda x, y: torch.allclose(x, y, atol=1e-4, rtol=1e-4)
+styled = [style_prompt(p, PHRASE) for p in PROMPTS]
+null = ["", ""]
+
+
+def test_eq4_from_separate_passes(pipe, make_adapter, monkeypatch):
+    """3 G^(t) + 3 G(t) - 5 G(n), t with the style phrase, in one forward pass of three branches.
+
+    Traps: the phrase is forgotten; the tuned model sees n; a branch gets its neighbour's text or adapter.
+    """
+    style = make_adapter()
+    ours, G, calls = logits_of(pipe, monkeypatch, style=style)
+    assert close(ours, 3 * G(styled, style) + 3 * G(styled) - 5 * G(null)) and calls == [6]
+    assert not close(ours, 3 * G(PROMPTS, style) + 3 * G(PROMPTS) - 5 * G(null))
+    assert not close(ours, 3 * G(styled, style) + 3 * G(styled) - 5 * G(null, style))
+
+
+def test_negative_prompt_and_style_phrase(pipe, make_adapter, monkeypatch):
+    """Both can be chosen, and n still meets the untuned model."""
+    style, blurry = make_adapter(), ["blurry", "blurry"]
+    ours, G, _ = logits_of(pipe, monkeypatch, style=style, negative="blurry", style_phrase="flat vector",
+                           lambda_a=1, lambda_b=2)
+    t = [style_prompt(p, "flat vector") for p in PROMPTS]
+    assert close(ours, 2 * G(t, style) + G(t) - 2 * G(blurry))
+
+
+def test_no_guidance_is_the_tuned_model_alone(pipe, make_adapter, monkeypatch):
+    """Trap: lambda_a = lambda_b = 0 read as "no adapter"."""
+    style = make_adapter()
+    ours, G, _ = logits_of(pipe, monkeypatch, style=style, lambda_a=0, lambda_b=0)
+    assert close(ours, G(styled, style)) and not close(ours, G(styled))
+
+
+def test_base_is_eq1(pipe, monkeypatch):
+    """G(t) + lambda (G(t) - G(n)) whatever lambda_a is; two branches."""
+    ours, G, calls = logits_of(pipe, monkeypatch, lambda_a=3, lambda_b=2)
+    assert close(ours, 3 * G(PROMPTS) - 2 * G(null)) and calls == [4]
+
+
+def test_eq5_and_eq6_from_separate_passes(pipe, make_adapter, monkeypatch):
+    """(1 - g) l_s + g l_c: five branches; c carries no style word. Traps: adapters swapped, G(t) used for c."""
+    style, content = make_adapter(1), make_adapter(2, style="teapot")
+    ours, G, calls = logits_of(pipe, monkeypatch, style=style, content=content, gamma=0.3)
+    l_s = 3 * G(styled, style) + 3 * G(styled) - 5 * G(null)
+    l_c = 3 * G(PROMPTS, content) + 3 * G(PROMPTS) - 5 * G(null)
+    assert close(ours, 0.7 * l_s + 0.3 * l_c) and calls == [10]
+    alone, _, calls = logits_of(pipe, monkeypatch, content=content)
+    assert close(alone, l_c) and calls == [6]
+
+
+@pytest.mark.parametrize("gamma, kept", [(0.0, "style"), (1.0, "content")])
+def test_gamma_ends_are_single_adapters(pipe, make_adapter, gamma, kept):
+    """Bit by bit. Trap: a mix that is nearly the end of the line."""
+    adapters = dict(style=make_adapter(1), content=make_adapter(2))
+    both = pipe.generate(PROMPTS, **adapters, gamma=gamma, steps=4)
+    assert torch.equal(both, pipe.generate(PROMPTS, **{kept: adapters[kept]}, steps=4))
+    assert not torch.equal(both, pipe.generate(PROMPTS, **adapters, gamma=0.5, steps=4))
+
+
+def test_a_fresh_adapter_draws_what_the_base_draws(pipe, make_adapter):
+    """Bit by bit, at the same prompt text: tuning starts from the base, whatever lambda_a is."""
+    fresh = pipe.generate(PROMPTS, style=make_adapter(sd=0), steps=4)
+    assert torch.equal(fresh, pipe.generate(styled, steps=4))
+    assert not torch.equal(fresh, pipe.generate(styled, style=make_adapter(style=""), steps=4))
+
+
+def test_the_seed_is_the_picture(pipe, make_adapter):
+    """Traps: global chance leaks in; the seed is set once and runs on; a generator is set back."""
+    draw = lambda seed: pipe.generate(PROMPTS, style=make_adapter(), seed=seed, steps=4)
+    first = draw(0)
+    torch.manual_seed(99)
+    assert torch.equal(first, draw(0)) and not torch.equal(first, draw(1))
+    assert first.shape == (2, 3, 16, 16) and first.abs().max() <= 1
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(first, draw(generator)) and not torch.equal(first, draw(generator))
+    assert torch.equal(pipe.generate("a cat", steps=2), pipe.generate(["a cat"], steps=2))
+
+
+@pytest.mark.parametrize("role", ["style", "content"])
+def test_an_adapter_of_another_base_is_refused(pipe, make_adapter, role):
+    """Trap: shapes fit, so it runs, and draws noise."""
+    with pytest.raises(ValueError, match="0123456789ab"):
+        pipe.generate("a cat", **{role: make_adapter(base="0123456789ab")})
+
+
+# -- tuning
+
+@pytest.fixture(scope="session")
+def references(pipe):
+    """Three pictures with different tokens, and what they show."""
+    images = noise_images(3, seed=5)
+    tokens = pipe.vqgan.encode(images).flatten(1)
+    assert len(tokens.unique(dim=0)) == 3
+    return images, ["a cat", "a house", "a tree"], tokens
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """[(ids shown to G, text, ids, mask), ...]: what every tuning step trained on."""
+    steps, forward, loss = [], Muse.forward, muse_.masked_loss
+    monkeypatch.setattr(Muse, "forward", lambda self, *a: steps.append(a[:2]) or forward(self, *a))
+    monkeypatch.setattr(muse_, "masked_loss", lambda logits, ids, mask, *a: (
+        steps.append((*steps.pop(), ids, mask)), loss(logits, ids, mask, *a))[1])
+    return steps
+
+
+def test_only_the_adapter_changes(pipe, references):
+    """Every base tensor is bit-identical afterwards and none has a gradient. Trap: norms or embeddings trained along."""
+    pipe = copy.deepcopy(pipe)
+    parts = [pipe.vqgan, pipe.clip, pipe.muse]
+    before, print_before = [copy.deepcopy(part.state_dict()) for part in parts], fingerprint(pipe.muse)
+    adapter = pipe.tune(*references[:2], style=PHRASE, steps=3)
+    for part, old in zip(parts, before):
+        assert all(torch.equal(old[name], tensor) for name, tensor in part.state_dict().items())
+        assert all(p.grad is None for p in part.parameters())
+    assert fingerprint(pipe.muse) == print_before == adapter.about["base"]
+    assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_first_step_moves_only_the_up_weights(pipe, references, is_shared):
+    """W_u = 0 keeps the gradient from W_d, and Adam leaves it where it is. Trap: weight decay, or up not at zero."""
+    tune = lambda steps: pipe.tune(*references[:2], steps=steps, is_shared=is_shared).state_dict()
+    start, one, two = tune(0), tune(1), tune(2)
+    for name in start:
+        assert torch.equal(start[name], one[name]) == ("down" in name) and not torch.equal(one[name], two[name])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_every_reference_is_used_with_its_own_prompt(pipe, references, watched, batch):
+    """Equally often. Trap (zideliu): the data set returns image 0 whatever the index, and a long list counts for nothing."""
+    images, prompts, tokens = references
+    pipe.tune(images, prompts, style=PHRASE, steps=6, batch=batch)
+    texts, _ = pipe.embed([style_prompt(p, PHRASE) for p in prompts])
+    counts = [0, 0, 0]
+    for _, text, ids, _ in watched:
+        assert len(ids) == batch
+        for t, i in zip(text, ids):
+            r = int((tokens == i).all(1).nonzero())
+            counts[r] += 1
+            assert torch.equal(t, texts[r])
+    assert counts == [2 * batch] * 3
+
+
+def test_masked_tokens_stay_hidden_in_tuning(pipe, references, watched):
+    """Trap (lucidrains#11): `ids` goes in where the masked ids should; the loss is wonderful and nothing is learned."""
+    pipe.tune(*references[:2], steps=20)
+    shown, _, ids, mask = (torch.cat(x) for x in zip(*watched))
+    assert torch.equal(shown, ids.masked_fill(mask, pipe.muse.config.mask_id))
+    assert mask.float().mean().item() == pytest.approx(2 / np.pi, abs=0.1)
+
+
+def test_tuning_is_reproducible(pipe, references, tmp_path):
+    """The same seed gives the same file, byte for byte; another seed another."""
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(seed + len(name) * 7)
+        pipe.tune(*references[:2], style=PHRASE, steps=3, seed=seed).save(tmp_path / name)
+    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
+    assert a == b and a != c
+
+
+def test_loss_falls(pipe, references):
+    losses = []
+    pipe.tune(*references[:2], style=PHRASE, steps=80, lr=1e-2, on_step=lambda step, loss: losses.append(loss))
+    assert len(losses) == 80 and np.mean(losses[-15:]) < np.mean(losses[:15]) - 0.5
+
+
+def test_each_reference_needs_its_phrase(pipe, references):
+    """Trap: zip() drops the third reference in silence."""
+    with pytest.raises(ValueError, match="3 reference images .* not 2"):
+        pipe.tune(references[0], PROMPTS, steps=1)
+
+
+# -- files
+
+one_line = lambda error: "\n" not in str(error.value) and str(error.value)
+
+
+def test_adapter_round_trip(pipe, make_adapter, tmp_path):
+    """From the file and from its run folder: the same weights, config and `about`, the same pictures."""
+    adapter = make_adapter()
+    adapter.save(tmp_path / "run" / "adapter.pt")
+    for path in (tmp_path / "run", tmp_path / "run" / "adapter.pt"):
+        again = load_adapter(path)
+        assert again.about == adapter.about and again.config == adapter.config
+        assert torch.equal(pipe.generate("a cat", style=again, steps=2), pipe.generate("a cat", style=adapter, steps=2))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "text", "empty", "another kind", "no weights", "bare tensor",
+                                    "other keys", "no about"])
+def test_a_damaged_adapter_is_one_line(make_adapter, weights, tmp_path, damage):
+    """Trap: missing keys are filled from random weights, or the reader meets a traceback."""
+    path = tmp_path / "adapter.pt"
+    make_adapter().save(path)
+    saved = torch.load(path, weights_only=True)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:1000])
+    elif damage in ("text", "empty"):
+        path.write_text("hello" if damage == "text" else "")
+    elif damage == "another kind":
+        path.write_bytes((weights / "muse.pt").read_bytes())
+    elif damage == "bare tensor":
+        torch.save(torch.zeros(3), path)
+    else:
+        if damage == "other keys":
+            saved["weights"].popitem()
+        else:
+            del saved[damage.split()[1]]
+        torch.save(saved, path)
+    with pytest.raises(ValueError, match="adapter") as error:
+        load_adapter(tmp_path)
+    assert one_line(error)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    """Trap: a pickle that executes what it likes when a stranger's adapter is opened."""
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "boom"), "w"))
+    torch.save(dict(kind="adapter", config=Bomb()), tmp_path / "adapter.pt")
+    with pytest.raises(ValueError):
+        load_adapter(tmp_path)
+    assert not (tmp_path / "boom").exists()
+
+
+@pytest.mark.parametrize("part", ["vqgan", "clip", "muse"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "swapped", "other keys"])
+def test_a_damaged_base_is_one_line(weights, tmp_path, part, damage):
+    for path in weights.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / f"{part}.pt"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-500])
+    elif damage == "swapped":
+        path.write_bytes((weights / ("muse.pt" if part == "vqgan" else "vqgan.pt")).read_bytes())
+    else:
+        saved = torch.load(path, weights_only=True)
+        saved["weights"].popitem()
+        torch.save(saved, path)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{part}.pt") as error:
+        StyleDrop.load(tmp_path, "cpu")
+    assert one_line(error)
+
+
+def test_parts_that_do_not_belong_together(pipe):
+    """Trap: a tokenizer of 32 codes with a Muse of 33 runs, one id out of reach."""
+    muse = Muse(muse_.MuseConfig(**{**vars(pipe.muse.config), "codebook_size": 33}))
+    with pytest.raises(ValueError, match="not trained together"):
+        StyleDrop(pipe.vqgan, pipe.clip, muse).check()
+
+
+def test_models_are_stored_in_half_and_read_in_full(weights, pipe):
+    """Frozen, fp32, to within half precision of what was saved; anything else is an error, never a default."""
+    model, saved = load_model(weights / "vqgan.pt", "vqgan", VQGANConfig, VQGAN)
+    assert all(t.dtype == torch.half for t in saved["weights"].values() if t.is_floating_point())
+    assert all(p.dtype == torch.float and not p.requires_grad for p in model.parameters()) and not model.training
+    assert all(torch.equal(t.float(), model.state_dict()[name].float()) for name, t in saved["weights"].items())
+
+
+def test_fingerprint_knows_every_tensor(pipe):
+    """Trap: a digest of names or shapes alone lets any base of this size pass."""
+    prints = {fingerprint(pipe.muse), fingerprint(copy.deepcopy(pipe.muse))}
+    for name, _ in pipe.muse.named_parameters():
+        other = copy.deepcopy(pipe.muse)
+        other.get_parameter(name).data.flatten()[0] += 1e-3
+        prints.add(fingerprint(other))
+    assert len(prints) == 1 + len(list(pipe.muse.parameters()))
+
+
+def test_write_whole_or_not_at_all(tmp_path):
+    """Trap: a kill in the middle of torch.save costs the old checkpoint as well."""
+    path = tmp_path / "new" / "file"
+    write_whole(path, lambda file: file.write(b"old"))
+    assert path.stat().st_mode & 0o777 == 0o644
+
+    def fail(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, fail)
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+    with pytest.raises(OSError):
+        write_whole(path.parent, lambda file: file.write(b"a folder is in the way"))
+    assert list(tmp_path.rglob("*")) == [path.parent, path]
+
+
+# -- pictures
+
+def test_pixels_round_trip_exactly():
+    """Trap: truncation instead of rounding darkens half of all values by one."""
+    values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
+    tensor = to_tensor(values)
+    assert tensor.shape == (1, 3, 16, 16) and tensor.min() == -1 and tensor.max() == 1
+    assert np.array_equal(to_uint8(tensor), values)
+    assert np.array_equal(to_uint8(tensor * 3)[..., 0] == 255, (tensor[:, 0] >= 1 / 3).numpy())    # clamped, not wrapped
+    colour = np.zeros((1, 2, 4, 3), np.uint8)
+    colour[0, 1, 3] = 10, 20, 30
+    assert to_tensor(colour).shape == (1, 3, 2, 4) and np.array_equal(to_uint8(to_tensor(colour)), colour)
+
+
+def test_grid_layout():
+    """Row by row, enlarged, a white gap around each. Trap: rows and columns swapped."""
+    images = np.stack([np.full((2, 3, 3), 50 * i, np.uint8) for i in range(1, 4)])
+    sheet = np.asarray(grid(images, columns=2, scale=2, gap=1))
+    assert sheet.shape == (2 * (4 + 1) + 1, 2 * (6 + 1) + 1, 3)
+    cell = lambda row, column: sheet[1 + 5 * row:5 + 5 * row, 1 + 7 * column:7 + 7 * column]
+    for (row, column), value in {(0, 0): 50, (0, 1): 100, (1, 0): 150, (1, 1): 255}.items():
+        assert (cell(row, column) == value).all()
+    assert (sheet[[0, 5, 10]] == 255).all() and (sheet[:, [0, 7, 14]] == 255).all()

@@ -1,0 +1,327 @@
+"""train.py: from one picture to a run folder, refusals that leave nothing behind, and pretraining that can be killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise_images
+from PIL import Image
+
+import data
+import muse as muse_
+import train
+from muse import Muse
+from styledrop import StyleDrop, load_adapter, style_prompt, to_uint8
+
+ROOT = Path(train.__file__).parent
+RUN = ["adapter.pt", "config.json", "log.jsonl", "samples.png"]
+content = lambda folder: {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+# -- style tuning
+
+@pytest.fixture
+def tune(cli, weights, picture):
+    """tune("--out", "runs/a", ...) -> exit code, stdout, stderr; two steps of ref.png unless told otherwise."""
+    ref = picture()
+    return lambda *options: cli(train.main, "--ref", ref, "--weights", weights, "--steps", 2, *options)
+
+
+def test_run_folder(tune, pipe, tmp_path):
+    """One picture in, exactly four files out, under the reference's name."""
+    code, out, err = tune("--content", "a house", "--style", "watercolor painting")
+    assert code == 0 and err == "" and sorted(content("runs/ref")) == RUN and len(list(tmp_path.rglob("*"))) == 7
+    adapter = load_adapter("runs/ref")
+    assert adapter.about["base"] == pipe.base and adapter.about["style"] == "watercolor painting"
+    assert any(p.any() for name, p in adapter.state_dict().items() if "up" in name)
+    config = json.loads(Path("runs/ref/config.json").read_text())
+    assert config["content"] == ["a house"] and config["steps"] == 2 and config["lr"] == 1e-3 and config["seed"] == 0
+    lines = [json.loads(line) for line in Path("runs/ref/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["loss"] > 0 for line in lines)
+    count = sum(p.numel() for p in adapter.parameters())
+    assert f"adapter: {count:,} parameters, {100 * count / sum(p.numel() for p in pipe.muse.parameters()):.2f} %" in out
+
+
+def test_the_same_command_gives_the_same_bytes(tune):
+    """Trap: a date, a path or global chance in the adapter or in the picture. Tuned again, a folder is replaced."""
+    tune("--out", "runs/a", "--content", "a house"), tune("--out", "runs/b", "--content", "a house")
+    a, b = content("runs/a"), content("runs/b")
+    assert a["adapter.pt"] == b["adapter.pt"] and a["samples.png"] == b["samples.png"]
+    assert tune("--out", "runs/b", "--content", "a house", "--seed", 1)[0] == 0
+    assert sorted(content("runs/b")) == RUN and content("runs/b")["adapter.pt"] != b["adapter.pt"]
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["a", "b"]
+
+
+def test_several_references(tune, cli, weights, picture, monkeypatch):
+    """All pictures reach the tuning, each with its phrase. Trap: nargs that keeps the last one."""
+    seen, real = [], StyleDrop.tune
+    monkeypatch.setattr(StyleDrop, "tune", lambda self, *a: seen.append(a[:2]) or real(self, *a))
+    refs = [picture(name, seed) for seed, name in enumerate(("a.png", "b.png"))]
+    assert cli(train.main, "--ref", *refs, "--content", "a cat", "a house", "--weights", weights, "--steps", 1)[0] == 0
+    (images, prompts), = seen
+    assert prompts == ["a cat", "a house"] and Path("runs/a").is_dir()
+    assert all(np.array_equal(to_uint8(x[None])[0], data.read_image(ref, 16)) for x, ref in zip(images, refs))
+
+
+def test_content_is_guessed_by_clip(tune, pipe):
+    """Without --content: a phrase of a known name, said aloud and used. The style is then the rare token."""
+    code, out, _ = tune()
+    config = json.loads(Path("runs/ref/config.json").read_text())
+    assert code == 0 and config["style"] == "[V*]" and f"content guessed by CLIP: {config['content'][0]}" in out
+    assert config["content"][0] in {data.content_phrase(name) for name in data.names()}
+    assert load_adapter("runs/ref").about["prompts"] == config["content"]
+
+
+def test_guess_is_the_nearest_caption(pipe, monkeypatch):
+    """Trap: the best picture for a phrase instead of the best phrase for a picture."""
+    monkeypatch.setattr(data, "names", lambda: ["cat", "house", "owl", "tree"])
+    images = noise_images(6, seed=3)
+    phrases = ["a cat", "a house", "a tree", "an owl"]
+    texts = pipe.clip.encode_text(pipe.clip.tokenizer(phrases, pipe.clip.config.context_length))
+    for image, guess in zip(images, train.guess_content(pipe, images)):
+        scores = [torch.cosine_similarity(pipe.clip.encode_image(image[None])[0], text, 0).item() for text in texts]
+        assert guess == phrases[int(np.argmax(scores))]
+
+
+def test_before_and_after_share_prompts_and_seeds(tune, monkeypatch):
+    """Trap: a before without the style's words, which makes any after look learned."""
+    calls, real = [], StyleDrop.generate
+    monkeypatch.setattr(StyleDrop, "generate", lambda self, p, **k: calls.append((list(p), k)) or real(self, p, **k))
+    tune("--content", "a house", "--seed", 5)
+    (before, base), (after, tuned) = calls
+    assert before == [style_prompt(p, "[V*]") for p in after] and base == dict(seed=5)
+    assert tuned["seed"] == 5 and tuned["style"].about["style"] == "[V*]"
+
+
+def broken_base(weights, folder, part):
+    folder.mkdir()
+    for path in weights.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes()[:-900 if path.stem == part else None])
+    return folder
+
+
+BAD = {
+    "missing reference": (["--ref", "nothing.png"], "nothing.png"),
+    "a folder": (["--ref", "folder"], "folder"),
+    "a text file": (["--ref", "text.png"], "text.png"),
+    "an empty file": (["--ref", "empty.png"], "empty"),
+    "a cut picture": (["--ref", "cut.png"], "cut.png"),
+    "one bad of two": (["--ref", "good.png", "nothing.png"], "nothing.png"),
+    "no steps": (["--ref", "good.png", "--steps", "0"], "--steps"),
+    "steps in words": (["--ref", "good.png", "--steps", "many"], "--steps"),
+    "lr nan": (["--ref", "good.png", "--lr", "nan"], "--lr"),
+    "lr inf": (["--ref", "good.png", "--lr", "inf"], "--lr"),
+    "lr zero": (["--ref", "good.png", "--lr", "0"], "--lr"),
+    "a seed too large": (["--ref", "good.png", "--seed", "1" + "0" * 30], "--seed"),
+    "an unknown option": (["--ref", "good.png", "--setps", "3"], "--setps"),
+    "too few contents": (["--ref", "good.png", "good.png", "--content", "a cat"], "2 references"),
+    "too many contents": (["--ref", "good.png", "--content", "a", "cat"], "not 2"),
+    "an empty content": (["--ref", "good.png", "--content", " "], "empty"),
+    "out is somebody's folder": (["--ref", "good.png", "--out", "folder"], "not a run folder"),
+    "out is a file": (["--ref", "good.png", "--out", "text.png"], "not a run folder"),
+    "out under a file": (["--ref", "good.png", "--out", "text.png/run"], "text.png"),
+    "no such base": (["--ref", "good.png", "--weights", "nowhere"], "nowhere"),
+    "a damaged base": (["--ref", "good.png", "--weights", "broken"], "muse.pt"),
+    "both jobs": (["--ref", "good.png", "--stage", "muse"], "--stage"),
+    "no job": ([], "--ref"),
+    "a preset for counting": (["--stage", "muse", "--preset", "paper"], "paper"),
+    "no such data": (["--stage", "vqgan", "--preset", "toy", "--data", "nowhere"], "nowhere"),
+    "data without captions": (["--stage", "vqgan", "--preset", "toy", "--data", "folder"], "folder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refusals(refused, weights, picture, tmp_path, case):
+    """One line that names the trouble, exit code 2, no file made or touched."""
+    arguments, word = BAD[case]
+    picture("good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:300])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "precious.txt").write_text("keep me")
+    broken_base(weights, tmp_path / "broken", "muse")
+    assert word in refused(train.main, "--weights", weights, *arguments)
+
+
+def test_refusal_from_the_shell(tmp_path):
+    """The real thing, once, in a process of its own."""
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--ref", "nothing.png", "--weights", "nowhere"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("train.py: error: ") and not list(tmp_path.iterdir())
+
+
+def test_a_kill_while_tuning_leaves_nothing(tune, monkeypatch, tmp_path):
+    """Trap: half a run folder, which sample.py would take for the newest run."""
+    def killed(*a, **k):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(StyleDrop, "generate", killed)
+    assert tune("--content", "a house", "--out", "a")[0] == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["ref.png"]
+
+
+# -- pretraining
+
+class Source:
+    """Pictures and captions out of the given generator alone, as data.Art; raises Ctrl-C at batch `stop_at`."""
+    stop_at, count = None, 0
+
+    def __init__(self, size=16):
+        self.size = size
+
+    def batch(self, n, rng, resolution):
+        Source.count += 1
+        if Source.stop_at is not None and Source.count > Source.stop_at:
+            raise KeyboardInterrupt
+        images = rng.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8).repeat(resolution // 4, 1).repeat(resolution // 4, 2)
+        return images, [f"{rng.choice(['a cat', 'a house', 'an owl', 'a tree'])} {i}" for i in range(n)]
+
+    def prompts(self, n):
+        return ["a cat"] * n
+
+
+@pytest.fixture
+def pretrain(cli, weights, monkeypatch):
+    """pretrain(stage, out, ..., stop_after=steps) runs six toy steps on a clock where each look takes a minute."""
+    monkeypatch.setattr(data, "Art", Source)
+    monkeypatch.setattr(train.clip_feedback, "train_merges", lambda texts, merges: [("a", "t</w>")])
+
+    def run(stage, out, *options, stop_after=None):
+        ticks = iter(range(0, 10 ** 9, 60))
+        monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(ticks)))
+        Source.count = 0
+        Source.stop_at = None if stop_after is None else {"vqgan": 1, "clip": 80, "muse": 0}[stage] + stop_after
+        return cli(train.main, "--stage", stage, "--preset", "toy", "--steps", 6, "--batch", 8, "--workers", 0,
+                   "--out", out, "--weights", weights, "--log-seconds", 0, "--warmup", 3, "--merges", 1, *options)
+    return run
+
+
+def tensors(value):
+    """All leaves of nested dicts and lists."""
+    if isinstance(value, dict):
+        value = [x for _, x in sorted(value.items(), key=str)]
+    return [leaf for x in value for leaf in tensors(x)] if isinstance(value, (list, tuple)) else [value]
+
+
+def same_but_minutes(a, b):
+    a, b = (torch.load(path, weights_only=True) for path in (a, b))
+    for saved in (a, b):
+        saved.pop("minutes", None)
+        saved.get("provenance", {}).pop("minutes", None)
+    a, b = tensors(a), tensors(b)
+    return len(a) == len(b) > 10 and all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in zip(a, b))
+
+
+@pytest.mark.parametrize("stage", ["vqgan", "clip", "muse"])
+def test_killed_and_resumed_equals_unbroken(pretrain, stage):
+    """Killed one step after a checkpoint, the same command goes on from it and ends with the same bits.
+
+    Traps: optimiser, average, step or learning rate not in the checkpoint; data or masks that go on from the start;
+    a schedule that multiplies what it already lowered; a log that counts the lost step twice.
+    """
+    keep = ("--keep-minutes", 1)
+    assert pretrain(stage, "whole", *keep)[0] == 0
+    assert pretrain(stage, "broken", *keep, stop_after=5)[0] == 130
+    kept = torch.load("broken/checkpoint.pt", weights_only=True)["step"]
+    assert kept == 4
+    code, out, _ = pretrain(stage, "broken", *keep)
+    assert code == 0 and f"going on from step {kept}" in out
+    assert same_but_minutes("whole/checkpoint.pt", "broken/checkpoint.pt")
+    assert same_but_minutes(f"whole/{stage}.pt", f"broken/{stage}.pt")
+    logs = [[json.loads(line) for line in open(f"{out}/log.jsonl")] for out in ("whole", "broken")]
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6] and {"step", "loss", "minutes"} <= logs[1][0].keys()
+    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+    assert logs[1][-1]["minutes"] > logs[0][-1]["minutes"] - 3 > 0
+
+
+def test_a_finished_stage_has_nothing_to_do(pretrain):
+    pretrain("vqgan", "run")
+    before = content("run")
+    code, out, _ = pretrain("vqgan", "run")
+    assert code == 0 and "going on from step 6" in out and content("run") == before
+
+
+def test_a_kill_while_writing_costs_nothing(pretrain, monkeypatch):
+    """Trap: torch.save straight onto the only checkpoint."""
+    pretrain("vqgan", "run", "--keep-minutes", 0, stop_after=2)
+    before = content("run")
+    save = torch.save
+
+    def half(saved, file):
+        file.write(b"half a checkpoint")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(torch, "save", half)
+    assert pretrain("vqgan", "run", "--keep-minutes", 0)[0] == 130
+    monkeypatch.setattr(torch, "save", save)
+    after = content("run")
+    assert after["checkpoint.pt"] == before["checkpoint.pt"] and after.keys() == before.keys()
+    assert pretrain("vqgan", "run")[0] == 0
+
+
+def test_another_preset_in_the_same_folder_is_refused(pretrain):
+    """Trap: a traceback, or worse, half a checkpoint loaded."""
+    pretrain("vqgan", "run", "--keep-minutes", 0, stop_after=3)
+    code, _, err = pretrain("vqgan", "run", "--preset", "tiny")
+    assert code == 2 and err.count("\n") == 1 and "checkpoint.pt" in err
+
+
+def test_muse_needs_its_vqgan(pretrain, tmp_path):
+    code, _, err = pretrain("muse", "run", "--weights", "nowhere")
+    assert code == 2 and err.count("\n") == 1 and "nowhere" in err and not list(tmp_path.iterdir())
+
+
+def test_ten_percent_of_texts_are_dropped(pretrain, monkeypatch):
+    """10 % see the empty prompt, the rest their own caption. Trap: `uniform < 0.9`, as in aMUSEd, keeps 10 %."""
+    batches, embed = [], StyleDrop.embed
+    monkeypatch.setattr(StyleDrop, "embed", lambda self, prompts: batches.append(list(prompts)) or embed(self, prompts))
+    pretrain("muse", "run", "--steps", 10, "--batch", 100)
+    batches = [batch for batch in batches if len(batch) == 100]
+    assert len(batches) == 10 and 60 <= sum(batch.count("") for batch in batches) <= 140
+    for step, batch in enumerate(batches):
+        _, captions = Source().batch(100, np.random.default_rng((0, step)), 16)
+        assert all(text in ("", caption) for text, caption in zip(batch, captions))
+
+
+def test_masked_tokens_stay_hidden_in_pretraining(pretrain, monkeypatch):
+    """Eq. 2: G sees M(E(x), m), the loss is against E(x) at m. Trap: the whole `ids` goes in."""
+    steps, shown, loss, forward = [], [], muse_.masked_loss, Muse.forward
+    monkeypatch.setattr(Muse, "forward", lambda self, *a: shown.append(a[0]) or forward(self, *a))
+    monkeypatch.setattr(muse_, "masked_loss", lambda logits, ids, mask, **k: (
+        steps.append((shown[-1], ids, mask, k)), loss(logits, ids, mask, **k))[1])
+    pretrain("muse", "run")
+    assert len(steps) == 6
+    for seen, ids, mask, options in steps:
+        assert torch.equal(seen, ids.masked_fill(mask, 32)) and options == dict(label_smoothing=0.1)
+    masks = torch.stack([mask for _, _, mask, _ in steps])
+    assert not torch.equal(masks[0], masks[1])                               # drawn afresh in each step
+
+
+def test_muse_ships_its_average(pretrain):
+    """Trap: the last raw weights are exported and the average is thrown away."""
+    pretrain("muse", "run")
+    models = torch.load("run/checkpoint.pt", weights_only=True)["models"]
+    shipped = torch.load("run/muse.pt", weights_only=True)
+    assert all(torch.equal(t, models["average"][name].half()) for name, t in shipped["weights"].items())
+    assert not all(torch.equal(t, models["model"][name].half()) for name, t in shipped["weights"].items())
+    assert shipped["provenance"]["steps"] == 6 and shipped["provenance"]["images"] == 48
+
+
+def test_base_from_scratch(pretrain, cli, picture, tmp_path):
+    """The three stages in order give a folder that tuning accepts; a user's own pictures are the data of the last."""
+    for i in range(3):
+        picture(f"own-{i}.png", i)
+        (tmp_path / f"own-{i}.txt").write_text("a cat")
+    for stage in ("vqgan", "clip", "muse"):
+        more = ("--data", tmp_path) if stage == "muse" else ()
+        assert pretrain(stage, "base", "--weights", "base", *more)[0] == 0
+        (tmp_path / "base" / "checkpoint.pt").unlink()
+    pipe = StyleDrop.load("base", "cpu")
+    assert pipe.muse.config.codebook_size == pipe.vqgan.config.codebook_size
+    with Image.open("base/samples.png") as sheet:
+        assert sheet.width > 8 * 32
