@@ -60,6 +60,8 @@ def main():
     for path, suffix in ((args.out, ".png"), (args.trace, ".gif")):
         if path and not path.lower().endswith(suffix):
             parser.error(f"{path} must end in {suffix}")
+        if path:                                            # better now than after the drawing
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
 
     pipe = StyleDrop.load(args.weights, args.device)
     for prompt in args.prompt:

@@ -138,18 +138,21 @@ class Folder:
         path = Path(path)
         if not path.is_dir():
             raise ValueError(f"{path} is not a folder of pictures")
-        if (path / "captions.tsv").exists():
-            with open(path / "captions.tsv", newline="", encoding="utf-8") as file:
-                pairs = [(path / row[0], row[1].strip()) for row in csv.reader(file, delimiter="\t") if len(row) > 1]
-            pairs = [(file, words) for file, words in pairs if file.name != "file"]              # the header
+        table = path / "captions.tsv"
+        if table.exists():
+            rows = [line.split("\t") for line in read_words(table).splitlines() if line.strip()]
+            pairs = [(path / row[0].strip(), " ".join(row[1:]).strip()) for row in rows if row[0].strip() != "file"]
         else:
             files = sorted(file for file in path.iterdir() if file.suffix.lower() in self.SUFFIXES)
             for file in files:
                 if not file.with_suffix(".txt").exists():
                     raise ValueError(f"{file} has no caption: write {file.with_suffix('.txt').name} beside it")
-            pairs = [(file, file.with_suffix(".txt").read_text(encoding="utf-8").strip()) for file in files]
+            pairs = [(file, read_words(file.with_suffix(".txt"))) for file in files]
         if not pairs:
             raise ValueError(f"{path} holds no pictures with captions")
+        for file, words in pairs:
+            if not words:
+                raise ValueError(f"{file} has an empty caption: say what it shows")
         self.images = np.stack([read_image(file, size) for file, _ in pairs])
         self.captions = [words for _, words in pairs]
 
@@ -161,6 +164,14 @@ class Folder:
 
     def prompts(self, n):
         return [self.captions[i % len(self.captions)] for i in range(n)]
+
+
+def read_words(path):
+    """A text file of the user's, without a byte-order mark. Raises ValueError in one line if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
 
 
 def jitter(rgba, size, rng):
@@ -190,21 +201,26 @@ def read_image(path, size):
         raise ValueError(f"{path} is empty")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)      # we look at the size ourselves
-            image = Image.open(path)
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{path} is {image.width} x {image.height} pixels; scale it below {MAX_PIXELS:,} in all")
-            image.load()
-        image = ImageOps.exif_transpose(image)
-    except Image.DecompressionBombError:
+            warnings.simplefilter("ignore")                  # of large and of damaged files: both end in an error below
+            with Image.open(path) as image:
+                pixels = image.width * image.height
+                if pixels <= MAX_PIXELS:
+                    return square(image, size)
+    except Image.DecompressionBombError:                     # Pillow's own limit, some way above ours
         raise ValueError(f"{path} has too many pixels; scale it below {MAX_PIXELS:,} in all") from None
-    except (OSError, SyntaxError) as error:                                      # what Pillow raises on damage
-        if isinstance(error, Image.UnidentifiedImageError):
-            raise ValueError(f"{path} is not a picture that Pillow can read") from None
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if image.mode.startswith("I") or image.mode == "F":                          # 16 bits or more: to 8, not clipped
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{path} is not a picture that Pillow can read") from None
+    except Exception as error:                               # on damage each format raises errors of its own
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    raise ValueError(f"{path} has too many pixels ({image.width} x {image.height}); scale it below {MAX_PIXELS:,} in all")
+
+
+def square(image, size):
+    """An open Pillow image of any mode -> RGB uint8 (size, size, 3); what is not square loses its long ends."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":      # to 8 bits by the range of the mode, never by clipping
         values = np.asarray(image, np.float64)
-        top = 65535 if values.max() > 255 else 255
+        top = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
         image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")

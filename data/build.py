@@ -1,9 +1,9 @@
 """Rebuild the sprite sheets and names.tsv from the packages that carry the drawings.
 
-    npm install @iconify-json/noto @iconify-json/noto-v1 @iconify-json/twemoji \\
-                @iconify-json/fluent-emoji @iconify-json/fluent-emoji-flat @iconify-json/openmoji
+    npm install @iconify-json/noto@1.2.9 @iconify-json/noto-v1@1.2.5 @iconify-json/twemoji@1.2.5 \\
+        @iconify-json/fluent-emoji@1.2.7 @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/openmoji@1.2.29
     python -m pip install -r data/requirements-build.txt
-    python -m data.build --packages node_modules/@iconify-json
+    python -m data.build --packages node_modules
 
 Things only: five of Noto's categories, without people, clock faces, symbols and flags. Each name is
 one tile of 128 px; a set's tiles stand row by row on its sheet, in the order of names.tsv.
@@ -22,7 +22,6 @@ HERE = Path(__file__).parent
 TILE, COLUMNS = 128, 30
 SETS = ("noto", "noto-v1", "twemoji", "fluent-emoji", "fluent-emoji-flat", "openmoji")
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
-PEOPLE = ("-face", "moyai")                         # moons and suns with faces of their own
 ANIMALS = ("bear", "cat", "cow", "dog", "dragon", "frog", "hamster", "horse", "lion", "monkey", "mouse", "panda", "pig",
            "polar-bear", "rabbit", "tiger", "unicorn", "wolf", "fox")
 
@@ -39,18 +38,19 @@ def render(icons, name):
     icon = icons["icons"].get(name) or icons["icons"].get(icons.get("aliases", {}).get(name, {}).get("parent"))
     if icon is None or icon.get("hidden"):
         return None
+    left, top = icon.get("left", icons.get("left", 0)), icon.get("top", icons.get("top", 0))
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
     svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-           f'viewBox="0 0 {width} {height}" width="{TILE}" height="{TILE}">{icon["body"]}</svg>')
+           f'viewBox="{left} {top} {width} {height}" width="{TILE}" height="{TILE}">{icon["body"]}</svg>')
     tile = np.asarray(Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA"))
     return tile if tile[..., 3].any() else None
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--packages", required=True, help="the folder that holds noto, twemoji and the others")
-    packages = Path(parser.parse_args().packages)
+    parser.add_argument("--packages", required=True, help="the node_modules folder")
+    packages = Path(parser.parse_args().packages) / "@iconify-json"
     categories = json.loads((packages / "noto" / "metadata.json").read_text())["categories"]
     names = sorted({name for c in CATEGORIES for name in categories[c] if wanted(name)})
     rows = []

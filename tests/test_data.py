@@ -116,8 +116,11 @@ def test_first_frame_of_an_animation(tmp_path):
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    ramp = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
-    assert abs(int(data.read_image(save(tmp_path / "a.png", ramp), 2)[0, 0, 0]) - 128) <= 1
+    for value, expected in ((0x8000, 128), (0xffff, 255), (200, 1)):          # a dark picture stays dark
+        flat = Image.fromarray(np.full((4, 4), value, np.uint16))
+        assert abs(int(data.read_image(save(tmp_path / "a.png", flat), 2)[0, 0, 0]) - expected) <= 1
+    half = Image.fromarray(np.full((4, 4), 0.5, np.float32))
+    assert abs(int(data.read_image(save(tmp_path / "a.tif", half), 2)[0, 0, 0]) - 128) <= 1
 
 
 @pytest.mark.parametrize("mode, suffix, colour, expected", [
@@ -149,10 +152,14 @@ def test_what_is_no_picture(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     whole = save(tmp_path / "whole.png", noise).read_bytes()
     (tmp_path / "half.png").write_bytes(whole[:len(whole) // 2])
+    garbled = bytearray(save(tmp_path / "damaged.tif", noise).read_bytes())
+    garbled[12::7] = bytes(byte ^ 0x5a for byte in garbled[12::7])
+    (tmp_path / "damaged.tif").write_bytes(garbled)
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")            # Pillow itself refuses this one
     Image.new("1", (9_000, 9_000)).save(tmp_path / "large.png")
     for name, words in [("missing.png", "no picture"), ("", "folder"), ("empty.png", "is empty"),
-                        ("text.png", "not a picture"), ("half.png", "cannot be read"), ("bomb.png", "pixels"), ("large.png", "9000 x 9000")]:
+                        ("text.png", "not a picture"), ("half.png", "cannot be read"), ("bomb.png", "pixels"), ("large.png", "9000 x 9000"),
+                        ("damaged.tif", "damaged.tif")]:
         with pytest.raises(ValueError, match=words) as error:
             data.read_image(tmp_path / name, 4)
         assert "\n" not in str(error.value)
@@ -184,3 +191,20 @@ def test_folder_errors(tmp_path):
     save(tmp_path / "x.png", Image.new("RGB", (8, 8)))
     with pytest.raises(ValueError, match="x.txt"):
         data.Folder(tmp_path)
+    (tmp_path / "x.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="x.png has an empty caption"):
+        data.Folder(tmp_path)
+    for table, words in [(b"x.png\n", "empty caption"), (b"x.png\t\n", "empty caption"), (b"", "no pictures"),
+                         (b"y.png\ta cat\n", "no picture at"), (b"x.png\t\xff\n", "not UTF-8")]:
+        (tmp_path / "captions.tsv").write_bytes(table)
+        with pytest.raises(ValueError, match=words) as error:
+            data.Folder(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_folder_takes_a_table_as_it_is_written(tmp_path):
+    """Quotes are words, not syntax, and the byte-order mark of some editors is neither."""
+    for name in "xy":
+        save(tmp_path / f"{name}.png", Image.new("RGB", (8, 8)))
+    (tmp_path / "captions.tsv").write_text('\ufefffile\tcaption\nx.png\ta "big" cat\ny.png\t"a dog\n', encoding="utf-8")
+    assert data.Folder(tmp_path, 4).captions == ['a "big" cat', '"a dog']

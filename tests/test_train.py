@@ -47,6 +47,14 @@ def test_run_folder(tune, pipe, tmp_path):
     assert f"adapter: {count:,} parameters, {100 * count / sum(p.numel() for p in pipe.muse.parameters()):.2f} %" in out
 
 
+@pytest.mark.parametrize("options, config", [
+    ([], dict(d_prj=4, is_shared=True)), (["--unshared", "--d-prj", 7], dict(d_prj=7, is_shared=False))])
+def test_shape_of_the_adapter(tune, options, config):
+    """Round 1 of Table S3 by default: H = 4, shared."""
+    tune("--content", "a house", *options)
+    assert config.items() <= load_adapter("runs/ref").config.items()
+
+
 def test_the_same_command_gives_the_same_bytes(tune):
     """Trap: a date, a path or global chance in the adapter or in the picture. Tuned again, a folder is replaced."""
     tune("--out", "runs/a", "--content", "a house"), tune("--out", "runs/b", "--content", "a house")
@@ -225,7 +233,7 @@ def test_killed_and_resumed_equals_unbroken(pretrain, stage):
     Traps: optimiser, average, step or learning rate not in the checkpoint; data or masks that go on from the start;
     a schedule that multiplies what it already lowered; a log that counts the lost step twice.
     """
-    keep = ("--keep-minutes", 1)
+    keep = ("--keep-minutes", 1, "--gan-start", 0.3)
     assert pretrain(stage, "whole", *keep)[0] == 0
     assert pretrain(stage, "broken", *keep, stop_after=5)[0] == 130
     kept = torch.load("broken/checkpoint.pt", weights_only=True)["step"]
@@ -238,6 +246,16 @@ def test_killed_and_resumed_equals_unbroken(pretrain, stage):
     assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5, 6] and {"step", "loss", "minutes"} <= logs[1][0].keys()
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
     assert logs[1][-1]["minutes"] > logs[0][-1]["minutes"] - 3 > 0
+
+
+@pytest.mark.parametrize("stage, peak", [("vqgan", (1e-3, 5e-4)), ("clip", (1e-3,)), ("muse", (2e-3, 2e-3))])
+def test_learning_rate(pretrain, stage, peak):
+    """A linear warm-up, then a cosine down to 2 %, each step from the peak. Trap: each step from the last one's."""
+    rate = lambda step: 0.02 + 0.98 * np.cos(np.pi / 2 * step / 6) ** 2
+    for stop_after, step, warm in ((2, 1, 2 / 3), (None, 5, 1)):
+        pretrain(stage, "run", "--keep-minutes", 1 if stop_after is None else 0, stop_after=stop_after)
+        groups = [o["param_groups"][0] for o in torch.load("run/checkpoint.pt", weights_only=True)["optimisers"]]
+        assert [g["lr"] for g in groups] == pytest.approx([p * warm * rate(step) for p in peak])
 
 
 def test_a_finished_stage_has_nothing_to_do(pretrain):

@@ -91,8 +91,8 @@ def test_commitment_pulls_the_feature_and_never_the_code(quantizer):
 
 
 def test_update_equals_a_plain_loop(quantizer):
-    """Traps: decay and 1 - decay swapped, features averaged before they are normalised, codes off the sphere."""
-    z = features()
+    """Traps: decay and 1 - decay swapped; counts without their fair share; raw features; codes off the sphere."""
+    z = features(b=3)
     ids = quantizer(z)[1]
     decay, fair = quantizer.config.decay, ids.numel() / V
     codes, usage = [], []
@@ -197,7 +197,8 @@ def test_discriminator_judges_patches():
 
 # -- health
 
-@pytest.mark.parametrize("ids, share, perplexity", [(range(V), 1, V), ([5] * 40, 1 / V, 1), ([0, 1, 2, 3] * 8, 4 / V, 4)])
+@pytest.mark.parametrize("ids, share, perplexity", [
+    (range(V), 1, V), ([5] * 40, 1 / V, 1), ([0, 1, 2, 3] * 8, 4 / V, 4)])
 def test_codebook_health_of_known_distributions(ids, share, perplexity):
     """Trap: codes that nobody chose lower the entropy by a log of zero."""
     assert codebook_health(torch.tensor(ids).view(1, -1), V) == pytest.approx((share, perplexity), rel=1e-4)
