@@ -43,7 +43,7 @@ def main():
     add("--style", metavar="RUN", help="a run folder, or none for the bare base (default: the newest run)")
     add("--content", metavar="RUN", help="a second run folder, of an object: my object in my style")
     add("--gamma", type=number(float, 0), default=0.6, help="0: style adapter alone, 1: content adapter alone")
-    add("--lambda-a", type=number(float, 0), default=2.0, help="strength of the learned style (Eq. 4)")
+    add("--lambda-a", type=number(float, 0), default=1.0, help="strength of the learned style (Eq. 4)")
     add("--lambda-b", type=number(float, 0), default=5.0, help="strength of the text (Eq. 4)")
     add("--steps", type=number(int, 1), default=36, help="decoding steps")
     add("--temperature", type=number(float, 0), default=4.5, help="chance in which tokens are kept first")

@@ -214,7 +214,7 @@ class StyleDrop:
         return adapter.to(self.device)
 
     @torch.no_grad()
-    def generate(self, prompts, style=None, content=None, lambda_a=2.0, lambda_b=5.0, gamma=0.5, steps=36,
+    def generate(self, prompts, style=None, content=None, lambda_a=1.0, lambda_b=5.0, gamma=0.5, steps=36,
                  temperature=4.5, seed=0, negative="", style_phrase=None, on_step=None):
         """Sample one image for each prompt: (B, 3, H, W) in [-1, 1].
 
@@ -262,7 +262,7 @@ class StyleDrop:
         ids = muse_.decode(logits_fn, B, c.tokens, c.mask_id, steps, temperature, generator, on_step)
         return self.vqgan.decode(ids.view(B, c.grid, c.grid))
 
-    def tune(self, images, prompts, style="", steps=200, lr=1e-3, batch=8, d_prj=4, is_shared=True, seed=0,
+    def tune(self, images, prompts, style="", steps=100, lr=1e-3, batch=8, d_prj=4, is_shared=True, seed=0,
              on_step=None):
         """Eq. 3: theta = argmin E_{(x, t), m} CE_m( G^(M(E(x), m), T(t), theta), E(x) ).
 

@@ -403,7 +403,7 @@ def main():
     if bool(args.ref) == bool(args.stage):
         parser.error("give --ref IMG to teach a style, or --stage vqgan|clip|muse to pretrain the base")
     if args.ref:
-        defaults, job = (200, 8, 1e-3), tune
+        defaults, job = (100, 8, 1e-3), tune
     else:
         job, *defaults = STAGES[args.stage]
         args.out = args.out or f"runs/{args.stage}"
