@@ -170,7 +170,8 @@ def masked_loss(logits, ids, mask, label_smoothing=0.0):
     logits (B, N, V), ids (B, N), mask (B, N) bool. (StyleDrop's text says "unmasked"; the objective
     of Muse and MaskGIT, and the only one that teaches anything, is on the masked ones.)
     """
-    loss = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none", label_smoothing=label_smoothing)
+    loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none",
+                           label_smoothing=label_smoothing).view(ids.shape)      # (B, N)
     return ((loss * mask).sum(1) / mask.sum(1)).mean()
 
 

@@ -83,6 +83,46 @@ class Steps(torch.utils.data.Dataset):
         return to_tensor(images), captions
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: for the matrices of hidden layers (Jordan et al. 2024).
+
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", except that its Newton-Schulz iteration runs
+    in fp32 on a CPU: torch's bf16 there took 0.78 s of each 2.0 s step, this 0.19 s.
+    """
+
+    def __init__(self, parameters, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(momentum, group["momentum"])                     # Nesterov
+                x = x.bfloat16() if x.is_cuda else x
+                tall = len(x) > x.shape[1]
+                x = x.T if tall else x
+                x = x / x.norm().clamp(min=1e-7)
+                for _ in range(5):                           # pulls every singular value towards 1
+                    a = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(x.T if tall else x, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)  # the size of an AdamW step
+
+
+def hidden_matrices(*blocks):
+    """Muon's share of a model: the matrices inside its transformer blocks."""
+    return [p for block in blocks for p in block.parameters() if p.dim() == 2]
+
+
+def optimisers_for(model, hidden, lr):
+    """Muon for the hidden matrices, AdamW for embeddings, norms and the way in and out."""
+    ids = {id(p) for p in hidden}
+    others = [p for p in model.parameters() if id(p) not in ids]
+    return [Muon(hidden, lr, weight_decay=0.05), torch.optim.AdamW(others, lr, betas=(0.9, 0.96), weight_decay=0.05)]
+
+
 def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=None):
     """The loop of the three stages: resume, step, log, draw, keep.
 
@@ -203,7 +243,7 @@ def pretrain_clip(args):
     tokenizer = clip_feedback.Tokenizer(clip_feedback.train_merges(texts, args.merges))
     config = replace(clip_feedback.PRESETS[args.preset], vocab_size=tokenizer.vocab_size)
     model = clip_feedback.CLIP(config, tokenizer).to(args.device)
-    optimiser = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.1)
+    optimisers = optimisers_for(model, hidden_matrices(model.transformer, model.visual.transformer), args.lr)
 
     def train_step(step, images, captions, generator):
         ids = tokenizer(captions, config.context_length).to(args.device)
@@ -211,17 +251,19 @@ def pretrain_clip(args):
         with autocast(args.device):
             image_features, text_features = model.encode_image(images), model.encode_text(ids)
         loss = clip_feedback.contrastive_loss(image_features, text_features, model.logit_scale, same)
-        optimiser.zero_grad()
+        for optimiser in optimisers:
+            optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=clip_feedback.MAX_LOGIT_SCALE)
             nearest = (image_features @ torch.nn.functional.normalize(text_features, dim=-1).T).argmax(1, keepdim=True)
             accuracy = same.gather(1, nearest).float().mean().item()
         return dict(loss=loss.item(), accuracy=accuracy, scale=model.logit_scale.exp().item())
 
-    pretrain("clip", args, dict(model=model), [optimiser], train_step, None,
+    pretrain("clip", args, dict(model=model), optimisers, train_step, None,
              lambda provenance: save_model(Path(args.out) / "clip.pt", "clip", model, provenance,
                                            merges=[" ".join(pair) for pair in tokenizer.merges]))
 
@@ -236,16 +278,14 @@ def pretrain_muse(args):
     average = copy.deepcopy(model).eval().requires_grad_(False)
     pipe = StyleDrop(vqgan, clip, average, args.device)
     pipe.check()
-    # Muon for the blocks' matrices, AdamW for embeddings, norms and the way in and out
-    hidden = [p for p in model.blocks.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if not any(p is q for q in hidden)]
-    optimisers = [torch.optim.Muon(hidden, args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, args.lr, betas=(0.9, 0.96), weight_decay=0.05)]
+    optimisers = optimisers_for(model, hidden_matrices(model.blocks), args.lr)
 
     def train_step(step, images, captions, generator):
         ids = vqgan.encode(images).flatten(1)                                    # (B, N)
         dropped = torch.rand(len(ids), generator=generator, device=args.device) < 0.1
         text, text_mask = pipe.embed(["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)])
+        longest = int(text_mask.sum(1).max())
+        text, text_mask = text[:, :longest], text_mask[:, :longest]              # no padding that nobody reads
         mask = muse_.random_mask(*ids.shape, generator)
         with autocast(args.device):
             logits = model(ids.masked_fill(mask, config.mask_id), text, text_mask)
@@ -269,7 +309,7 @@ def pretrain_muse(args):
 
 STAGES = {                                                   # stage: (function, default steps, batch, lr)
     "vqgan": (pretrain_vqgan, 2200, 16, 1e-3),
-    "clip": (pretrain_clip, 560, 128, 1e-3),
+    "clip": (pretrain_clip, 900, 128, 1.5e-3),
     "muse": (pretrain_muse, 1700, 64, 2e-3),
 }
 

@@ -27,17 +27,25 @@ MAX_PIXELS = 64_000_000                                 # of a picture we agree 
 
 NO_ARTICLE = set("""bacon broccoli cheese chocolate corn fire flame fog garlic ginger honey ice jeans lightning milk
     money oil popcorn rice sake salt sushi sunshine tempura thread water wood yarn tea butter sheep-wool luggage
-    spaghetti sashimi curry-rice cooked-rice bread wc""".split())
-SINGULAR = ("ss", "us", "is", "tennis", "abacus", "lens", "chess", "dice", "gas")          # end in s, yet are one thing
+    spaghetti sashimi curry-rice cooked-rice bread wc badminton bowling camping construction cooking coral dna ice-hockey
+    field-hockey lacrosse ping-pong tennis high-voltage soap skis oden""".split())
+IRREGULAR = {"foggy": "a foggy city", "headphone": "headphones",
+             "hourglass-done": "an hourglass", "hourglass-not-done": "an hourglass with flowing sand",
+             "locked": "a padlock", "locked-with-key": "a padlock with key", "locked-with-pen": "a padlock with pen",
+             "money-with-wings": "money with wings", "mount-fuji": "mount fuji", "pouring-liquid": "pouring liquid",
+             "unlocked": "an open padlock", "x-ray": "an x ray"}
+SINGULAR = ("ss", "us", "is", "rhinoceros", "tennis", "abacus", "lens", "chess", "dice", "gas")          # end in s, yet are one thing
 
 
 def content_phrase(name):
     """A tile's name as a content phrase: "hot-air-balloon" -> "a hot air balloon", "glasses" -> "glasses"."""
+    if name in IRREGULAR:
+        return IRREGULAR[name]
     words = name.replace("-", " ")
     head = words.split(" with ")[0].split(" of ")[0].split(" in ")[0].split(" on ")[0].split(" and ")[0]
     if words in NO_ARTICLE or name in NO_ARTICLE or (head.endswith("s") and not head.endswith(SINGULAR)):
         return words
-    vowel = words[0] in "aeiou" and not words.startswith(("uni", "us", "one ", "ufo"))
+    vowel = words[0] in "aeiou" and not words.startswith(("uni", "us", "one ", "ufo", "eu", "ewe"))
     return f"{'an' if vowel else 'a'} {words}"
 
 

@@ -66,16 +66,20 @@ def is_held_out(style):
     return any(zlib.crc32(f"{a}|{b}".encode()) % 5 == 0 for i, a in enumerate(values) for b in values[i + 1:])
 
 
+PLAIN = 0.25                 # share of the drawings that stay as they are, on white
+CHANCE = {"palette": 0.45, "line": 0.25, "medium": 0.45, "ground": 0.6, "light": 0.2}       # that an attribute is named
+
+
 def sample(rng, hand="", held_out=False):
     """A random Style, held out of training or not, as asked. rng: numpy Generator."""
+    if not held_out and rng.random() < PLAIN:
+        return Style()
     while True:
-        if rng.random() < 0.15 and not held_out:
-            return Style()
-        named = {k: str(rng.choice(values)) for k, values in ATTRIBUTES.items()
-                 if rng.random() < {"palette": 0.45, "line": 0.3, "medium": 0.55, "ground": 0.65, "light": 0.25}[k]}
-        style = Style(**named)
-        if is_held_out(style) == held_out:
-            return style
+        chosen = [k for k in ATTRIBUTES if rng.random() < CHANCE[k]]
+        for _ in range(50):             # only the values are drawn again: else rejection would favour plain styles
+            style = Style(**{k: str(rng.choice(ATTRIBUTES[k])) for k in chosen})
+            if is_held_out(style) == held_out:
+                return style
 
 
 def phrase(style, hand="", rng=None):
@@ -170,16 +174,19 @@ def watercolor(p, a, size, kind):
 
 def oil_painting(p, a, size, kind):
     x, y = coordinates(size)
-    angle = noise(size, 16, kind) * 6
-    strokes = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 1.1 + noise(size, 5, kind) * 4)
+    angle = noise(size, 20, kind) * 4
     daubs = np.asarray(Image.fromarray((p * 255).astype(np.uint8)).filter(ImageFilter.MedianFilter(5)), np.float32) / 255
-    return mix(light_of(daubs), daubs, 1.25) * (0.92 + 0.13 * strokes)
+    bristle = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 1.6) * noise(size, 4, kind)
+    thick = noise(size, 5, kind + 1)                                             # ridges of paint, lit from one side
+    dy, dx = np.gradient(thick[..., 0] * (size / 64))
+    return mix(light_of(daubs), daubs, 1.25) * (0.95 + 0.12 * bristle) + 0.8 * (dx + dy)[..., None]
 
 
 def kid_crayon(p, a, size, kind):
     x, y = coordinates(size)
-    wax = np.sin((x + y) * 1.1 + 3 * noise(size, 8, kind)) * 0.5 + noise(size, 1.5, kind) - 0.45
-    return mix(p, 1, np.clip(2.2 * wax, 0, 0.85))
+    scribble = np.sin((x + 0.7 * y) * 1.1 + 9 * noise(size, 14, kind)) * 0.3
+    bare = np.clip(2.5 * (scribble + noise(size, 1.5, kind) - 0.5), 0, 0.9)      # paper between the strokes of wax
+    return mix(mix(light_of(p), p, 1.3), 1, bare)
 
 
 def pencil_hatching(p, a, size, kind):
@@ -223,8 +230,10 @@ def pixel_art(p, a, size, kind):
 
 def woodcut(p, a, size, kind):
     x, y = coordinates(size)
-    carved = np.sin(y * 1.6 + 2.5 * noise(size, 20, kind)) * 0.45 + 0.5
-    return np.where(light_of(blur(p, size / 90)) < carved, p * 0.15, mix(p, 1, 0.72))
+    carved = np.sin(y * 1.6 + x * 0.25 + 6 * noise(size, 20, kind)) * 0.45 + 0.5
+    light = light_of(blur(p, size / 90))
+    contour = (spread(a, size / 64) - a > 0.5) | (edges(p, a) > 0.5)
+    return np.where((light * 1.15 < carved) | contour, p * 0.15, mix(p, 1, 0.6))
 
 
 def embroidery(p, a, size, kind):
@@ -235,9 +244,10 @@ def embroidery(p, a, size, kind):
 
 
 def chalk(p, a, size, kind):
-    dust = noise(size, 1.2, kind) * 0.7 + noise(size, 5, kind) * 0.5
-    slate = np.float32([0.16, 0.2, 0.19])
-    return mix(slate, mix(p, 1, 0.25), np.clip((dust - 0.38) * 4, 0.1, 1) * np.maximum(a, 0.12))
+    x, y = coordinates(size)
+    grain = noise(size, 1.5, kind) + 0.25 * np.sin((x + y) * 1.3 + 3 * noise(size, 12, kind))
+    slate = np.float32([0.15, 0.2, 0.18]) * (0.9 + 0.2 * noise(size, 16, kind))
+    return mix(slate, mix(p, 1, 0.25), np.clip((grain - 0.1) * 1.8, 0.1, 0.95) * np.maximum(a, 0.06))
 
 
 def wooden(p, a, size, kind):
@@ -315,7 +325,8 @@ def apply(style, rgba, rng):
         p = np.clip(p * 0.95 - 1.6 * u * (dx + dy)[..., None] * -1, 0, 1)
     ground = make_ground(style.ground, size, kind)
     if style.light == "drop shadow":
-        shadow = np.roll(blur(a, 1.5 * u), (round(4 * u), round(3 * u)), (0, 1))
+        down, right = round(4 * u), round(3 * u)
+        shadow = np.pad(blur(a, 1.5 * u), ((down, 0), (right, 0), (0, 0)))[:size, :size]
         ground = ground * (1 - 0.6 * shadow)
     if style.light == "sticker":
         rim = spread(a, 3 * u)

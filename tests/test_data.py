@@ -50,7 +50,7 @@ def test_scaling_leaks_no_invisible_colour():
 @pytest.mark.parametrize("name, words", [
     ("hot-air-balloon", "a hot air balloon"), ("apple", "an apple"), ("unicorn", "a unicorn"), ("cherries", "cherries"),
     ("bus", "a bus"), ("cactus", "a cactus"), ("house", "a house"), ("rice", "rice"), ("umbrella", "an umbrella"),
-    ("hour-glass", "a hour glass"), ("glass-of-milk", "a glass of milk"), ("sunglasses", "sunglasses")])
+    ("locked", "a padlock"), ("ewe", "a ewe"), ("euro-banknote", "a euro banknote"), ("glass-of-milk", "a glass of milk"), ("sunglasses", "sunglasses")])
 def test_content_phrases(name, words):
     assert data.content_phrase(name) == words
 
