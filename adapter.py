@@ -4,6 +4,7 @@
 
 One generator for each placement holds W_d and W_u of every layer, either independently or shared
 across depth up to a small offset. All "up" weights start at zero, so a new adapter changes nothing.
+Below it, what the paper compares with: full fine-tuning, LoRA and textual inversion (Section 4.2).
 
 Shapes: L layers (n_layer), D width (d_emb), H bottleneck (d_prj).
 """
@@ -46,8 +47,29 @@ class AdapterGenerator(nn.Module):
         return self.down + self.depth_down[:, None, :], self.up + self.depth_up[:, None, :]
 
 
-class Adapter(nn.Module):
-    """theta: one generator for each placement. Calling it gives the function that Muse takes."""
+class Tuned(nn.Module):
+    """theta of Eq. 3, whatever it is made of: what tuning learns about a style. Nothing, by default.
+
+    It can enter G in three places, and each way to tune overrides one. `config` rebuilds it, `about`
+    (a plain dict) says how it was made: its base, style phrase, prompts and steps.
+    """
+    about = {}
+
+    def forward(self):
+        """-> a function (h (B, P, D), layer, placement) -> h inside G's blocks, or None."""
+        return None
+
+    def weights(self, muse):
+        """-> {name: tensor}: weights of G that are replaced."""
+        return {}
+
+    def words(self, ids, vectors):
+        """Text token ids (B, L) and their vectors (B, L, D_text) -> the vectors that T reads."""
+        return vectors
+
+
+class Adapter(Tuned):
+    """StyleDrop's: one generator for each placement. Calling it gives the function that Muse takes."""
 
     def __init__(self, d_emb, d_prj, n_layer, is_shared, generator=None):
         super().__init__()
@@ -76,3 +98,55 @@ def by_rows(parts):
         pieces = h.split(sizes)
         return torch.cat([p if a is None else a(p, layer, placement) for p, (_, a) in zip(pieces, parts)])
     return adapters
+
+
+# ---------------------------------------------------------------------------------------------
+# Other ways to tune (Section 4.2): the same loss, data and sampler
+
+class FullFineTuning(Tuned):
+    """Every weight of G (DreamBooth without its prior preservation). shapes: {name: shape} of them all."""
+
+    def __init__(self, shapes, start=None):
+        super().__init__()
+        self.config = dict(shapes={name: list(shape) for name, shape in shapes.items()})
+        self.copies = nn.ParameterList(torch.empty(*shape) if start is None else start[name].detach().clone()
+                                       for name, shape in shapes.items())
+
+    def weights(self, muse):
+        return dict(zip(self.config["shapes"], self.copies))
+
+
+class LoRA(Tuned):
+    """W + U A for the queries and values of every attention (Hu et al. 2021), A: r x D, U: D x r from zero."""
+
+    def __init__(self, d_emb, rank, n_layer, generator=None):
+        super().__init__()
+        self.config = dict(d_emb=d_emb, rank=rank, n_layer=n_layer)
+        self.names = [f"blocks.{layer}.{attention}.{matrix}.weight" for layer in range(n_layer)
+                      for attention in ("attn", "cross") for matrix in ("q", "v")]
+        self.down = nn.Parameter(nn.init.trunc_normal_(torch.empty(len(self.names), rank, d_emb), std=0.02,
+                                                       generator=generator))
+        self.up = nn.Parameter(torch.zeros(len(self.names), d_emb, rank))
+
+    def weights(self, muse):
+        return {name: muse.get_parameter(name) + change for name, change in zip(self.names, self.up @ self.down)}
+
+
+class TextualInversion(Tuned):
+    """New vectors for the tokens of the style phrase and nothing else (Gal et al. 2022).
+
+    tokens: their ids; start (len(tokens), D_text): the vectors they have now.
+    """
+
+    def __init__(self, tokens, width, start=None):
+        super().__init__()
+        self.config = dict(tokens=list(tokens), width=width)
+        self.vectors = nn.Parameter(torch.empty(len(tokens), width) if start is None else start.detach().clone())
+
+    def words(self, ids, vectors):
+        for token, vector in zip(self.config["tokens"], self.vectors):
+            vectors = torch.where(ids[..., None] == token, vector, vectors)
+        return vectors
+
+
+METHODS = {"adapter": Adapter, "full": FullFineTuning, "lora": LoRA, "textual-inversion": TextualInversion}

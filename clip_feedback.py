@@ -372,16 +372,18 @@ class CLIP(nn.Module):
         """
         return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True)
 
-    def text_states(self, ids, layer=None):
+    def text_states(self, ids, layer=None, vectors=None):
         """T(t) of Eq. 1-6: ids (B, L) -> one state per token (B, L, D), each knowing only the tokens before it.
 
         layer: -1 the last layer after `ln_final`; -2 the last but one, not normalised, and so on; None the
-        config's `states_layer`. Muse should not look where `text_mask` is false.
+        config's `states_layer`. vectors (B, L, D): what stands for the tokens instead of the table's entries
+        (textual inversion). Muse should not look where `text_mask` is false.
         """
         layer = self.config.states_layer if layer is None else layer
         if not -self.config.text_layers <= layer <= -1:
             raise ValueError(f"layer must lie in -{self.config.text_layers}..-1, not {layer}")
-        x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]  # (B, L, D)
+        vectors = self.token_embedding(ids) if vectors is None else vectors
+        x = vectors + self.positional_embedding[:ids.shape[1]]        # (B, L, D)
         x = self.transformer(x, skip_last=-1 - layer)
         return self.ln_final(x) if layer == -1 else x
 
@@ -553,3 +555,39 @@ def select_random(prompts, images, generator=None, k=1):
     if not 1 <= k <= images:
         raise ValueError(f"cannot pick {k} of {images} images")
     return torch.rand(prompts, images, generator=generator).argsort(dim=1)[:, :k]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line: the two scores of Table 2
+
+def main():
+    import data                                             # only the command needs the project's files
+    from styledrop import Parser, to_tensor
+
+    parser = Parser(description="text score and style score of a folder of pictures (StyleDrop 4.2.1)")
+    parser.add_argument("--images", required=True, metavar="DIR", help="pictures, read in the order of their names")
+    parser.add_argument("--ref", nargs="+", required=True, metavar="IMG", help="the style reference, or several")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="one prompt a line: for each picture, or one for all")
+    parser.add_argument("--clip", default="weights/tiny/clip.pt", help="our checkpoint, or OpenAI's or open_clip's ViT weights")
+    parser.add_argument("--merges", help="OpenAI's vocabulary file, for foreign weights")
+    args = parser.parse_args()
+    if not Path(args.images).is_dir():
+        raise ValueError(f"{args.images} is not a folder of pictures")
+    files = sorted(path for path in Path(args.images).iterdir() if path.suffix.lower() in data.Folder.SUFFIXES)
+    prompts = [line.strip() for line in data.read_words(Path(args.prompts)).splitlines() if line.strip()]
+    if not files:
+        raise ValueError(f"{args.images} holds no pictures")
+    if len(prompts) not in (1, len(files)):
+        raise ValueError(f"{args.images} holds {len(files)} pictures, {args.prompts} {len(prompts)} prompts: write one for each")
+    clip = load_clip(args.clip, args.merges)
+    read = lambda paths: torch.cat([to_tensor(data.read_image(path, clip.config.resolution)[None]) for path in paths])
+    images = read(files)
+    for name, scores in (("text", text_score(clip, images, prompts * (len(files) // len(prompts)))),
+                         ("style", style_score(clip, images, read(args.ref)))):
+        error = scores.std().item() / len(scores) ** 0.5 if len(scores) > 1 else math.nan
+        print(f"{name} score {scores.mean().item():.4f} +- {error:.4f}  ({len(scores)} pictures, by {args.clip})")
+
+
+if __name__ == "__main__":
+    from styledrop import run_command
+    run_command(main)

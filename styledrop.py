@@ -12,20 +12,22 @@ Shapes: B batch, N image tokens, L text length, D width, V codebook size.
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.func import functional_call
 
 import clip_feedback
 import muse as muse_
 import vqgan as vqgan_
-from adapter import Adapter, by_rows
+from adapter import METHODS, Adapter, FullFineTuning, LoRA, TextualInversion, Tuned, by_rows
 from clip_feedback import CLIP, CLIPConfig, Tokenizer
 from muse import Muse, MuseConfig
 from vqgan import VQGAN, VQGANConfig
@@ -115,9 +117,13 @@ def fingerprint(model):
     return digest.hexdigest()[:12]
 
 
-def save_adapter(path, adapter):
-    saved = dict(kind="adapter", config=adapter.config, weights=adapter.state_dict(), about=adapter.about)
+def save_adapter(adapter, path):
+    method = next(name for name, kind in METHODS.items() if type(adapter) is kind)
+    saved = dict(kind="adapter", method=method, config=adapter.config, weights=adapter.state_dict(), about=adapter.about)
     write_whole(path, lambda file: torch.save(saved, file))
+
+
+Tuned.save = save_adapter               # adapter.save(path)
 
 
 def load_adapter(path):
@@ -125,18 +131,12 @@ def load_adapter(path):
     path = Path(path)
     saved = read_checkpoint(path / "adapter.pt" if path.is_dir() else path, "adapter")
     try:
-        adapter = StyleAdapter(**saved["config"])
+        adapter = METHODS[saved["method"]](**saved["config"])
         adapter.load_state_dict(saved["weights"])
         adapter.about = saved["about"]
     except (KeyError, TypeError, RuntimeError):
         raise ValueError(f"{path} does not fit this version's adapters; train it again") from None
     return adapter.eval().requires_grad_(False)
-
-
-class StyleAdapter(Adapter):
-    """An adapter that knows its style phrase, its training prompts and its base: `about`, a plain dict."""
-    about = {}
-    save = lambda self, path: save_adapter(path, self)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -200,11 +200,12 @@ class StyleDrop:
             self._base = fingerprint(self.muse)
         return self._base
 
-    @torch.no_grad()
-    def embed(self, prompts):
+    def embed(self, prompts, tuned=None):
         """T: list of B strings -> per-token states (B, L, D), mask (B, L), true at real tokens."""
         ids = self.clip.tokenizer(prompts, self.clip.config.context_length).to(self.device)
-        return self.clip.text_states(ids), self.clip.text_mask(ids)
+        vectors = self.clip.token_embedding(ids)
+        vectors = vectors if tuned is None else tuned.words(ids, vectors)
+        return self.clip.text_states(ids, vectors=vectors), self.clip.text_mask(ids)
 
     def check_adapter(self, adapter, name):
         tuned_on = adapter.about.get("base")
@@ -229,11 +230,11 @@ class StyleDrop:
         B = len(prompts)
         phrase = style_phrase if style_phrase is not None else (style.about.get("style", "") if style else "")
         texts_s = [style_prompt(p, phrase) for p in prompts]
-        theta_s = self.check_adapter(style, "style")() if style is not None else None
-        theta_c = self.check_adapter(content, "content")() if content is not None else None
+        theta_s = self.check_adapter(style, "style") if style is not None else None
+        theta_c = self.check_adapter(content, "content") if content is not None else None
         gamma = 1.0 if style is None and content is not None else gamma if content is not None else 0.0
 
-        branches = {}                                       # name -> (texts, adapters); n comes last
+        branches = {}                                       # name -> (texts, theta); n comes last
         if gamma < 1:
             branches["G(t)"] = texts_s, None
             if theta_s is not None:
@@ -242,13 +243,13 @@ class StyleDrop:
             branches["G(c)"] = prompts, None
             branches["G^(c)"] = prompts, theta_c
         branches["G(n)"] = [negative] * B, None
-
-        text, text_mask = self.embed(sum((texts for texts, _ in branches.values()), []))
-        adapters = by_rows([(B, theta) for _, theta in branches.values()])
+        calls = self.forward_passes(branches)
 
         def logits_fn(ids, step):
-            logits = self.muse(ids.repeat(len(branches), 1), text, text_mask, adapters)
-            out = dict(zip(branches, logits.split(B)))
+            out = {}
+            for names, weights, inputs in calls:
+                logits = functional_call(self.muse, weights, (ids.repeat(len(names), 1), *inputs))
+                out.update(zip(names, logits.split(B)))
             guided = lambda x: guided_logits(out.get(f"G^({x})", out[f"G({x})"]), out[f"G({x})"], out["G(n)"],
                                              lambda_a, lambda_b)
             if gamma == 0:
@@ -262,25 +263,57 @@ class StyleDrop:
         ids = muse_.decode(logits_fn, B, c.tokens, c.mask_id, steps, temperature, generator, on_step)
         return self.vqgan.decode(ids.view(B, c.grid, c.grid))
 
+    def forward_passes(self, branches):
+        """branches: name -> (texts, theta or None) -> [(names, weights of G, (text, text_mask, adapters))].
+
+        All branches that share G's weights are one batch; fully tuned and LoRA weights are a G of their own.
+        """
+        weights = {name: theta.weights(self.muse) if theta else {} for name, (_, theta) in branches.items()}
+        groups = [[name for name in branches if not weights[name]]] + [[name] for name in branches if weights[name]]
+        calls = []
+        for names in groups:
+            texts, masks = zip(*(self.embed(*branches[name]) for name in names))
+            adapters = by_rows([(len(texts), theta() if theta else None) for texts, theta in map(branches.get, names)])
+            calls.append((names, weights[names[0]], (torch.cat(texts), torch.cat(masks), adapters)))
+        return calls
+
+    def new_adapter(self, method, style, d_prj, is_shared, generator):
+        """A fresh theta: G^ with it is G, for each of METHODS. Raises ValueError where there is nothing to learn."""
+        c, G = self.muse.config, self.muse
+        if method == "adapter":
+            return Adapter(c.width, d_prj, c.layers, is_shared, generator)
+        if method == "lora":
+            return LoRA(c.width, d_prj, c.layers, generator)
+        if method == "full":
+            start = dict(G.named_parameters())
+            return FullFineTuning({name: p.shape for name, p in start.items()}, start)
+        tokens = list(dict.fromkeys(self.clip.tokenizer.encode(style)))
+        if not tokens:
+            raise ValueError("textual inversion learns the words of the style phrase; give one")
+        table = self.clip.token_embedding.weight
+        return TextualInversion(tokens, table.shape[1], table[tokens])
+
     def tune(self, images, prompts, style="", steps=100, lr=1e-3, batch=8, d_prj=4, is_shared=True, seed=0,
-             on_step=None):
+             on_step=None, method="adapter"):
         """Eq. 3: theta = argmin E_{(x, t), m} CE_m( G^(M(E(x), m), T(t), theta), E(x) ).
 
         images (R, 3, H, W) in [-1, 1], the references; prompts: R content phrases, one for each;
         style: the phrase they share. Every reference is used. Tokens and text embeddings are made
         once; only theta has gradients, and only theta changes. on_step(step, loss) after each step.
+        method: one of adapter.METHODS; d_prj is LoRA's rank as well.
         Returns an adapter with .about and .save(path).
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} reference images need as many content phrases, not {len(prompts)}")
         c = self.muse.config
         generator = torch.Generator().manual_seed(seed)
-        adapter = StyleAdapter(c.width, d_prj, c.layers, is_shared, generator).to(self.device)
+        adapter = self.new_adapter(method, style, d_prj, is_shared, generator).to(self.device)
         adapter.about = dict(base=self.base, style=style, prompts=list(prompts), steps=steps, lr=lr, batch=batch,
                              seed=seed)
         optimiser = torch.optim.Adam(adapter.parameters(), lr=lr)
         tokens = self.vqgan.encode(images.to(self.device)).flatten(1)            # (R, N)
-        text, text_mask = self.embed([style_prompt(p, style) for p in prompts])  # (R, L, D), (R, L)
+        texts = [style_prompt(p, style) for p in prompts]
+        text, text_mask = self.embed(texts)                                      # (R, L, D), (R, L)
         order = torch.empty(0, dtype=torch.long)
         for step in range(steps):
             while len(order) < batch:                       # shuffled passes over all references
@@ -288,7 +321,10 @@ class StyleDrop:
             rows, order = order[:batch].to(self.device), order[batch:]
             ids = tokens[rows]
             mask = muse_.random_mask(batch, c.tokens, generator).to(self.device)
-            logits = self.muse(ids.masked_fill(mask, c.mask_id), text[rows], text_mask[rows], adapter())
+            if method == "textual-inversion":               # its theta is in the text
+                text, _ = self.embed(texts, adapter)
+            inputs = ids.masked_fill(mask, c.mask_id), text[rows], text_mask[rows], adapter()
+            logits = functional_call(self.muse, adapter.weights(self.muse), inputs)
             loss = muse_.masked_loss(logits, ids, mask)
             optimiser.zero_grad()
             loss.backward()
@@ -296,6 +332,72 @@ class StyleDrop:
             if on_step is not None:
                 on_step(step, loss.item())
         return adapter.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rounds of feedback (Sections 3.3 and 4.4.3): sample a pool, choose, train a new adapter on the choice
+
+@dataclass
+class Pool:
+    """Pictures sampled for a choice: K in a row for each of P prompts."""
+    images: torch.Tensor        # (P K, 3, H, W) in [-1, 1]
+    prompts: list               # P content phrases
+    style: str                  # the style phrase that all of them were drawn with
+
+    @property
+    def contents(self):         # one for each picture
+        return [prompt for prompt in self.prompts for _ in range(len(self.images) // len(self.prompts))]
+
+
+def sample_pool(pipe, prompts, count, style=None, seed=0, at_once=16, on_batch=None, **sampling):
+    """`count` pictures for each prompt in the style of an adapter (None: of the base) -> Pool.
+
+    sampling: what `generate` takes. on_batch(done) is called as the pictures come.
+    """
+    wanted = [prompt for prompt in prompts for _ in range(count)]
+    generator, images = torch.Generator(pipe.device).manual_seed(seed), []
+    for i in range(0, len(wanted), at_once):
+        images.append(pipe.generate(wanted[i:i + at_once], style, seed=generator, **sampling).cpu())
+        if on_batch is not None:
+            on_batch(min(i + at_once, len(wanted)))
+    return Pool(torch.cat(images), list(prompts), style.about["style"] if style is not None else "")
+
+
+def choose_by_clip(pipe, pool, generator, style_words=False):
+    """CLIP feedback: of each prompt's pictures the one nearest to its text -> sorted indices (P).
+
+    The paper does not say whether the text names the style; style_words=True says it does.
+    """
+    texts = [style_prompt(content, pool.style if style_words else "") for content in pool.contents]
+    scores = clip_feedback.text_score(pipe.clip, pool.images, texts).view(len(pool.prompts), -1)
+    return flat(clip_feedback.select_best(scores), scores.shape[1])
+
+
+def choose_at_random(pipe, pool, generator):
+    """The paper's control: one picture of each prompt, whichever -> sorted indices (P)."""
+    count = len(pool.images) // len(pool.prompts)
+    return flat(clip_feedback.select_random(len(pool.prompts), count, generator), count)
+
+
+def flat(columns, count):
+    """Indices (P, k) within each prompt's `count` pictures -> sorted indices within the pool."""
+    return sorted((columns.cpu() + count * torch.arange(len(columns))[:, None]).flatten().tolist())
+
+
+FEEDBACK = {"clip": choose_by_clip, "random": choose_at_random}      # and a person: human_feedback.py
+
+
+def measure(pipe, images, contents, references, reference_contents):
+    """What the paper reports, and what it warns of -> {"text", "style", "leakage"}: tensors (B,).
+
+    text: cosine of picture and content phrase; style: cosine of picture and reference; leakage: 1 where CLIP
+    sees the reference's content in a picture of something else, nan where that is what was asked for.
+    """
+    text = clip_feedback.text_score(pipe.clip, images, contents)
+    rival = torch.stack([clip_feedback.text_score(pipe.clip, images, c) for c in reference_contents]).amax(0)
+    same = torch.tensor([content in reference_contents for content in contents], device=text.device)
+    leakage = (rival > text).float().masked_fill(same, math.nan)
+    return dict(text=text, style=clip_feedback.style_score(pipe.clip, images, references), leakage=leakage)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
     python train.py --ref style.png                                     # -> runs/style
     python train.py --ref house.png --content "a house" --style "watercolor painting" --out runs/watercolor
     python train.py --ref a.png b.png --content "a cat" "a house"       # every reference is used
+    python train.py --ref house.png --rounds 2 --feedback clip          # or human, or random
+    python train.py --ref 1.png 2.png --kind content --content "a [V] teapot"
 
     python train.py --stage vqgan                                       # pretraining, in this order;
     python train.py --stage clip                                        # the same command again goes on
@@ -27,10 +29,13 @@ from PIL import Image, ImageDraw
 
 import clip_feedback
 import data
+import human_feedback
 import muse as muse_
 import vqgan as vqgan_
-from styledrop import (RARE_TOKEN, Parser, StyleDrop, check_prompt, grid, load_model, number, read_checkpoint,
-                       run_command, save_model, style_prompt, to_tensor, to_uint8, write_whole)
+from adapter import METHODS
+from styledrop import (FEEDBACK, RARE_TOKEN, Parser, Pool, StyleDrop, check_prompt, choose_by_clip, fingerprint, grid,
+                       load_adapter, load_model, measure, number, read_checkpoint, run_command, sample_pool,
+                       save_model, style_prompt, to_tensor, to_uint8, write_whole)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -318,6 +323,7 @@ STAGES = {                                                   # stage: (function,
 # Style tuning: the main job
 
 PREVIEW = ("a cat", "a tree", "a car", "an apple", "a rocket", "a fish")
+CONTENT_PREVIEW = ("watercolor", "flat vector on navy", "gold and purple", "line drawing", "halftone")
 
 
 def before_after(references, before, after, prompts):
@@ -342,61 +348,222 @@ def before_after(references, before, after, prompts):
     return sheet
 
 
+METHOD_LR = {"adapter": 1e-3, "full": 1e-4, "lora": 1e-3, "textual-inversion": 1e-2}
+
+
+def teach(pipe, images, contents, style, steps, lr, batch, d_prj, is_shared, seed, method="adapter"):
+    """pipe.tune with a progress line -> the adapter and its log, a list of dicts."""
+    log, began = [], time.time()
+
+    def on_step(step, loss):
+        log.append(dict(step=step + 1, loss=round(loss, 5)))
+        if (step + 1) % max(1, steps // 10) == 0:
+            speed = (step + 1) * batch / (time.time() - began)
+            print(f"step {step + 1}/{steps}  loss {loss:.3f}  {speed:.1f} images/s  "
+                  f"{clock((steps - step - 1) * batch / speed)} left", flush=True)
+
+    adapter = pipe.tune(images, contents, style, steps, lr, batch, d_prj, is_shared, seed, on_step, method)
+    ours, base = (sum(p.numel() for p in model.parameters()) for model in (adapter, pipe.muse))
+    print(f"adapter: {ours:,} parameters, {100 * ours / base:.2f} % of the base's {base:,}")
+    return adapter, log
+
+
+def write_log(path, log):
+    write_whole(path, lambda file: file.write("".join(json.dumps(line) + "\n" for line in log).encode()))
+
+
 def tune(args):
     """Eq. 3 from the command line: a run folder with adapter.pt, config.json, log.jsonl, samples.png."""
     began = time.time()
     out = Path(args.out or f"runs/{Path(args.ref[0]).stem}")
     if out.exists() and not (out / "adapter.pt").exists():
         raise ValueError(f"{out} exists and is not a run folder; give another --out")
-    if args.content and len(args.content) != len(args.ref):
-        raise ValueError(f"{len(args.ref)} references need as many --content phrases, not {len(args.content)}")
-    if args.content and not all(phrase.strip() for phrase in args.content):
+    contents = args.content
+    if args.kind == "content":
+        if not contents:
+            raise ValueError('a content adapter needs the object\'s name: --content "a [V] teapot"')
+        if args.style or args.rounds > 1:
+            raise ValueError("a content adapter takes neither --style nor --rounds")
+        contents = contents * len(args.ref) if len(contents) == 1 else contents
+    if contents and len(contents) != len(args.ref):
+        raise ValueError(f"{len(args.ref)} references need as many --content phrases, not {len(contents)}")
+    if contents and not all(phrase.strip() for phrase in contents):
         raise ValueError("a --content phrase is empty; say what the picture shows, or leave --content out")
     pipe = StyleDrop.load(args.weights, args.device)
     images = np.stack([data.read_image(path, pipe.vqgan.config.resolution) for path in args.ref])
     references = to_tensor(images)
-    if args.content:
-        contents = args.content
-    else:
+    if not contents:
         contents = guess_content(pipe, references)
         print(f"content guessed by CLIP: {', '.join(contents)} (say it with --content if that is wrong)")
-    style = RARE_TOKEN if args.style is None else args.style
+    style = "" if args.kind == "content" else RARE_TOKEN if args.style is None else args.style
     for content in contents:
         check_prompt(pipe, style_prompt(content, style))
+    settings = {k: v for k, v in vars(args).items() if k in ("ref", "kind", "method", "steps", "lr", "batch", "d_prj",
+                                                             "unshared", "seed", "weights")}
+    settings = dict(settings, content=contents, style=style, base=pipe.base)
+    if args.rounds > 1 and finished(out / "config.json", settings):
+        print(f"going on with {out}: its round 1 is there")
+    else:
+        first_round(args, out, pipe, images, settings)
+    if args.rounds > 1:
+        further_rounds(args, out, pipe, references, settings)
+    files = sorted(path.name + "/" * path.is_dir() for path in out.iterdir())
+    print(f"{out}: {' '.join(files)}  ({time.time() - began:.0f} s, peak memory {peak_memory():.0f} MB)")
+    what = f'"{contents[0]}" --content' if args.kind == "content" else '"a cat" --style'
+    print(f"next: python sample.py --prompt {what} {out}")
+
+
+def first_round(args, out, pipe, images, settings):
+    """From the references; the folder appears when all of it is there."""
+    contents, style, prompts = settings["content"], settings["style"], PREVIEW
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:   # fails early, leaves nothing
         run = Path(temporary) / "run"
         run.mkdir()
-        log = []
-
-        def on_step(step, loss):
-            log.append(dict(step=step + 1, loss=round(loss, 5)))
-            if (step + 1) % max(1, args.steps // 10) == 0:
-                speed = (step + 1) * args.batch / (time.time() - tuning)
-                print(f"step {step + 1}/{args.steps}  loss {loss:.3f}  {speed:.1f} images/s  "
-                      f"{clock((args.steps - step - 1) * args.batch / speed)} left", flush=True)
-
-        tuning = time.time()
-        adapter = pipe.tune(references, contents, style, args.steps, args.lr, args.batch, args.d_prj,
-                            not args.unshared, args.seed, on_step)
-        ours = sum(p.numel() for p in adapter.parameters())
-        base = sum(p.numel() for p in pipe.muse.parameters())
-        print(f"adapter: {ours:,} parameters, {100 * ours / base:.2f} % of the base's {base:,}")
-        before = pipe.generate([style_prompt(p, style) for p in PREVIEW], seed=args.seed)
-        after = pipe.generate(PREVIEW, style=adapter, seed=args.seed)
+        adapter, log = teach(pipe, to_tensor(images), contents, style, args.steps, args.lr, args.batch, args.d_prj,
+                             not args.unshared, args.seed, args.method)
+        if args.kind == "content":
+            prompts = [contents[0]] + [style_prompt(contents[0], words) for words in CONTENT_PREVIEW]
+        before = pipe.generate([style_prompt(p, style) for p in prompts], seed=args.seed)
+        after = pipe.generate(prompts, **{args.kind: adapter}, seed=args.seed)
         adapter.save(run / "adapter.pt")
-        settings = {k: v for k, v in vars(args).items() if k in
-                    ("ref", "steps", "lr", "batch", "d_prj", "unshared", "seed", "weights")}
-        (run / "config.json").write_text(json.dumps(dict(settings, content=contents, style=style, base=pipe.base),
-                                                    indent=1, ensure_ascii=False) + "\n")
-        (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-        before_after(images, to_uint8(before), to_uint8(after), PREVIEW).save(run / "samples.png")
+        (run / "config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        write_log(run / "log.jsonl", log)
+        before_after(images, to_uint8(before), to_uint8(after), prompts).save(run / "samples.png")
         if out.exists():
             os.replace(out, Path(temporary) / "old")
         os.replace(run, out)
-    print(f"{out}: adapter.pt config.json log.jsonl samples.png  "
-          f"({time.time() - began:.0f} s, peak memory {peak_memory():.0f} MB)")
-    print(f'next: python sample.py --prompt "a cat" --style {out}')
+
+
+# ---------------------------------------------------------------------------------------------
+# Rounds of feedback (Sections 3.3 and 4.4.3)
+
+# 30 prompts with the structure of Table S2 (animals, faces, fruit, buildings), in words the base knows
+POOL_PROMPTS = """a dog; a cat; a fox; an owl; a horse; a fish; a turtle; a butterfly; a duck; a rabbit; a dog face;
+    a cat face; a tiger face; a panda; a red apple; a banana; a pear; cherries; a strawberry; a mushroom; a church;
+    a castle; a house; a hut; a tent; a sailboat; an automobile; a rocket; a guitar; a teapot"""
+POOL_PROMPTS = [prompt.strip() for prompt in POOL_PROMPTS.split(";")]
+
+
+def finished(path, recipe):
+    """True if the part that `path` describes was made by the very same recipe."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(recipe))
+    except (OSError, ValueError):
+        return False
+
+
+def write_json(path, value):
+    write_whole(path, lambda file: file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
+
+
+def further_rounds(args, out, pipe, references, settings):
+    """Sample a pool, choose, train a NEW larger adapter on the choice; each part is kept and made once.
+
+    roundN/ holds pool.png (a row for each prompt), choice.json, adapter.pt and log.jsonl; every part
+    lies beside the recipe that made it, so the same command goes on after the last finished part.
+    """
+    prompts, style = read_prompts(args.pool_prompts), settings["style"]
+    for prompt in prompts:
+        check_prompt(pipe, style_prompt(prompt, style))
+    if not (out / "round1" / "adapter.pt").exists():
+        load_adapter(out).save(out / "round1" / "adapter.pt")
+    adapters = [load_adapter(out / "round1")]
+    for number in range(2, args.rounds + 1):
+        here = out / f"round{number}"
+        recipe = dict(adapter=fingerprint(adapters[-1]), prompts=prompts, pool=args.pool, seed=args.seed)
+        pool = draw_pool(pipe, here, adapters[-1], recipe)
+        recipe = dict(recipe, feedback=args.feedback, style_words=args.style_words)
+        chosen = choose(args, here, pipe, pool, references, recipe)
+        recipe = dict(recipe, chosen=chosen, steps=args.round_steps, lr=args.round_lr, d_prj=args.round_d_prj)
+        if not (finished(here / "adapter.json", recipe) and (here / "adapter.pt").exists()):
+            print(f"round {number}: {len(chosen)} chosen pictures teach a new adapter")
+            adapter, log = teach(pipe, pool.images[chosen], [pool.contents[i] for i in chosen], style, args.round_steps,
+                                 args.round_lr, args.batch, args.round_d_prj, False, args.seed)
+            write_log(here / "log.jsonl", log)
+            adapter.save(here / "adapter.pt")
+            write_json(here / "adapter.json", recipe)
+        adapters.append(load_adapter(here))
+    adapters[-1].save(out / "adapter.pt")
+    compare_rounds(args, out, pipe, references, settings, prompts, adapters)
+
+
+def read_prompts(path):
+    """One content phrase a line; POOL_PROMPTS without a file."""
+    if path is None:
+        return POOL_PROMPTS
+    prompts = [line.strip() for line in data.read_words(Path(path)).splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; write one a line")
+    return prompts
+
+
+def draw_pool(pipe, here, adapter, recipe):
+    """The pool of a round, from pool.png if it is there; pool.json last, so that it vouches for the picture."""
+    prompts, count = recipe["prompts"], recipe["pool"]
+    if not finished(here / "pool.json", recipe):
+        began = time.time()
+        show = lambda done: print(f"pool {done}/{len(prompts) * count}  {done / (time.time() - began):.1f} pictures/s", flush=True)
+        pool = sample_pool(pipe, prompts, count, adapter, recipe["seed"] + 1, on_batch=show)
+        write_whole(here / "pool.png", lambda file: grid(to_uint8(pool.images), count, gap=0).save(file, "PNG"))
+        write_json(here / "pool.json", recipe)
+    sheet = np.asarray(Image.open(here / "pool.png"))
+    size = pipe.vqgan.config.resolution
+    tiles = sheet.reshape(len(prompts), size, count, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+    return Pool(to_tensor(tiles), prompts, adapter.about["style"])
+
+
+def choose(args, here, pipe, pool, references, recipe):
+    """The numbers of the chosen pictures; kept in choice.json. A person may stop and come back."""
+    saved = here / "choice.json"
+    if args.pick is None and saved.exists():
+        choice = json.loads(saved.read_text(encoding="utf-8"))
+        if finished(saved, dict(recipe, chosen=choice.get("chosen"))):
+            return choice["chosen"]
+    if args.feedback == "human":
+        images, shown = to_uint8(pool.images), to_uint8(references)
+        if args.pick is not None:
+            chosen = human_feedback.parse_picks(args.pick, len(images))
+        else:
+            for i, sheet in enumerate(human_feedback.contact_sheets(images, pool.contents)):
+                write_whole(here / f"sheet{i + 1}.png", lambda file: sheet.save(file, "PNG"))
+            print(f"choose the best pictures: in the browser at the address below, or look at {here}/sheet*.png "
+                  "and run this command again with --pick 3,17,20")
+            chosen = human_feedback.pick(images, pool.contents, shown, here / "picking.json")
+    elif args.feedback == "clip":
+        chosen = choose_by_clip(pipe, pool, None, args.style_words)
+    else:
+        chosen = FEEDBACK[args.feedback](pipe, pool, torch.Generator().manual_seed(args.seed))
+    write_json(saved, dict(recipe, chosen=chosen))
+    write_whole(here / "chosen.png", lambda file: grid(to_uint8(pool.images[chosen]), 10, 2).save(file, "PNG"))
+    return chosen
+
+
+def compare_rounds(args, out, pipe, references, settings, prompts, adapters):
+    """rounds.png and scores.json: the base and every round on the same prompts and seed, with the three scores."""
+    style, size, edge = settings["style"], 2 * pipe.vqgan.config.resolution, 8
+    shown = prompts[:8]
+    sheet = Image.new("RGB", ((2 + len(shown)) * (size + edge), 16 + (1 + len(adapters)) * (size + edge)), "white")
+    draw, scores = ImageDraw.Draw(sheet), {}
+    enlarge = lambda image: Image.fromarray(image).resize((size, size), Image.NEAREST)
+    draw.text((edge, 2), "reference", fill="black")
+    sheet.paste(enlarge(to_uint8(references)[0]), (edge, 16))
+    for row, adapter in enumerate([None, *adapters]):
+        name = "base" if adapter is None else f"round {row}"
+        texts = prompts if adapter else [style_prompt(prompt, style) for prompt in prompts]
+        pool = sample_pool(pipe, texts, 1, adapter, args.seed)
+        values = measure(pipe, pool.images, prompts, references, settings["content"])
+        scores[name] = {k: round(v.nanmean().item(), 4) for k, v in values.items()}
+        line = "\n".join([name, *(f"{k} {v:.3f}" for k, v in scores[name].items())])
+        y = 16 + row * (size + edge)
+        draw.text((edge + size + edge, y), line, fill="black")
+        for i, image in enumerate(to_uint8(pool.images[:len(shown)])):
+            sheet.paste(enlarge(image), ((2 + i) * (size + edge), y))
+            draw.text(((2 + i) * (size + edge), 2), shown[i][:size // 6], fill="black")
+        print(f"{name}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores[name].items()), flush=True)
+    write_whole(out / "rounds.png", lambda file: sheet.save(file, "PNG"))
+    write_json(out / "scores.json", dict(scores, scorer=f"{args.weights}/clip.pt, one picture of each of "
+                                                        f"{len(prompts)} prompts, texts without the style phrase"))
 
 
 def guess_content(pipe, images):
@@ -417,8 +584,20 @@ def main():
     add("--ref", nargs="+", metavar="IMG", help="the style reference; several teach one style together")
     add("--content", nargs="+", metavar="PHRASE", help='what each reference shows, such as "a house" (default: CLIP guesses)')
     add("--style", help=f'words for the style (default: the rare token "{RARE_TOKEN}")')
-    add("--d-prj", type=number(int, 1), default=4, help="H, the adapter's bottleneck")
+    add("--kind", choices=("style", "content"), default="style", help="what the pictures teach: a style, or an object")
+    add("--method", choices=METHODS, default="adapter", help="what is trained; the others are the paper's baselines")
+    add("--d-prj", type=number(int, 1), default=4, help="H, the adapter's bottleneck (LoRA: its rank)")
     add("--unshared", action="store_true", help="independent adapter weights in each layer")
+    # rounds of feedback
+    add("--rounds", type=number(int, 1), default=1, help="2: sample a pool, choose, train a new adapter on the choice")
+    add("--feedback", choices=("clip", "human", "random"), default="clip", help="who chooses")
+    add("--pick", metavar="3,17,20", help="with --feedback human: the choice by number, instead of the browser page")
+    add("--pool", type=number(int, 1), default=8, help="pictures for each prompt of the pool (the paper: 64)")
+    add("--pool-prompts", metavar="FILE", help="content phrases, one a line (default: 30 of our own)")
+    add("--style-words", action="store_true", help="CLIP scores the text with the style phrase in it")
+    add("--round-steps", type=number(int, 1), default=200)
+    add("--round-lr", type=number(float, 0, strict=True), default=1e-3)
+    add("--round-d-prj", type=number(int, 1), default=8, help="H of the later, unshared adapters")
     # pretraining
     add("--stage", choices=STAGES, help="pretrain this part of the base instead")
     add("--preset", choices=("toy", "tiny", "small"), default="tiny")
@@ -443,7 +622,11 @@ def main():
     if bool(args.ref) == bool(args.stage):
         parser.error("give --ref IMG to teach a style, or --stage vqgan|clip|muse to pretrain the base")
     if args.ref:
-        defaults, job = (100, 8, 1e-3), tune
+        defaults, job = (100, 8, METHOD_LR[args.method]), tune
+        if args.pick is not None and args.feedback != "human":
+            parser.error("--pick goes with --feedback human")
+        if args.rounds > 1 and args.method != "adapter":
+            parser.error("--rounds trains adapters; leave --method out")
     else:
         job, *defaults = STAGES[args.stage]
         args.out = args.out or f"runs/{args.stage}"

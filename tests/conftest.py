@@ -11,9 +11,10 @@ from PIL import Image
 import clip_feedback
 import muse as muse_
 import vqgan as vqgan_
+from adapter import Adapter
 from clip_feedback import CLIP, Tokenizer, train_merges
 from muse import Muse
-from styledrop import StyleAdapter, StyleDrop, run_command, save_model
+from styledrop import StyleDrop, run_command, save_model
 from vqgan import VQGAN
 
 torch.set_num_threads(1)                # toy tensors gain nothing from a second thread, and lose on a busy machine
@@ -78,7 +79,7 @@ def make_adapter(pipe):
     """make_adapter(seed) -> an adapter of the toy base whose effect is plain to see; sd=0: a fresh one."""
     def make(seed=0, sd=0.3, style="watercolor painting", base=None):
         c = pipe.muse.config
-        adapter = StyleAdapter(c.width, 4, c.layers, True, torch.Generator().manual_seed(seed))
+        adapter = Adapter(c.width, 4, c.layers, True, torch.Generator().manual_seed(seed))
         adapter.about = dict(base=base or pipe.base, style=style)
         return (shake(adapter, sd, seed) if sd else adapter).requires_grad_(False)
     return make

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import clip_feedback
 from clip_feedback import (CLIP, OPENAI_PIXELS, PRESETS, VOCABULARY_FILE, Attention, CLIPConfig, Tokenizer,
                            contrastive_loss, load_clip, select_best, select_random, split_words,
                            style_score, text_score, train_merges)
@@ -434,3 +435,29 @@ def test_damaged_or_foreign_files_are_refused_in_one_line(clip, tmp_path):
         load_clip(tmp_path / "missing.pt")
     with pytest.raises(ValueError, match="same merges"):
         CLIP(PRESETS["toy"], clip.tokenizer)
+
+
+# -- the command
+
+def test_scores_of_a_folder(cli, weights, tmp_path):
+    """Both scores with their standard errors and the scorer's name, against the functions; files in the order of names."""
+    import numpy as np
+    from PIL import Image
+
+    from styledrop import to_tensor
+    (tmp_path / "drawn").mkdir()
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    for i, picture in enumerate(pictures[:3]):
+        Image.fromarray(picture).save(tmp_path / f"drawn/{i}.png")
+    Image.fromarray(pictures[3]).save(tmp_path / "ref.png")
+    (tmp_path / "prompts.txt").write_text("a cat\na house\na tree\n")
+    command = ("--images", "drawn", "--ref", "ref.png", "--clip", weights / "clip.pt", "--prompts", "prompts.txt")
+    code, out, _ = cli(clip_feedback.main, *command)
+    clip, images = clip_feedback.load_clip(weights / "clip.pt"), to_tensor(pictures)
+    text = clip_feedback.text_score(clip, images[:3], ["a cat", "a house", "a tree"])
+    style = clip_feedback.style_score(clip, images[:3], images[3])
+    line = lambda name, x: f"{name} score {x.mean():.4f} +- {x.std() / 3 ** 0.5:.4f}  (3 pictures, by {weights / 'clip.pt'})"
+    assert code == 0 and out.splitlines() == [line("text", text), line("style", style)]
+    (tmp_path / "prompts.txt").write_text("a cat\na house\n")
+    code, out, err = cli(clip_feedback.main, *command)
+    assert code == 2 and out == "" and "3 pictures" in err and "2 prompts" in err

@@ -165,3 +165,63 @@ def test_from_the_shell(tmp_path, weights):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("sample.png\n")
     assert [path.name for path in tmp_path.iterdir()] == ["sample.png"]
+
+
+# -- sheets: gamma, lambda_A x lambda_B, words left out or unwanted
+
+@pytest.fixture
+def spied(monkeypatch):
+    """Every call of generate: its prompts and options by name."""
+    import inspect
+    calls, real = [], sample.StyleDrop.generate
+    names = list(inspect.signature(real).parameters)[1:]
+
+    def spy(self, *a, **k):
+        calls.append({**dict(zip(names, a)), **k})
+        return real(self, *a, **{**k, **({"steps": 2} if len(a) < 8 else {})})
+    monkeypatch.setattr(sample.StyleDrop, "generate", spy)
+    return calls
+
+
+@pytest.fixture
+def two_runs(make_adapter, tmp_path):
+    make_adapter(1).save(tmp_path / "runs/glow/adapter.pt")
+    make_adapter(2, style="").save(tmp_path / "runs/teapot/adapter.pt")
+    (tmp_path / "runs/teapot/config.json").write_text('{"kind": "content"}')
+
+
+def test_gamma_sweep(cli, weights, two_runs, spied):
+    """From the style alone to the object alone, one seed along a row, one row for each prompt and seed."""
+    code, out, _ = cli(sample.main, "--prompt", "a teapot", "--num", 2, "--style", "runs/glow", "--content", "runs/teapot",
+                       "--gamma-sweep", "--weights", weights, "--scale", 1, "--steps", 2)
+    assert code == 0 and [c["gamma"] for c in spied] == 2 * list(sample.GAMMAS)
+    assert [c["seed"] for c in spied] == 8 * [0] + 8 * [1] and sample.GAMMAS[0] == 0 and sample.GAMMAS[-1] == 1
+    assert Image.open("sample.png").size == (90 + 8 * 20, 18 + 2 * 20)
+
+
+def test_lambda_grid(cli, weights, two_runs, spied):
+    """Every pair once, lambda_A down and lambda_B across, the same seed everywhere. Trap: the axes exchanged."""
+    assert cli(sample.main, "--prompt", "a cat", "--style", "runs/glow", "--lambda-grid", "--weights", weights, "--steps", 2)[0] == 0
+    pairs = [(c["lambda_a"], c["lambda_b"]) for c in spied]
+    assert pairs == [(a, b) for a in sample.LAMBDAS_A for b in sample.LAMBDAS_B] and {c["seed"] for c in spied} == {0}
+
+
+def test_labelled_puts_pictures_where_the_words_say():
+    images = np.stack([np.full((4, 4, 3), 10 * i, np.uint8) for i in range(6)])
+    sheet = np.asarray(sample.labelled(images, ["a", "b"], ["x", "y", "z"], 2))
+    assert [sheet[18 + r * 12 + 4, 90 + c * 12 + 4, 0] for r in range(2) for c in range(3)] == [0, 10, 20, 30, 40, 50]
+
+
+def test_negative_and_style_phrase_reach_the_model(cli, weights, two_runs, spied):
+    assert cli(sample.main, "--prompt", "a cat", "--style", "runs/glow", "--negative", "blurry", "--style-phrase", "painting",
+               "--weights", weights, "--steps", 2)[0] == 0
+    assert spied[0]["negative"] == "blurry" and spied[0]["style_phrase"] == "painting"
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--gamma-sweep"], "--content"), (["--gamma-sweep", "--content", "runs/teapot", "--style", "none"], "--style"),
+    (["--lambda-grid", "--num", 2], "one seed"), (["--lambda-grid", "--trace", "a.gif"], "--trace"),
+    (["--lambda-grid", "--gamma-sweep", "--content", "runs/teapot"], "not both")])
+def test_sheets_refuse_what_they_cannot_draw(cli, weights, two_runs, options, words):
+    code, _, err = cli(sample.main, "--prompt", "a cat", "--weights", weights, *options)
+    assert code == 2 and words in err and not Path("sample.png").exists()
