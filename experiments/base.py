@@ -1,0 +1,243 @@
+"""Draws and measures a base: tokenizer, CLIP, Muse, and what an independent judge sees in its samples.
+
+    python experiments/base.py --weights weights/tiny           # experiments/results/base.md, base_grid.png
+    python experiments/base.py --quick                          # the same with numbers too small to mean anything
+
+Needs a judge (experiments/judge.py). Beside its verdict on samples stands its ceiling: what it says of
+real drawings of the same things in the same styles, and of those as the tokenizer gives them back. It
+was trained on none of these drawings, which decides what things are asked for.
+"""
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+from data import styles  # noqa: E402
+from experiments.judge import AMONG, VALUES, ask, attributes, held_back, load_judge, rank_among, reconstruct  # noqa: E402
+from styledrop import Parser, StyleDrop, grid, number, run_command, sample_pool, to_tensor, to_uint8, write_whole  # noqa: E402
+from vqgan import codebook_health, psnr  # noqa: E402
+
+THINGS = ("cat", "house", "deciduous-tree", "automobile", "red-apple", "rocket", "fish", "owl", "teapot", "guitar")
+IN_WORDS = ("", "flat vector", "watercolor", "gold and purple", "pixel art on teal", "line drawing", "neon halftone on purple",
+            "stained glass")                                # the last medium is held out
+RATIOS = [r / 10 for r in range(1, 11)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers
+
+def with_error(values, groups=None, scale=1, digits=1):
+    """"mean ± standard error" of values (n,), nan left out; groups (n,): values of a group are one observation."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    known = ~values.isnan()
+    values, groups = values[known], None if groups is None else torch.as_tensor(groups)[known]
+    if groups is not None:
+        values = torch.stack([values[groups == g].mean() for g in groups.unique()]) if len(values) else values
+    if not len(values):
+        return "-"
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{scale * values.mean():.{digits}f} ± {scale * error:.{digits}f}"
+
+
+def percent(values, groups=None):
+    return with_error(values, groups, 100) + " %"
+
+
+def resampled(function, rows, generator, draws=100):
+    """"value ± standard error" of function(rows), the error by bootstrap over the rows."""
+    again = [function(rows[torch.randint(len(rows), (len(rows),), generator=generator)]) for _ in range(draws)]
+    return f"{function(rows):.3g} ± {np.std(again):.2g}"
+
+
+def table(head, rows):
+    return ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+# ---------------------------------------------------------------------------------------------
+# The parts of the base
+
+def pictures(art, count, rng, held_out):
+    """count drawings -> images (B, 3, 64, 64), full captions, names; held_out: None as drawn, else whose styles."""
+    images, captions, names = [], [], []
+    for i in rng.choice(len(art.names), count, replace=count > len(art.names)):
+        style = styles.Style() if held_out is None else styles.sample(rng, held_out=held_out)
+        images.append(styles.apply(style, data.jitter(art.drawings[i], 64, rng), rng))
+        captions.append(data.caption(art.content(i), styles.phrase(style, art.hands[i])))
+        names.append(art.names[i])
+    return to_tensor(np.stack(images)), captions, names
+
+
+def measure_tokenizer(pipe, sources, generator):
+    rows, V = [], pipe.vqgan.config.codebook_size
+    for name, (images, _, _) in sources.items():
+        ids = pipe.vqgan.encode(images.to(pipe.device)).cpu().flatten(1)
+        back = reconstruct(pipe.vqgan, images)
+        quality = [psnr(x, y) for x, y in zip(images.split(1), back.split(1))]
+        health = [resampled(lambda x, i=i: codebook_health(x, V)[i], ids, generator) for i in (0, 1)]
+        rows.append([name, with_error(quality, digits=2), *health])
+    return table(["pictures", "PSNR, dB", "share of the codes in use", "perplexity"], rows)
+
+
+@torch.no_grad()
+def measure_clip(pipe, sources, generator):
+    """The content phrase of a picture among its own and 99 others."""
+    ids = pipe.clip.tokenize([data.content_phrase(name) for name in data.names()])
+    texts = F.normalize(torch.cat([pipe.clip.encode_text(part) for part in ids.split(128)]), dim=1)      # (K, E)
+    rows = []
+    for name, (images, _, names) in sources.items():
+        seen = torch.cat([pipe.clip.encode_image(part.to(pipe.device)) for part in images.split(128)])   # (B, E)
+        rank = rank_among((seen @ texts.T).cpu(), torch.tensor([data.names().index(n) for n in names]), generator)
+        rows.append([name, percent(rank < 1), percent(rank < 5)])
+    return table(["pictures", "top 1", "top 5"], rows + [["chance", f"{100 / AMONG:.1f} %", f"{500 / AMONG:.1f} %"]])
+
+
+@torch.no_grad()
+def token_loss(pipe, ids, captions, ratio, generator):
+    """Mean loss and accuracy at the masked tokens of each picture: two lists of B."""
+    c, losses, right = pipe.muse.config, [], []
+    count = math.ceil(ratio * c.tokens)
+    for rows in torch.arange(len(ids)).split(32):
+        x = ids[rows].to(pipe.device)
+        mask = torch.rand(x.shape, generator=generator).argsort(1).argsort(1).to(pipe.device) < count
+        logits = pipe.muse(x.masked_fill(mask, c.mask_id), *pipe.embed([captions[i] for i in rows]))     # (B, N, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
+        losses += ((loss * mask).sum(1) / count).tolist()
+        right += (((logits.argmax(-1) == x) & mask).sum(1) / count).tolist()
+    return losses, right
+
+
+def measure_muse(pipe, sources, seed):
+    lines = []
+    for name, (images, captions, _) in sources.items():
+        ids = pipe.vqgan.encode(images.to(pipe.device)).cpu().flatten(1)
+        p = torch.bincount(ids.flatten(), minlength=pipe.vqgan.config.codebook_size) / ids.numel()
+        rows = []
+        for ratio in RATIOS:
+            loss, right = token_loss(pipe, ids, captions, ratio, torch.Generator().manual_seed(seed))
+            mute, _ = token_loss(pipe, ids, [""] * len(captions), ratio, torch.Generator().manual_seed(seed))
+            rows.append([f"{ratio:.1f}", with_error(loss, digits=3), percent(right), with_error(mute, digits=3)])
+        rows.append(["chance", f"{-(p * p.clamp_min(1e-12).log()).sum():.3f}", f"{100 * p.max():.1f} %", ""])
+        lines += [f"{name}:", ""] + table(["share masked", "loss", "right", "loss with an empty prompt"], rows)
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------
+# The judge's questions
+
+def draw_style(question, rng):
+    """The style that a question names: nothing, one attribute, or a whole style that is or is not held out."""
+    if question == "a thing":
+        return styles.Style()
+    while True:
+        if question in styles.ATTRIBUTES:
+            style = styles.Style(**{question: str(rng.choice(styles.ATTRIBUTES[question]))})
+        else:
+            style = styles.sample(rng, held_out=question == "held-out style")
+        if named(style) and styles.is_held_out(style) == (question == "held-out style"):
+            return style
+
+
+def named(style):
+    """{attribute: value} of what the style names; the white ground goes without saying."""
+    return {k: getattr(style, k) for k in styles.ATTRIBUTES if getattr(style, k) not in ("", "white")}
+
+
+def verdicts(judge, images, names, chosen, generator):
+    """{what is asked: (B,) 1 right, 0 wrong, nan not asked} of pictures of `names` in the styles `chosen`."""
+    rank = rank_among(ask(judge, images, "content"), torch.tensor([data.names().index(n) for n in names]), generator)
+    right, seen = {"thing, top 1": (rank < 1).float(), "thing, top 5": (rank < 5).float()}, attributes(judge, images)
+    for k in styles.ATTRIBUTES:
+        asked = [named(style).get(k) for style in chosen]
+        right[k] = torch.tensor([math.nan if value is None else float(value == saw) for value, saw in zip(asked, seen[k])])
+    return right
+
+
+def measure_samples(pipe, judge, questions, count, seeds, seed):
+    """Each question asked of count x seeds samples, and of as many real drawings; errors are over the things."""
+    art, rows = data.Art(), []
+    order = np.random.default_rng(seed).permutation(held_back(art))
+    picks = list({art.names[i]: int(i) for i in order}.values())[:count]         # one drawing of each thing
+    if len(picks) < count:
+        raise ValueError(f"the judge has not seen a drawing of only {len(picks)} things; ask for at most as many --names")
+    picks = [i for i in picks for _ in range(seeds)]
+    names = [art.names[i] for i in picks]
+    for number_, question in enumerate(questions):
+        rng, began = np.random.default_rng((seed, number_)), time.time()
+        chosen = [draw_style(question, rng) for _ in picks]
+        prompts = [data.caption(data.content_phrase(n), styles.phrase(s)) for n, s in zip(names, chosen)]
+        samples = sample_pool(pipe, prompts, 1, seed=seed).images
+        real = to_tensor(np.stack([styles.apply(s, data.jitter(art.drawings[i], 64, rng), rng) for i, s in zip(picks, chosen)]))
+        say = lambda images, names=names, chosen=chosen: verdicts(judge, images, names, chosen,
+                                                                  torch.Generator().manual_seed(seed))
+        turn = seeds + 1                                    # the control asks each sample for another's thing and style
+        control = say(samples, np.roll(names, turn), chosen[-turn:] + chosen[:-turn])
+        columns = say(samples), control, say(reconstruct(pipe.vqgan, real)), say(real)
+        for asked in columns[0]:
+            if asked.startswith("thing") or asked == question or "style" in question:
+                rows.append([question, asked, str(int((~columns[0][asked].isnan()).sum())),
+                             *(percent(column[asked], picks) for column in columns)])
+        print(f"{question}: {len(picks)} pictures, {time.time() - began:.0f} s", flush=True)
+    return table(["in words", "recognised", "pictures", "samples", "control", "ceiling: reconstructed", "ceiling: real"], rows)
+
+
+def sheet(pipe, seed, things):
+    """The first samples of some things (columns) in some styles (rows)."""
+    rows = [to_uint8(sample_pool(pipe, [data.caption(data.content_phrase(t), s) for t in things], 1, seed=seed).images)
+            for s in IN_WORDS]
+    return grid(np.concatenate(rows), len(things), scale=2)
+
+
+def main():
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", default="weights/tiny")
+    parser.add_argument("--judge", default="experiments/judge.pt")
+    parser.add_argument("--out", default="experiments/results", help="folder of base.md and base_grid.png")
+    parser.add_argument("--names", type=number(int, 1), default=50, help="things asked for")
+    parser.add_argument("--seeds", type=number(int, 1), default=4, help="pictures of each, for each question")
+    parser.add_argument("--pictures", type=number(int, 2), default=400, help="real ones, to measure the parts on")
+    parser.add_argument("--questions", nargs="+", choices=["a thing", *styles.ATTRIBUTES, "training style", "held-out style"],
+                        default=["a thing", "palette", "ground", "medium", "training style", "held-out style"])
+    parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--quick", action="store_true", help="4 names, 2 seeds, 16 pictures, 2 columns of the sheet")
+    args = parser.parse_args()
+    if args.quick:
+        args.names, args.seeds, args.pictures = 4, 2, 16
+    judge, pipe = load_judge(args.judge), StyleDrop.load(args.weights)
+    openmoji, art, rng = data.Art(role="held-out"), data.Art(), np.random.default_rng(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    draw = lambda source, held_out: pictures(source, args.pictures, rng, held_out)
+    sources = {"training drawings": draw(art, None), "openmoji": draw(openmoji, None)}
+    styled = {"training drawings and styles": draw(art, False), "openmoji in held-out styles": draw(openmoji, True)}
+
+    lines = ["# The base, measured", "", f"`python {' '.join(sys.argv)}`", "", f"Base {pipe.base}, torch {torch.__version__}. "
+             "± is one standard error, over pictures, for samples over things.", ""]
+    lines += ["## Tokenizer", ""]
+    lines += measure_tokenizer(pipe, sources | styled | {"training drawings in held-out styles": draw(art, True)}, generator)
+    print("\n".join(lines), flush=True)
+    lines += [f"## CLIP: the name of a picture among {AMONG}", ""] + measure_clip(pipe, sources, generator)
+    lines += ["## Muse: masked tokens", "", "Captions name content and style in full. Chance is the best constant guess.", ""]
+    lines += measure_muse(pipe, styled, args.seed)
+    lines += ["## Samples, as the judge sees them", "",
+              f"{args.names} things x {args.seeds} seeds for each question, sampled at the defaults; a thing is recognised among "
+              f"{AMONG}, an attribute among {', '.join(f'{len(VALUES[k]) - 1} ({k})' for k in styles.ATTRIBUTES)}. Control: the same "
+              "samples asked for another one's thing and style. Ceiling: drawings that the judge has never seen.", ""]
+    lines += measure_samples(pipe, judge, args.questions, args.names, args.seeds, args.seed)
+    things = THINGS[:2] if args.quick else THINGS
+    lines += ["## base_grid.png", "", f"First samples, none chosen. Columns: {', '.join(map(data.content_phrase, things))}. "
+              f"Rows: {', '.join(s or 'no style' for s in IN_WORDS)}."]
+    picture, out = sheet(pipe, args.seed, things), Path(args.out)
+    write_whole(out / "base_grid.png", lambda file: picture.save(file, format="PNG", optimize=True))
+    write_whole(out / "base.md", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,161 @@
+"""The experiments' own arithmetic: an experiment with a wrong ruler finds whatever it likes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import styles
+from experiments import base, judge, one_shot
+
+
+class FakeJudge(torch.nn.Module):
+    """Says of picture i what is written in its first pixel: the name that scores highest."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images):
+        best = images[:, 0, 0, 0].long()
+        return {"content": -(torch.arange(len(data.names()))[None] - best[:, None]).abs().float()}
+
+
+def pictures(best):
+    images = torch.zeros(len(best), 3, 2, 2)
+    images[:, 0, 0, 0] = torch.tensor(best, dtype=torch.float)
+    return images
+
+
+def noise(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Among 100
+
+def test_rank_equals_a_plain_loop():
+    scores, wanted = noise(40, 13).round(decimals=1), torch.arange(40) % 13      # rounded: there are ties
+    ranks = judge.rank_among(scores, wanted, torch.Generator().manual_seed(0), among=13)         # all the others
+    for row, w, rank in zip(scores.tolist(), wanted.tolist(), ranks.tolist()):
+        assert rank == sum(value >= row[w] for i, value in enumerate(row) if i != w)
+
+
+def test_rivals_are_distinct_others_each_as_likely():
+    rank = lambda scores: judge.rank_among(scores.expand(4000, 30), torch.full((4000,), 7),
+                                           torch.Generator().manual_seed(0), among=10).float()
+    best, worst, second = torch.zeros(30), torch.zeros(30), torch.zeros(30)
+    best[7], worst[7], second[7], second[20] = 1, -1, 1, 2
+    assert (rank(best) == 0).all()                          # never its own rival
+    assert (rank(worst) == 9).all() and (rank(torch.zeros(30)) == 9).all()       # ties count against it
+    assert rank(second).max() == 1                          # number 20 is met at most once, in 9 of 29 cases
+    assert abs(rank(second).mean() - 9 / 29) < 0.03
+
+
+def test_content_correct_is_the_same_for_the_same_generator_and_counts_what_the_judge_says():
+    names, best = data.names(), [0, 5, 400, 836, 9, 9]
+    asked = [names[0], names[5], names[400], names[836], names[800], names[10]]
+    ask = lambda top=1, seed=0: judge.content_correct(FakeJudge(), pictures(best), asked, torch.Generator().manual_seed(seed), top)
+    assert ask().tolist()[:5] == [True] * 4 + [False]
+    assert torch.equal(ask(), ask())
+    assert ask(top=100).all()
+    right = np.mean([ask(seed=s)[5].item() for s in range(200)])                 # only where neither 8 nor 9 is a rival
+    assert abs(right - 737 / 836 * 736 / 835) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------
+# Distances
+
+@pytest.mark.parametrize("distance", [one_shot.palette_distance, one_shot.texture_distance])
+def test_distances_are_zero_for_equal_pictures_and_symmetric(distance):
+    x, y = noise(3, 3, 16, 16), noise(3, 3, 16, 16, seed=1)
+    assert distance(x, x).tolist() == [0, 0, 0]
+    assert torch.allclose(distance(x, y), distance(y, x)) and (distance(x, y) > 0).all()
+
+
+def test_palette_sees_colour_and_no_place():
+    red, blue = torch.tensor([1.0, -1, -1]), torch.tensor([-1.0, -1, 1])
+    plain = lambda colour: colour.view(1, 3, 1, 1).expand(1, 3, 16, 16)
+    pink = plain(torch.tensor([1.0, -0.5, -0.5]))
+    assert one_shot.palette_distance(plain(red), plain(blue)) > one_shot.palette_distance(plain(red), pink) > 0
+    x = noise(1, 3, 16, 16)
+    assert one_shot.palette_distance(x, x.flip(-1)) < 1e-6
+
+
+def test_texture_sees_pattern_and_no_colour():
+    plain, stripes = torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)
+    stripes[..., ::2] = 1
+    assert one_shot.texture_distance(plain, plain + 0.5).item() < 1e-6
+    assert one_shot.texture_distance(plain, stripes) > 0.05
+    assert one_shot.texture_distance(stripes, stripes.transpose(-1, -2)) > 0.05  # direction counts
+    assert one_shot.texture_distance(stripes, stripes.roll(2, -1)).item() < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+
+def test_paired_bootstrap_on_known_data():
+    generator = lambda: torch.Generator().manual_seed(0)
+    a = np.random.default_rng(0).normal(size=100)
+    assert one_shot.paired_bootstrap(a + 2, a, generator()) == pytest.approx((2, 2, 2))   # pairs: no spread at all
+    b = np.random.default_rng(1).normal(size=100)
+    mean, low, high = one_shot.paired_bootstrap(a, b, generator())
+    error = (a - b).std() / 10
+    assert mean == pytest.approx((a - b).mean())
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * error)
+
+
+def test_standard_error_over_groups_and_without_nan():
+    assert base.with_error([1.0, 2, 3, 4], digits=3) == f"2.500 ± {np.std([1, 2, 3, 4], ddof=1) / 2:.3f}"
+    assert base.with_error([0.0, 2, math.nan, 5, 5, 5], [0, 0, 0, 1, 1, 1], digits=1) == "3.0 ± 2.0"     # of 1 and 5
+    assert base.with_error([math.nan]) == "-"
+    assert base.percent(torch.tensor([True, False])) == "50.0 ± 50.0 %"
+
+
+# ---------------------------------------------------------------------------------------------
+# Truth
+
+def test_draw_tells_the_truth():
+    art = data.Art(["noto"])
+    images, truth = judge.draw(art, [3, 5, 8, 9], np.random.default_rng(0), held_out=1)
+    again, _ = judge.draw(art, [3, 5, 8, 9], np.random.default_rng(0), held_out=1)
+    assert images.shape == (4, 3, 64, 64) and torch.equal(images, again)
+    assert [data.names()[i] for i in truth["content"]] == [art.names[i] for i in (3, 5, 8, 9)]
+    for i in range(4):
+        assert styles.is_held_out(styles.Style(**{k: judge.VALUES[k][truth[k][i]] for k in styles.ATTRIBUTES}))
+    assert {judge.SETS[i] for i in truth["hand"]} == {"noto"}
+
+
+def test_no_batch_holds_what_is_held_back():
+    art = data.Art(["noto", "openmoji"])
+    unseen = judge.held_back(art)
+    batches = judge.Batches(art, None, 4, 0)
+    assert not set(unseen) & set(batches.picks) and len(unseen) + len(batches.picks) == len(art.names)
+    assert 0.03 < len(unseen) / len(art.names) < 0.07
+
+
+@pytest.mark.parametrize("question", ["a thing", *styles.ATTRIBUTES, "training style", "held-out style"])
+def test_questions_name_what_they_ask(question):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        style = base.draw_style(question, rng)
+        assert styles.is_held_out(style) == (question == "held-out style")
+        if question in styles.ATTRIBUTES:
+            assert list(base.named(style)) == [question]
+        else:
+            assert bool(base.named(style)) == (question != "a thing")
+
+
+def test_judge_file_round_trip_and_refusal(tmp_path):
+    torch.manual_seed(0)
+    small = judge.Judge(judge.JudgeConfig(channels=(8, 8, 8, 8), style_width=8)).eval()
+    judge.save_model(tmp_path / "judge.pt", "judge", small, {}, names=data.names(), values=judge.VALUES)
+    loaded, images = judge.load_judge(tmp_path / "judge.pt"), noise(3, 3, 64, 64)
+    assert judge.attributes(loaded, images).keys() == judge.VALUES.keys()
+    assert torch.allclose(judge.style_features(loaded, images).norm(dim=1), torch.ones(3))
+    assert torch.allclose(judge.ask(loaded, images, "content"), small(images)["content"], atol=0.01)     # half precision
+    judge.save_model(tmp_path / "old.pt", "judge", small, {}, names=data.names()[:-1], values=judge.VALUES)
+    with pytest.raises(ValueError, match="other names or styles"):
+        judge.load_judge(tmp_path / "old.pt")
