@@ -384,7 +384,7 @@ def flat(columns, count):
     return sorted((columns.cpu() + count * torch.arange(len(columns))[:, None]).flatten().tolist())
 
 
-FEEDBACK = {"clip": choose_by_clip, "random": choose_at_random}      # and a person: human_feedback.py
+FEEDBACK = {"clip": choose_by_clip, "random": choose_at_random}      # and a person: human_feedback/
 
 
 def measure(pipe, images, contents, references, reference_contents):

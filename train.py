@@ -9,6 +9,7 @@
     python train.py --stage vqgan                                       # pretraining, in this order;
     python train.py --stage clip                                        # the same command again goes on
     python train.py --stage muse                                        # from the last checkpoint
+    torchrun --nproc_per_node=2 train.py --stage muse                   # on two GPUs, or two CPU processes
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 
 import clip_feedback
@@ -69,6 +71,11 @@ def peak_memory():
 
 def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def processes():
+    """This process's number and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -138,7 +145,7 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
     """
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    start, minutes = 0, 0.0
+    (rank, _), start, minutes = processes(), 0, 0.0
     if (out / "checkpoint.pt").exists():
         saved = read_checkpoint(out / "checkpoint.pt", f"{stage} checkpoint")
         try:
@@ -149,7 +156,9 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
         except (KeyError, RuntimeError, ValueError):
             raise ValueError(f"{out / 'checkpoint.pt'} is of another preset; give another --out") from None
         start, minutes = saved["step"], saved["minutes"]
-        print(f"going on from step {start} of {out / 'checkpoint.pt'}")
+    if rank == 0:
+        if start:
+            print(f"going on from step {start} of {out / 'checkpoint.pt'}")
         lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
         lines = [line + "\n" for line in lines if json.loads(line)["step"] <= start]     # what came after is lost
         write_whole(out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
@@ -184,7 +193,7 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
                 for average, p in zip(ema[0].parameters(), ema[1].parameters()):
                     average.lerp_(p, 1 - decay)
         done, now = step + 1, time.time()
-        if now - last_log > args.log_seconds or done == args.steps:
+        if rank == 0 and (now - last_log > args.log_seconds or done == args.steps):
             means = {name: value / (done - logged) for name, value in sums.items()}
             speed = (done - logged) * args.batch / (now - last_log)
             left = (args.steps - done) * args.batch / speed
@@ -194,7 +203,7 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
                 log.write(json.dumps(dict(step=done, images=done * args.batch, **{k: round(v, 5) for k, v in means.items()},
                                           minutes=round(minutes + (now - began) / 60, 2))) + "\n")
             last_log, logged, sums = now, done, {}
-        if now - last_keep > args.keep_minutes * 60 or done == args.steps:
+        if rank == 0 and (now - last_keep > args.keep_minutes * 60 or done == args.steps):
             keep(done)
             last_keep = time.time()
 
@@ -274,7 +283,12 @@ def pretrain_clip(args):
 
 
 def pretrain_muse(args):
-    """G: Eq. 2 on frozen tokens and text, 10 % of the texts replaced by the empty prompt n."""
+    """G: Eq. 2 on frozen tokens and text, 10 % of the texts replaced by the empty prompt n.
+
+    Under torchrun every process draws the same batch and masks and trains on its share of the rows;
+    the gradients are summed, so that any number of processes take the steps that one takes.
+    """
+    rank, world = processes()
     vqgan, _ = load_model(Path(args.weights) / "vqgan.pt", "vqgan", vqgan_.VQGANConfig, vqgan_.VQGAN)
     clip = clip_feedback.load_clip(Path(args.weights) / "clip.pt").eval().requires_grad_(False)
     config = replace(muse_.PRESETS[args.preset], codebook_size=vqgan.config.codebook_size,
@@ -286,23 +300,30 @@ def pretrain_muse(args):
     optimisers = optimisers_for(model, hidden_matrices(model.blocks), args.lr)
 
     def train_step(step, images, captions, generator):
-        ids = vqgan.encode(images).flatten(1)                                    # (B, N)
-        dropped = torch.rand(len(ids), generator=generator, device=args.device) < 0.1
-        text, text_mask = pipe.embed(["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)])
+        dropped = torch.rand(len(images), generator=generator, device=args.device) < 0.1
+        mask = muse_.random_mask(len(images), config.tokens, generator)          # (B, N)
+        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)]
+        mine, whole, masked = slice(rank, None, world), len(images), mask.sum()
+        images, captions, mask = images[mine], captions[mine], mask[mine]
+        ids = vqgan.encode(images).flatten(1)                                    # (B / world, N)
+        text, text_mask = pipe.embed(captions)
         longest = int(text_mask.sum(1).max())
         text, text_mask = text[:, :longest], text_mask[:, :longest]              # no padding that nobody reads
-        mask = muse_.random_mask(*ids.shape, generator)
         with autocast(args.device):
             logits = model(ids.masked_fill(mask, config.mask_id), text, text_mask)
-        loss = muse_.masked_loss(logits, ids, mask, label_smoothing=0.1)
+        loss = muse_.masked_loss(logits, ids, mask, label_smoothing=0.1) * (len(images) / whole)
         for optimiser in optimisers:
             optimiser.zero_grad()
         loss.backward()
+        right = ((logits.argmax(-1) == ids) & mask).sum() / masked
+        figures = torch.stack([loss.detach(), right])
+        if world > 1:
+            for shared in [*(p.grad for p in model.parameters()), figures]:
+                dist.all_reduce(shared)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
-        right = (logits.argmax(-1) == ids) & mask
-        return dict(loss=loss.item(), accuracy=(right.sum() / mask.sum()).item())
+        return dict(zip(("loss", "accuracy"), figures.tolist()))
 
     def picture():
         prompts = args.source.prompts(24)
@@ -634,9 +655,19 @@ def main():
                                        zip((args.steps, args.batch, args.lr), defaults))
     if args.stage:
         torch.manual_seed(args.seed)                         # of the initial weights
+        if "LOCAL_RANK" in os.environ:                       # torchrun started us
+            if args.stage != "muse":
+                parser.error("torchrun is for --stage muse; the other stages run in one process")
+            if args.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+            if args.batch < dist.get_world_size():
+                parser.error(f"--batch {args.batch} is less than one picture for each of {dist.get_world_size()} processes")
         args.resolution = vqgan_.PRESETS[args.preset].resolution
         args.source = data.Folder(args.data, args.resolution) if args.data else data.Art(size=args.resolution)
     job(args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from conftest import shake, toy_muse
 
+import clip_feedback
 import muse as muse_
+import vqgan
 from muse import PRESETS, Muse, decode, mask_ratio, masked_loss, random_mask
 
 TOY = PRESETS["toy"]
@@ -270,3 +272,15 @@ def test_decode_hangs_on_its_generator_alone():
         return trace(table(N), seed=seed)[0]
     assert torch.equal(run(1, 2), run(1, 3)) and not torch.equal(run(1, 2), run(2, 2))
     assert not torch.equal(*run(1, 2))                                       # nor are two pictures of a batch the same
+
+
+def test_small_preset_fits_together():
+    """`--preset small`: 256 px, 16 x 16 tokens, about 100 M parameters in G; its three parts agree."""
+    with torch.device("meta"):
+        E, T, G = (model(preset["small"]) for model, preset in
+                   ((vqgan.VQGAN, vqgan.PRESETS), (lambda c: clip_feedback.CLIP(c, None), clip_feedback.PRESETS), (Muse, PRESETS)))
+        ids = torch.zeros(2, 256, dtype=torch.long)
+        logits = G(ids, torch.zeros(2, 48, T.config.text_width), torch.ones(2, 48, dtype=torch.bool))
+        assert E.decode(ids.view(2, 16, 16)).shape == (2, 3, 256, 256)
+    assert logits.shape == (2, 256, E.config.codebook_size)
+    assert 90e6 < sum(p.numel() for p in G.parameters()) < 110e6 and E.config.factor == 16

@@ -307,6 +307,35 @@ def test_ten_percent_of_texts_are_dropped(pretrain, monkeypatch):
         assert all(text in ("", caption) for text, caption in zip(batch, captions))
 
 
+def test_two_processes_take_the_steps_of_one(weights, tmp_path):
+    """torchrun on two CPU processes: the losses and weights of one process with the same batch, here an odd one.
+
+    Traps: each process draws its own masks; means of shares of different size are averaged.
+    """
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)):
+        (tmp_path / "art").mkdir(exist_ok=True)
+        Image.fromarray(image).save(tmp_path / f"art/{i}.png")
+        (tmp_path / f"art/{i}.txt").write_text(["a cat", "a house in flat vector style"][i % 2])
+    options = ["--stage", "muse", "--preset", "toy", "--data", "art", "--batch", "7", "--steps", "5", "--warmup", "1",
+               "--workers", "0", "--log-seconds", "0", "--lr", "0.01", "--weights", str(weights), "--device", "cpu"]
+    script = str(Path(train.__file__))
+    for name, launch in (("one", [script]), ("two", ["-m", "torch.distributed.run", "--nproc_per_node=2", script])):
+        done = subprocess.run([sys.executable, *launch, *options, "--out", name], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    assert [line["step"] for line in logs[1]] == [1, 2, 3, 4, 5]
+    for key in ("loss", "accuracy"):
+        assert [line[key] for line in logs[1]] == pytest.approx([line[key] for line in logs[0]], abs=1e-3)
+    one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["models"]["model"] for name in ("one", "two"))
+    assert all(torch.allclose(one[name], two[name], atol=2e-3) for name in one)
+
+
+def test_torchrun_is_for_muse(cli, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    code, _, err = cli(train.main, "--stage", "clip")
+    assert code == 2 and "--stage muse" in err
+
+
 def test_masked_tokens_stay_hidden_in_pretraining(pretrain, monkeypatch):
     """Eq. 2: G sees M(E(x), m), the loss is against E(x) at m. Trap: the whole `ids` goes in."""
     steps, shown, loss, forward = [], [], muse_.masked_loss, Muse.forward

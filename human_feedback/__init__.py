@@ -1,6 +1,6 @@
 """Human feedback (Section 3.3): a person picks the best of a pool, on a local page or by number.
 
-`pick` serves human_feedback.html and the pool to the browser of the person at this machine and
+`pick` serves page.html and the pool to the browser of the person at this machine and
 waits for Done; `contact_sheets` and `parse_picks` are the way without a browser.
 """
 
@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 
 from styledrop import write_whole
 
-PAGE = Path(__file__).with_suffix(".html")
+PAGE = Path(__file__).with_name("page.html")
 MOST_BYTES = 64 * 1024                  # of a request's body: 1,920 numbers are 10 KB
 
 
