@@ -464,6 +464,7 @@ POOL_PROMPTS = """a dog; a cat; a fox; an owl; a horse; a fish; a turtle; a butt
     a cat face; a tiger face; a panda; a red apple; a banana; a pear; cherries; a strawberry; a mushroom; a church;
     a castle; a house; a hut; a tent; a sailboat; an automobile; a rocket; a guitar; a teapot"""
 POOL_PROMPTS = [prompt.strip() for prompt in POOL_PROMPTS.split(";")]
+ROUND = dict(steps=200, lr=1e-3, d_prj=8)                    # of the adapters after the first
 
 
 def finished(path, recipe):
@@ -616,9 +617,9 @@ def main():
     add("--pool", type=number(int, 1), default=8, help="pictures for each prompt of the pool (the paper: 64)")
     add("--pool-prompts", metavar="FILE", help="content phrases, one a line (default: 30 of our own)")
     add("--style-words", action="store_true", help="CLIP scores the text with the style phrase in it")
-    add("--round-steps", type=number(int, 1), default=200)
-    add("--round-lr", type=number(float, 0, strict=True), default=1e-3)
-    add("--round-d-prj", type=number(int, 1), default=8, help="H of the later, unshared adapters")
+    add("--round-steps", type=number(int, 1), default=ROUND["steps"])
+    add("--round-lr", type=number(float, 0, strict=True), default=ROUND["lr"])
+    add("--round-d-prj", type=number(int, 1), default=ROUND["d_prj"], help="H of the later, unshared adapters")
     # pretraining
     add("--stage", choices=STAGES, help="pretrain this part of the base instead")
     add("--preset", choices=("toy", "tiny", "small"), default="tiny")

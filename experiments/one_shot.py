@@ -75,6 +75,23 @@ def draw(art, names, source, style, texture):
     return to_tensor(np.stack([styles.apply(style, rgba, np.random.default_rng(texture)) for rgba in found]))
 
 
+def choose_subjects(art, args):
+    """-> the things to draw, and for each style: the style, whose drawings, the name of the reference, another style.
+
+    args.styles held-out styles and openmoji; none of the things and references was seen by the judge.
+    """
+    rng = np.random.default_rng(args.seed)
+    unseen = [art.names[i] for i in rng.permutation(held_back(art)) if art.sets[i] == "noto"]
+    if len(unseen) < args.things + args.styles + 1:
+        raise ValueError(f"--things and --styles share {len(unseen) - 1} names that the judge has no noto drawing of")
+    distinct = {}
+    while len(distinct) < 2 * args.styles + 1:              # the second half: the other style of each
+        distinct[styles.sample(rng, held_out=True)] = "noto"
+    chosen, others = list(distinct.items())[:args.styles] + [(styles.Style(), "openmoji")], list(distinct)[args.styles:]
+    return unseen[:args.things], [(style, source, reference, other) for (style, source), reference, other
+                                  in zip(chosen, unseen[args.things:], others)]
+
+
 def measure(judge, images, truth, names, reference, style, source):
     """{metric: mean} of pictures of `names` against the truth, one to one."""
     seed, seen = torch.Generator().manual_seed(0), attributes(judge, images)
@@ -158,17 +175,10 @@ def main():
     if args.quick:
         args.styles, args.things, args.seeds, args.steps = 1, 3, 1, 5
     judge, pipe = load_judge(args.judge), StyleDrop.load(args.weights)
-    art, rng = data.Art(["noto", "openmoji"]), np.random.default_rng(args.seed)
-    unseen = [art.names[i] for i in rng.permutation(held_back(art)) if art.sets[i] == "noto"]     # by the judge
-    if len(unseen) < args.things + args.styles + 1:
-        raise ValueError(f"--things and --styles share {len(unseen) - 1} names that the judge has no noto drawing of")
-    things, references = unseen[:args.things], unseen[args.things:]
-    distinct = {}
-    while len(distinct) < 2 * args.styles + 1:              # the second half: the other style of each
-        distinct[styles.sample(rng, held_out=True)] = "noto"
-    chosen, others = list(distinct.items())[:args.styles] + [(styles.Style(), "openmoji")], list(distinct)[args.styles:]
+    art = data.Art(["noto", "openmoji"])
+    things, subjects = choose_subjects(art, args)
     found, rows = [], []
-    for (style, source), reference, other in zip(chosen, references, others):
+    for style, source, reference, other in subjects:
         began = time.time()
         words, numbers, row = one_style(pipe, judge, art, style, source, reference, things, other, args)
         found.append((words, numbers))

@@ -8,7 +8,8 @@ import torch
 
 import data
 from data import styles
-from experiments import base, judge, one_shot
+from experiments import base, judge, one_shot, table2
+from styledrop import Pool
 
 
 class FakeJudge(torch.nn.Module):
@@ -159,3 +160,49 @@ def test_judge_file_round_trip_and_refusal(tmp_path):
     judge.save_model(tmp_path / "old.pt", "judge", small, {}, names=data.names()[:-1], values=judge.VALUES)
     with pytest.raises(ValueError, match="other names or styles"):
         judge.load_judge(tmp_path / "old.pt")
+
+
+# ---------------------------------------------------------------------------------------------
+# Table 2
+
+def test_the_oracle_takes_the_right_thing_first_then_the_nearest_style():
+    """At most one picture of each prompt, ten in all. Trap: a beautiful picture of the wrong thing."""
+    prompts = [data.content_phrase(name) for name in data.names()[:12]]
+    wrong, right = data.names()[700:701], data.names()[:12]
+    number_of = data.names().index
+    best = [n for name in right for n in (number_of(wrong[0]), number_of(name), number_of(name))]
+    best[0] = best[1] = best[2] = number_of(wrong[0])       # nothing of the first prompt is right
+    images = pictures(best)
+
+    class Judge(FakeJudge):
+        def forward(self, images):
+            return super().forward(images) | {"style": images[:, 1, 0]}          # two features, as in the pictures
+
+    near = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.8, 0.6]]).repeat(12, 1)      # the wrong thing has the best style
+    images[:, 1, 0] = near
+    reference = torch.zeros(1, 3, 2, 2)
+    reference[:, 1, 0] = torch.tensor([1.0, 0.0])
+    pool = Pool(images, prompts, "glowing")
+    chosen = table2.choose_by_judge(Judge(), pool, reference, torch.Generator().manual_seed(0))
+    assert len(chosen) == table2.PICKS and all(i % 3 == 2 for i in chosen) and chosen[0] >= 3
+    few = Pool(images[3:9], prompts[1:3], "glowing")
+    assert table2.choose_by_judge(Judge(), few, reference, torch.Generator().manual_seed(0)) == [2, 5]
+
+
+@pytest.mark.parametrize("mean, low, high, sign, said", [
+    (1, 0.5, 2, 1, "holds"), (-1, -2, -0.5, -1, "holds"), (1, -0.5, 2, 1, "its direction, within the error"),
+    (-1, -2, -0.5, 1, "does not hold"), (1, 0.5, 2, -1, "does not hold"), (-1, -2, 0.5, 1, "not seen"), (0, 0, 0, 1, "not seen")])
+def test_verdicts(mean, low, high, sign, said):
+    assert table2.verdict(mean, low, high, sign) == said
+
+
+def test_table2_says_each_claim_with_its_own_numbers():
+    rng = np.random.default_rng(0)
+    found = {arm: [dict(words=f"style {i}", reference="a cat", seconds=1, total=2, megabytes=3, **{
+        m: rng.random() for m in table2.METRICS}) for i in range(6)] for arm in ("pool", *table2.ARMS)}
+    for i in range(6):
+        found["R1"][i]["style"] = found[table2.BASE][i]["style"] + 0.25
+    text = "\n".join(table2.report(found, 0))
+    assert "| +0.250 [+0.250, +0.250] | holds |" in text and text.count("[") == len(table2.CLAIMS)
+    assert f"{100 * np.mean([n['thing'] for n in found['LoRA']]):.1f} ±" in text
+    assert {name for claim in table2.CLAIMS for name in claim[1:3]} <= set(table2.ARMS)
