@@ -26,9 +26,7 @@ from torch.func import functional_call
 
 import clip_feedback
 import muse as muse_
-import vqgan as vqgan_
 from adapter import METHODS, Adapter, FullFineTuning, LoRA, TextualInversion, Tuned, by_rows
-from clip_feedback import CLIP, CLIPConfig, Tokenizer
 from muse import Muse, MuseConfig
 from vqgan import VQGAN, VQGANConfig
 

@@ -491,15 +491,16 @@ def further_rounds(args, out, pipe, references, settings):
     if not (out / "round1" / "adapter.pt").exists():
         load_adapter(out).save(out / "round1" / "adapter.pt")
     adapters = [load_adapter(out / "round1")]
-    for number in range(2, args.rounds + 1):
-        here = out / f"round{number}"
+    for turn in range(2, args.rounds + 1):
+        here = out / f"round{turn}"
         recipe = dict(adapter=fingerprint(adapters[-1]), prompts=prompts, pool=args.pool, seed=args.seed)
         pool = draw_pool(pipe, here, adapters[-1], recipe)
         recipe = dict(recipe, feedback=args.feedback, style_words=args.style_words)
-        chosen = choose(args, here, pipe, pool, references, recipe)
+        pick = args.pick if turn == args.rounds else None    # earlier rounds have been chosen already
+        chosen = choose(args, here, pipe, pool, references, recipe, pick)
         recipe = dict(recipe, chosen=chosen, steps=args.round_steps, lr=args.round_lr, d_prj=args.round_d_prj)
         if not (finished(here / "adapter.json", recipe) and (here / "adapter.pt").exists()):
-            print(f"round {number}: {len(chosen)} chosen pictures teach a new adapter")
+            print(f"round {turn}: {len(chosen)} chosen pictures teach a new adapter")
             adapter, log = teach(pipe, pool.images[chosen], [pool.contents[i] for i in chosen], style, args.round_steps,
                                  args.round_lr, args.batch, args.round_d_prj, False, args.seed)
             write_log(here / "log.jsonl", log)
@@ -535,17 +536,17 @@ def draw_pool(pipe, here, adapter, recipe):
     return Pool(to_tensor(tiles), prompts, adapter.about["style"])
 
 
-def choose(args, here, pipe, pool, references, recipe):
+def choose(args, here, pipe, pool, references, recipe, pick):
     """The numbers of the chosen pictures; kept in choice.json. A person may stop and come back."""
     saved = here / "choice.json"
-    if args.pick is None and saved.exists():
+    if pick is None and saved.exists():
         choice = json.loads(saved.read_text(encoding="utf-8"))
         if finished(saved, dict(recipe, chosen=choice.get("chosen"))):
             return choice["chosen"]
     if args.feedback == "human":
         images, shown = to_uint8(pool.images), to_uint8(references)
-        if args.pick is not None:
-            chosen = human_feedback.parse_picks(args.pick, len(images))
+        if pick is not None:
+            chosen = human_feedback.parse_picks(pick, len(images))
         else:
             for i, sheet in enumerate(human_feedback.contact_sheets(images, pool.contents)):
                 write_whole(here / f"sheet{i + 1}.png", lambda file: sheet.save(file, "PNG"))
@@ -613,7 +614,7 @@ def main():
     # rounds of feedback
     add("--rounds", type=number(int, 1), default=1, help="2: sample a pool, choose, train a new adapter on the choice")
     add("--feedback", choices=("clip", "human", "random"), default="clip", help="who chooses")
-    add("--pick", metavar="3,17,20", help="with --feedback human: the choice by number, instead of the browser page")
+    add("--pick", metavar="3,17,20", help="with --feedback human: the last round's choice by number, instead of the page")
     add("--pool", type=number(int, 1), default=8, help="pictures for each prompt of the pool (the paper: 64)")
     add("--pool-prompts", metavar="FILE", help="content phrases, one a line (default: 30 of our own)")
     add("--style-words", action="store_true", help="CLIP scores the text with the style phrase in it")

@@ -13,7 +13,6 @@ that what it says of those is its ceiling: no sample can be judged better than a
 Shapes: B pictures (B, 3, 64, 64) in [-1, 1], C channels, K names.
 """
 
-import argparse
 import sys
 import time
 import zlib

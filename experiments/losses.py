@@ -1,20 +1,55 @@
-"""The table "is my loss normal?" from the logs of the shipped runs.
+"""The page "is my loss normal?": a table and the curves of the shipped runs, from their logs.
 
-    python experiments/losses.py            # writes experiments/results/losses.md
+    python experiments/losses.py            # experiments/results/losses.md, losses.png
 """
 
 import json
 import math
+import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageDraw
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from styledrop import write_whole  # noqa: E402
+
 CHANCE = {"vqgan": "one code for all: usage 1/1024, perplexity 1",
           "clip": f"guessing among 128: loss ln 128 = {math.log(128):.2f}, accuracy 0.008",
           "muse": f"guessing among 1,024 tokens: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001"}
+CURVES = {"vqgan": ("loss", "psnr"), "clip": ("loss", "accuracy"), "muse": ("loss", "accuracy")}
+
+
+def ticks(low, high, count=4):
+    """At most count + 1 round numbers between low and high."""
+    rough = (high - low) / count
+    step = min(s * 10.0 ** math.floor(math.log10(rough)) for s in (1, 2, 5, 10) if s * 10.0 ** math.floor(math.log10(rough)) >= rough)
+    return [round(k * step, 10) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def panel(title, x, y, width=320, height=200):
+    """One curve (PIL): y over x."""
+    image = Image.new("RGB", (width, height), "white")
+    draw, left, top, right, bottom = ImageDraw.Draw(image), 44, 24, width - 12, height - 34
+    low, high = min(y), max(y)
+    across = lambda value: left + (right - left) * value / max(x)
+    up = lambda value: bottom - (bottom - top) * (value - low) / (high - low)
+    draw.text((left, 6), title, fill="black")
+    for value in ticks(low, high):
+        draw.line([(left, up(value)), (right, up(value))], fill="#ddd")
+        draw.text((left - 6, up(value)), f"{value:g}", fill="#555", anchor="rm")
+    for value in ticks(0, max(x)):
+        draw.line([(across(value), bottom), (across(value), bottom + 4)], fill="#555")
+        draw.text((across(value), bottom + 6), f"{value / 1000:g}k", fill="#555", anchor="mt")
+    draw.text((right, height - 12), "images", fill="#555", anchor="rm")
+    draw.line([(left, bottom), (right, bottom)], fill="#555")
+    draw.line([(across(a), up(b)) for a, b in zip(x, y)], fill="#0b6e4f", width=2)
+    return image
 
 
 def main():
-    lines = []
+    lines, rows = [], []
     for stage, chance in CHANCE.items():
         log = [json.loads(line) for line in open(ROOT / "weights" / "tiny" / f"{stage}.jsonl")]
         names = [name for name in log[-1] if name not in ("step", "images", "minutes", "critic")]
@@ -24,9 +59,13 @@ def main():
             line = min(log, key=lambda line: abs(line["step"] - share * log[-1]["step"]))
             lines.append(f"| {line['minutes']:.0f} | {line['images']:,} | " + " | ".join(f"{line[n]:.3g}" for n in names) + " |")
         lines.append("")
-    text = "\n".join(lines)
-    (ROOT / "experiments" / "results").mkdir(exist_ok=True)
-    (ROOT / "experiments" / "results" / "losses.md").write_text(text)
+        x = [line["images"] for line in log]
+        rows.append(np.concatenate([np.asarray(panel(f"{stage}: {name}", x, [line[name] for line in log]))
+                                    for name in CURVES[stage]], 1))
+    results, text = ROOT / "experiments" / "results", "\n".join(lines)
+    write_whole(results / "losses.md", lambda file: file.write(text.encode()))
+    picture = Image.fromarray(np.concatenate(rows))
+    write_whole(results / "losses.png", lambda file: picture.save(file, "PNG", optimize=True))
     print(text)
 
 

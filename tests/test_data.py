@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 import data
-from data import styles
 
 
 @pytest.fixture(scope="module")

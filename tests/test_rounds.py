@@ -14,7 +14,7 @@ import clip_feedback
 import human_feedback
 import sample
 import train
-from styledrop import (FEEDBACK, Pool, choose_at_random, choose_by_clip, load_adapter, measure, sample_pool, style_prompt,
+from styledrop import (FEEDBACK, choose_at_random, choose_by_clip, load_adapter, measure, sample_pool, style_prompt,
                        to_uint8)
 
 PROMPTS = ["a cat", "a tree", "an owl"]
@@ -186,6 +186,13 @@ def test_a_person_chooses(rounds, monkeypatch):
 def test_choice_by_number(rounds):
     assert rounds("--feedback", "human", "--pick", "3,7")[0] == 0
     assert json.loads(Path("runs/a/round2/choice.json").read_text())["chosen"] == [2, 6]
+
+
+def test_numbers_are_of_the_last_round(rounds):
+    """Trap: --pick for round 3 chooses in round 2 anew."""
+    rounds("--feedback", "human", "--pick", "3,7")
+    assert rounds("--feedback", "human", "--pick", "1,2,5", "--rounds", 3)[0] == 0
+    assert [json.loads(Path(f"runs/a/round{k}/choice.json").read_text())["chosen"] for k in (2, 3)] == [[2, 6], [0, 1, 4]]
 
 
 @pytest.mark.parametrize("options, words", [
