@@ -183,8 +183,8 @@ def read_words(path):
 
 
 def jitter(rgba, size, rng):
-    """The drawing (h, h, 4) at 80 to 100 % of a transparent frame (size, size, 4), somewhere in it."""
-    side = round(size * rng.uniform(0.8, 1))
+    """The drawing (h, h, 4) at 90 to 100 % of a transparent frame (size, size, 4), somewhere in it."""
+    side = round(size * rng.uniform(0.9, 1))
     tile = Image.fromarray(rgba).convert("RGBa").resize((side, side), Image.BICUBIC).convert("RGBA")
     frame = np.zeros((size, size, 4), np.uint8)
     x, y = rng.integers(size - side + 1, size=2)

@@ -66,7 +66,7 @@ def is_held_out(style):
     return any(zlib.crc32(f"{a}|{b}".encode()) % 5 == 0 for i, a in enumerate(values) for b in values[i + 1:])
 
 
-PLAIN = 0.25                 # share of the drawings that stay as they are, on white
+PLAIN = 0.5                  # share of the drawings that stay as they are, on white
 CHANCE = {"palette": 0.45, "line": 0.25, "medium": 0.45, "ground": 0.6, "light": 0.2}       # that an attribute is named
 
 
