@@ -121,6 +121,11 @@ class Muse(nn.Module):
             if name.endswith(("out.weight", "mlp.2.weight")):
                 p.data /= math.sqrt(3 * self.config.layers)
 
+    def start_from(self, codes):
+        """Tokens that look alike start alike: the codebook (V, d), turned at random, scaled as above."""
+        turn = nn.init.orthogonal_(torch.empty(self.config.token_width, codes.shape[1]))
+        self.token.weight.data[:-1] = codes @ turn.T * 0.02 * self.config.token_width ** 0.5
+
     def forward(self, ids, text, text_mask, adapters=None):
         """G, or G^ with adapters.
 

@@ -44,14 +44,29 @@ PRESETS = {
 # ---------------------------------------------------------------------------------------------
 # Layers
 
-class ResBlock(nn.Module):
-    """x + conv(silu(conv(silu(norm(x))))); the last convolution starts at zero: an identity."""
+class Norm(nn.Module):
+    """Divide the C channels of each place by their root mean square.
+
+    GroupNorm, the usual choice, takes means over the whole picture: then the token of a plain white
+    patch depends on what stands elsewhere, and G has to guess noise.
+    """
 
     def __init__(self, channels):
         super().__init__()
-        self.norm = nn.GroupNorm(8, channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.gain = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x):                                   # (B, C, h, w) -> the same
+        return x * self.gain * (x.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(conv(silu(norm(x))))); the last convolution starts at zero: an identity."""
+
+    def __init__(self, channels, kernel=3):
+        super().__init__()
+        self.norm = Norm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.conv2 = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -76,10 +91,10 @@ def encoder(config):
     widths = config.channels
     layers, c = [], 3
     for width in widths[1:]:                                # one stride-2 convolution a halving
-        layers += [nn.Conv2d(c, width, 4, stride=2, padding=1), nn.SiLU()]
+        layers += [nn.Conv2d(c, width, 4, stride=2, padding=1, padding_mode="replicate"), nn.SiLU()]
         c = width
-    layers += [ResBlock(c) for _ in range(config.blocks)]
-    layers += [nn.GroupNorm(8, c), nn.Conv2d(c, config.code_width, 1)]
+    layers += [ResBlock(c, kernel=1) for _ in range(config.blocks)]
+    layers += [Norm(c), nn.Conv2d(c, config.code_width, 1)]
     return nn.Sequential(*layers)                           # (B, 3, H, W) -> (B, d, h, w)
 
 

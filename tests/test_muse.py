@@ -286,3 +286,14 @@ def test_small_preset_fits_together(monkeypatch):
         assert E.decode(ids.view(2, 16, 16)).shape == (2, 3, 256, 256)
     assert logits.shape == (2, 256, E.config.codebook_size)
     assert 90e6 < sum(p.numel() for p in G.parameters()) < 110e6 and E.config.factor == 16
+
+
+def test_tokens_start_where_their_codes_lie():
+    """Cosines of the embeddings are those of the codes, their size the initial one; [MASK] is left alone."""
+    muse = Muse(TOY)
+    mask, codes = muse.token.weight[-1].clone(), F.normalize(torch.randn(V, 8, generator=generator()), dim=1)
+    muse.start_from(codes)
+    rows = muse.token.weight.detach()
+    torch.testing.assert_close(F.normalize(rows[:-1], dim=1) @ F.normalize(rows[:-1], dim=1).T, codes @ codes.T)
+    torch.testing.assert_close(rows[:-1].square().mean().sqrt(), torch.tensor(0.02))
+    assert torch.equal(rows[-1], mask)

@@ -210,3 +210,15 @@ def test_psnr_by_hand():
     y[0], y[1] = 0.2, 0.02
     assert psnr(x, y) == pytest.approx((20 + 40) / 2, abs=1e-3)
     assert math.isfinite(psnr(x, x))
+
+
+def test_a_token_knows_its_own_patch_only(vqgan):
+    """What stands elsewhere changes no token, and a flat picture has one. Trap: GroupNorm in E; zeros beyond the edge."""
+    images = noise_images(2, 32)
+    changed = images.clone()
+    changed[..., 20:] = noise_images(2, 32, seed=1)[..., 20:]
+    z, other = vqgan.encoder(images), vqgan.encoder(changed)                     # 4 pixels a token, 3 more on each side
+    torch.testing.assert_close(z[..., :4], other[..., :4])
+    assert not torch.allclose(z[..., 5:], other[..., 5:], atol=1e-3)
+    flat = vqgan.encoder(torch.full((1, 3, 32, 32), 0.7))
+    torch.testing.assert_close(flat, flat[..., :1, :1].expand_as(flat))
