@@ -124,15 +124,29 @@ class Muon(torch.optim.Optimizer):
 
 
 def hidden_matrices(*blocks):
-    """Muon's share of a model: the matrices inside its transformer blocks."""
-    return [p for block in blocks for p in block.parameters() if p.dim() == 2]
+    """Muon's share of a model: the matrices inside its transformer blocks, except the locked ones."""
+    return [p for block in blocks for p in block.parameters() if p.dim() == 2 and p.requires_grad]
 
 
 def optimisers_for(model, hidden, lr):
     """Muon for the hidden matrices, AdamW for embeddings, norms and the way in and out."""
     ids = {id(p) for p in hidden}
-    others = [p for p in model.parameters() if id(p) not in ids]
+    others = [p for p in model.parameters() if id(p) not in ids and p.requires_grad]
     return [Muon(hidden, lr, weight_decay=0.05), torch.optim.AdamW(others, lr, betas=(0.9, 0.96), weight_decay=0.05)]
+
+
+def start_from(path, kind, model):
+    """--init: copy the weights of an earlier run that `model` has in the same shape; -> that run's provenance.
+
+    Raises ValueError in one line where the file is none of this kind, or nothing in it fits.
+    """
+    saved, own = read_checkpoint(path, kind), model.state_dict()
+    fits = {name: w for name, w in saved["weights"].items() if name in own and own[name].shape == w.shape}
+    if not fits:
+        raise ValueError(f"{path} has nothing in the sizes of this preset; start without --init")
+    model.load_state_dict(fits, strict=False)
+    print(f"{len(fits)} of {len(own)} tensors start as in {path}" + (", the others at random" if len(fits) < len(own) else ""))
+    return saved["provenance"]
 
 
 def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=None):
@@ -172,7 +186,8 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
         if picture is not None:
             write_whole(out / "samples.png", lambda file: picture().save(file, "PNG"))
         export(dict(stage=stage, steps=step, batch=args.batch, images=step * args.batch, minutes=round(spent, 1),
-                    machine=machine(), data=args.data or "data/", seed=args.seed, lr=args.lr))
+                    machine=machine(), data=args.data or "data/", seed=args.seed, lr=args.lr,
+                    **({} if args.start is None else {"init": args.start})))
 
     steps = Steps(args.source, args.batch, args.resolution, args.seed)
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, args.steps),
@@ -209,8 +224,14 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
 
 
 def pretrain_vqgan(args):
-    """E, D and the codebook: reconstruction + commitment, and the discriminator from half-way on."""
-    model = vqgan_.VQGAN(vqgan_.PRESETS[args.preset]).to(args.device, memory_format=torch.channels_last)
+    """E, D and the codebook: reconstruction + commitment, and the discriminator from half-way on.
+
+    --lock keeps E and the codebook as they are: every picture keeps its tokens, and only D learns.
+    """
+    model = vqgan_.VQGAN(vqgan_.PRESETS[args.preset])
+    args.start = start_from(args.init, "vqgan", model) if args.init else None
+    model = model.to(args.device, memory_format=torch.channels_last)
+    model.encoder.requires_grad_(not args.lock)
     critic = vqgan_.Discriminator().to(args.device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
     critic_optimiser = torch.optim.AdamW(critic.parameters(), args.lr / 2, betas=(0.5, 0.9), weight_decay=0.01)
@@ -231,7 +252,8 @@ def pretrain_vqgan(args):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        model.quantizer.update(z.detach(), ids, generator)
+        if not args.lock:
+            model.quantizer.update(z.detach(), ids, generator)
         if adversarial:
             critic_loss = vqgan_.discriminator_loss(critic(images), critic(fake.detach()))
             critic_optimiser.zero_grad()
@@ -252,11 +274,23 @@ def pretrain_vqgan(args):
 
 
 def pretrain_clip(args):
-    """T: both towers, contrastively. Identical captions in a batch are no negatives of each other."""
-    texts = [caption for step in range(80) for caption in Steps(args.source, 256, 16, args.seed + 2)[step][1]]
-    tokenizer = clip_feedback.Tokenizer(clip_feedback.train_merges(texts, args.merges))
+    """T: both towers, contrastively. Identical captions in a batch are no negatives of each other.
+
+    --lock keeps the states that Muse reads as they are (LiT, Zhai et al. 2022, did so with a whole tower).
+    """
+    if args.init:
+        tokenizer = clip_feedback.Tokenizer(read_checkpoint(args.init, "clip")["merges"])
+    else:
+        texts = [caption for step in range(80) for caption in Steps(args.source, 256, 16, args.seed + 2)[step][1]]
+        tokenizer = clip_feedback.Tokenizer(clip_feedback.train_merges(texts, args.merges))
     config = replace(clip_feedback.PRESETS[args.preset], vocab_size=tokenizer.vocab_size)
-    model = clip_feedback.CLIP(config, tokenizer).to(args.device)
+    model = clip_feedback.CLIP(config, tokenizer)
+    args.start = start_from(args.init, "clip", model) if args.init else None
+    if args.lock:
+        model.token_embedding.requires_grad_(False)
+        model.positional_embedding.requires_grad_(False)
+        model.transformer.resblocks[:config.text_layers + 1 + config.states_layer].requires_grad_(False)
+    model = model.to(args.device)
     optimisers = optimisers_for(model, hidden_matrices(model.transformer, model.visual.transformer), args.lr)
 
     def train_step(step, images, captions, generator):
@@ -268,7 +302,7 @@ def pretrain_clip(args):
         for optimiser in optimisers:
             optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         for optimiser in optimisers:
             optimiser.step()
         with torch.no_grad():
@@ -293,7 +327,10 @@ def pretrain_muse(args):
     clip = clip_feedback.load_clip(Path(args.weights) / "clip.pt").eval().requires_grad_(False)
     config = replace(muse_.PRESETS[args.preset], codebook_size=vqgan.config.codebook_size,
                      text_width=clip.config.text_width)
-    model = muse_.Muse(config).to(args.device)
+    model = muse_.Muse(config)
+    model.start_from(vqgan.quantizer.codes)
+    args.start = start_from(args.init, "muse", model) if args.init else None
+    model = model.to(args.device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     pipe = StyleDrop(vqgan, clip, average, args.device)
     pipe.check()
@@ -334,9 +371,9 @@ def pretrain_muse(args):
 
 
 STAGES = {                                                   # stage: (function, default steps, batch, lr)
-    "vqgan": (pretrain_vqgan, 2200, 16, 1e-3),
+    "vqgan": (pretrain_vqgan, 1600, 16, 1e-3),
     "clip": (pretrain_clip, 900, 128, 1.5e-3),
-    "muse": (pretrain_muse, 1700, 64, 2e-3),
+    "muse": (pretrain_muse, 2300, 64, 2e-3),
 }
 
 
@@ -625,6 +662,8 @@ def main():
     add("--stage", choices=STAGES, help="pretrain this part of the base instead")
     add("--preset", choices=("toy", "tiny", "small"), default="tiny")
     add("--data", help="folder of images with captions (default: the drawings in data/)")
+    add("--init", metavar="FILE", help="start from this stage's weights of an earlier run instead of at random")
+    add("--lock", action="store_true", help="with --init: keep the tokens (vqgan) or text states (clip) that Muse knows")
     add("--merges", type=number(int, 1), default=2000, help="BPE merges of CLIP's tokenizer")
     add("--workers", type=number(int, 0), default=1, help="processes that draw the training pictures")
     add("--warmup", type=number(int, 1), default=100)
@@ -655,6 +694,10 @@ def main():
         args.out = args.out or f"runs/{args.stage}"
     args.steps, args.batch, args.lr = (given or default for given, default in
                                        zip((args.steps, args.batch, args.lr), defaults))
+    if args.lock and not (args.stage in ("vqgan", "clip") and args.init):
+        parser.error("--lock goes with --stage vqgan or clip, and --init FILE")
+    if args.init and not args.stage:
+        parser.error("--init goes with --stage")
     if args.stage:
         torch.manual_seed(args.seed)                         # of the initial weights
         if "LOCAL_RANK" in os.environ:                       # torchrun started us

@@ -401,3 +401,55 @@ def test_every_weight_has_one_optimiser():
     assert sorted(ids(muon) + ids(adamw)) == sorted(id(p) for p in model.parameters())
     assert all(p.dim() == 2 for group in muon.param_groups for p in group["params"])
     assert id(model.token.weight) in ids(adamw)
+
+
+# -- going on from shipped weights
+
+@pytest.mark.parametrize("stage", ["vqgan", "clip", "muse"])
+def test_init_starts_from_the_weights_of_an_earlier_run(pretrain, weights, stage):
+    """The first step sees the earlier weights, and the new file says where it began. Trap: only the live model, not its average."""
+    earlier = torch.load(weights / f"{stage}.pt", weights_only=True)["weights"]
+    code, out, err = pretrain(stage, "run", "--init", weights / f"{stage}.pt", "--steps", 1, "--lr", 1e-12)
+    assert code == 0 and f"{len(earlier)} of {len(earlier)} tensors start as in" in out, err
+    models = torch.load("run/checkpoint.pt", weights_only=True)["models"]
+    moved = ("codes", "sums", "usage")                                           # the codebook follows its moving averages
+    for model in (models[name] for name in models if name != "critic"):
+        assert all(torch.allclose(model[k], w.float(), atol=1e-6) for k, w in earlier.items() if not k.endswith(moved))
+    assert torch.load(f"run/{stage}.pt", weights_only=True)["provenance"]["init"] == {}     # the toy's own provenance
+
+
+def test_init_takes_what_fits(pretrain, weights, cli):
+    """Another preset's tensors of the same shape are taken and counted; a file of another kind is refused in a line."""
+    saved = torch.load(weights / "vqgan.pt", weights_only=True)
+    saved["weights"]["decoder.0.bias"] = torch.zeros(3)
+    torch.save(saved, "other.pt")
+    code, out, _ = pretrain("vqgan", "run", "--init", "other.pt", "--steps", 1)
+    assert code == 0 and f"{len(saved['weights']) - 1} of {len(saved['weights'])} tensors" in out and "the others at random" in out
+    for file, stage in ((weights / "clip.pt", "vqgan"), ("nowhere.pt", "clip")):
+        code, _, err = pretrain(stage, "refused", "--init", file)
+        assert code == 2 and err.count("\n") == 1 and Path(file).name in err and not Path("refused").exists()
+
+
+def test_lock_keeps_the_text_that_muse_reads(pretrain, weights, pipe):
+    """All else of CLIP learns; the states that Muse was trained on do not move. Trap: weight decay on what is locked."""
+    pretrain("clip", "run", "--init", weights / "clip.pt", "--lock", "--lr", 0.1)
+    clip = train.clip_feedback.load_clip("run/clip.pt")
+    ids = clip.tokenizer(["a cat", "a house in watercolor style"], clip.config.context_length)
+    assert torch.equal(clip.text_states(ids), pipe.clip.text_states(ids))
+    assert not torch.allclose(clip.encode_text(ids), pipe.clip.encode_text(ids), atol=1e-2)
+    assert not torch.allclose(clip.encode_image(noise_images(2)), pipe.clip.encode_image(noise_images(2)), atol=1e-2)
+
+
+def test_lock_keeps_the_tokens(pretrain, weights, pipe):
+    """Only D learns. Traps: the codebook's moving averages go on; weight decay on E."""
+    pretrain("vqgan", "run", "--init", weights / "vqgan.pt", "--lock", "--lr", 0.1)
+    saved = torch.load("run/vqgan.pt", weights_only=True)["weights"]
+    for name, before in torch.load(weights / "vqgan.pt", weights_only=True)["weights"].items():
+        assert torch.equal(saved[name], before) != name.startswith("decoder"), name
+
+
+@pytest.mark.parametrize("options", [["--stage", "clip", "--lock"], ["--stage", "muse", "--init", "muse.pt", "--lock"],
+                                     ["--ref", "ref.png", "--init", "muse.pt"]])
+def test_init_and_lock_have_their_places(cli, options):
+    code, _, err = cli(train.main, *options)
+    assert code == 2 and "--init" in err and err.count("\n") == 1
