@@ -1,6 +1,7 @@
 """Draws and measures a base: tokenizer, CLIP, Muse, and what an independent judge sees in its samples.
 
     python experiments/base.py --weights weights/tiny           # experiments/results/base.md, base_grid.png
+    python experiments/base.py --sweep                          # experiments/results/base_sweep.md
     python experiments/base.py --quick                          # the same with numbers too small to mean anything
 
 Needs a judge (experiments/judge.py). Beside its verdict on samples stands its ceiling: what it says of
@@ -28,6 +29,7 @@ from vqgan import codebook_health, psnr  # noqa: E402
 THINGS = ("cat", "house", "deciduous-tree", "automobile", "red-apple", "rocket", "fish", "owl", "teapot", "guitar")
 IN_WORDS = ("", "flat vector", "watercolor", "gold and purple", "pixel art on teal", "line drawing", "neon halftone on purple",
             "stained glass")                                # the last medium is held out
+LAMBDAS, TEMPERATURES = (1, 2, 3, 5, 8), (1, 2, 4.5, 8)
 RATIOS = [r / 10 for r in range(1, 11)]
 
 
@@ -188,6 +190,21 @@ def measure_samples(pipe, judge, questions, count, seeds, seed):
     return table(["in words", "recognised", "pictures", "samples", "control", "ceiling: reconstructed", "ceiling: real"], rows)
 
 
+def sweep(pipe, judge, names, lambdas, temperatures, seed):
+    """The sampler's two knobs: how often the thing is recognised, one picture of each name."""
+    rows, prompts = [], [data.content_phrase(name) for name in names]
+    wanted = torch.tensor([data.names().index(name) for name in names])
+    for temperature in temperatures:
+        cells = []
+        for lambda_b in lambdas:
+            images = sample_pool(pipe, prompts, 1, seed=seed, lambda_b=lambda_b, temperature=temperature).images
+            rank = rank_among(ask(judge, images, "content"), wanted, torch.Generator().manual_seed(seed))
+            cells.append(f"{100 * (rank < 1).float().mean():.0f} / {100 * (rank < 5).float().mean():.0f}")
+            print(f"temperature {temperature:g}, lambda_B {lambda_b:g}: {cells[-1]} %", flush=True)
+        rows.append([f"{temperature:g}", *cells])
+    return table(["temperature", *(f"lambda_B {value:g}" for value in lambdas)], rows)
+
+
 def sheet(pipe, seed, things):
     """The first samples of some things (columns) in some styles (rows)."""
     rows = [to_uint8(sample_pool(pipe, [data.caption(data.content_phrase(t), s) for t in things], 1, seed=seed).images)
@@ -206,12 +223,20 @@ def main():
     parser.add_argument("--questions", nargs="+", choices=["a thing", *styles.ATTRIBUTES, "training style", "held-out style"],
                         default=["a thing", "palette", "ground", "medium", "training style", "held-out style"])
     parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--sweep", action="store_true", help="only lambda_B by temperature: base_sweep.md")
     parser.add_argument("--quick", action="store_true", help="4 names, 2 seeds, 16 pictures, 2 columns of the sheet")
     args = parser.parse_args()
     if args.quick:
         args.names, args.seeds, args.pictures = 4, 2, 16
     judge, pipe = load_judge(args.judge), StyleDrop.load(args.weights)
     openmoji, art, rng = data.Art(role="held-out"), data.Art(), np.random.default_rng(args.seed)
+    if args.sweep:
+        names = [str(name) for name in rng.choice(data.names(), args.names, replace=False)]
+        lines = ["# The sampler's knobs", "", f"`python {' '.join(sys.argv)}`, base {pipe.base}: the thing recognised among {AMONG}, "
+                 f"top 1 / top 5 in percent, {args.names} names, one picture of each.", ""]
+        lines += sweep(pipe, judge, names, *(((2, 5), (4.5,)) if args.quick else (LAMBDAS, TEMPERATURES)), args.seed)
+        write_whole(Path(args.out) / "base_sweep.md", lambda file: file.write("\n".join(lines).encode()))
+        return
     generator = torch.Generator().manual_seed(args.seed)
     draw = lambda source, held_out: pictures(source, args.pictures, rng, held_out)
     sources = {"training drawings": draw(art, None), "openmoji": draw(openmoji, None)}

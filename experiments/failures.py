@@ -1,0 +1,84 @@
+"""Known failures, made on purpose, so that you know them when you meet them.
+
+    python experiments/failures.py          # experiments/results/failures.md, failures.png; 6 minutes on two cores
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import train  # noqa: E402
+import vqgan as vqgan_  # noqa: E402
+from sample import labelled  # noqa: E402
+from styledrop import Parser, StyleDrop, number, run_command, to_tensor, to_uint8, write_whole  # noqa: E402
+
+PROMPTS = ("a red apple", "a cat", "a house", "a tree", "a rocket", "a fish", "a car", "an owl")
+REFERENCE = ("house_watercolor.png", "a house")
+
+
+def tokenizer(pipe, steps, **config):
+    """A tokenizer after `steps` steps from scratch, and its reconstructions of eight drawings -> (usage, images)."""
+    torch.manual_seed(0)
+    model = vqgan_.VQGAN(replace(pipe.vqgan.config, **config))
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    batches = train.Steps(data.Art(), 16, pipe.vqgan.config.resolution, 0)
+    for step in range(steps):
+        images, generator = batches[step][0], torch.Generator().manual_seed(step)
+        fake, z, ids, commitment = model(images)
+        loss = vqgan_.reconstruction_loss(fake, images) + 0.25 * commitment
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        model.quantizer.update(z.detach(), ids, generator)
+    images, model = batches[10 ** 6][0], model.eval()
+    ids = model.encode(images)
+    usage, _ = vqgan_.codebook_health(ids, model.config.codebook_size)
+    return usage, model.decode(ids)[:len(PROMPTS)]
+
+
+def main():
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", default="weights/tiny")
+    parser.add_argument("--out", default="experiments/results")
+    parser.add_argument("--tokenizer-steps", type=number(int, 1), default=150)
+    parser.add_argument("--long", type=number(int, 1), default=600, help="steps of the tuning that is too long")
+    args = parser.parse_args()
+    pipe, prompts = StyleDrop.load(args.weights), list(PROMPTS)
+    reference = to_tensor(data.read_image(ROOT / "examples" / REFERENCE[0], pipe.vqgan.config.resolution)[None])
+    tuned = SimpleNamespace(normal=pipe.tune(reference, [REFERENCE[1]], "[V*]"),
+                            long=pipe.tune(reference, [REFERENCE[1]], "[V*]", steps=args.long, lr=1e-2))
+    alive, dead = tokenizer(pipe, args.tokenizer_steps), tokenizer(pipe, args.tokenizer_steps, revive_below=0.0)
+    rows = [
+        ("the base", "as it should be, at the defaults", pipe.generate(prompts)),
+        ("blank", "`--temperature 0`: no chance in which tokens stay. The surest ones, the ground's, are kept first and "
+                  "forbid the drawing", pipe.generate(prompts, temperature=0.0)),
+        ("torn", "`--lambda-b 40`: the text pulls so hard that the prior has no say; what is left is the most typical colour "
+                 "of the name", pipe.generate(prompts, lambda_b=40.0)),
+        ("pale", "`--lambda-b 0`: no pull of the text at all", pipe.generate(prompts, lambda_b=0.0)),
+        ("tuned", f"on {REFERENCE[0]}, at the defaults", pipe.generate(prompts, tuned.normal)),
+        ("collapsed", f"the same tuned for {args.long} steps at ten times the rate: every prompt turns into the reference",
+         pipe.generate(prompts, tuned.long)),
+        ("burnt", "`--lambda-a 10` on the well tuned one: further along the learned direction than there is picture",
+         pipe.generate(prompts, tuned.normal, lambda_a=10.0)),
+        ("codes alive", f"a tokenizer after {args.tokenizer_steps} steps: {alive[0]:.0%} of its codes in use on 16 pictures", alive[1]),
+        ("codes dead", f"the same with `revive_below = 0`: {dead[0]:.0%} in use; colours and outlines have nowhere to go", dead[1]),
+    ]
+    images = to_uint8(torch.cat([row[2] for row in rows]))
+    sheet = labelled(images, [row[0] for row in rows], prompts, 2)
+    lines = ["# Known failures, made on purpose", "", f"`python {' '.join(sys.argv)}`, base {pipe.base}.", "",
+             "| row | what was done, and why it looks so |", "|---|---|"]
+    lines += [f"| {name} | {why} |" for name, why, _ in rows]
+    write_whole(Path(args.out) / "failures.png", lambda file: sheet.save(file, "PNG", optimize=True))
+    write_whole(Path(args.out) / "failures.md", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run_command(main)

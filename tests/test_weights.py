@@ -1,0 +1,60 @@
+"""The shipped base: its files are whole, say where they come from, fit each other, and know drawings."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+from data import styles
+from styledrop import StyleDrop, to_tensor
+from vqgan import psnr
+
+FOLDER = Path(train.__file__).parent / "weights" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return StyleDrop.load(FOLDER, "cpu")
+
+
+def test_files_are_small_and_say_where_they_come_from():
+    files = list(FOLDER.rglob("*.pt"))
+    assert sum(file.stat().st_size for file in files) < 64e6
+    for stage in ("vqgan", "clip", "muse"):
+        saved = torch.load(FOLDER / f"{stage}.pt", weights_only=True)
+        assert {"stage", "steps", "images", "minutes", "machine", "data", "seed"} <= set(saved["provenance"])
+        assert all(tensor.dtype == torch.half for tensor in saved["weights"].values() if tensor.is_floating_point())
+        assert (FOLDER / f"{stage}.jsonl").read_text().count("\n") > 5
+
+
+def test_adapter_is_below_one_percent(pipe):
+    """Of the default shape, and of a later round's."""
+    count = lambda model: sum(p.numel() for p in model.parameters())
+    for d_prj, is_shared in ((4, True), (train.ROUND["d_prj"], False)):
+        assert 0 < count(pipe.new_adapter("adapter", "", d_prj, is_shared, None)) < 0.01 * count(pipe.muse)
+
+
+def test_openmoji_survives_the_tokenizer(pipe):
+    """64 drawings by a hand that no training saw: 20 dB, where the mean colour of each picture gives 11."""
+    art = data.Art(role="held-out")
+    images = to_tensor(np.stack([styles.apply(styles.Style(), drawing, np.random.default_rng(0)) for drawing in art.drawings[::12]]))
+    assert psnr(images, pipe.vqgan.decode(pipe.vqgan.encode(images))) > 20
+
+
+@torch.no_grad()
+def test_muse_listens_to_the_text(pipe):
+    """With everything masked, the right name makes the tokens of a drawing likelier than another's."""
+    art, rng = data.Art(), np.random.default_rng(0)
+    picks = rng.choice(len(art.names), 32, replace=False)
+    images = to_tensor(np.stack([styles.apply(styles.Style(), art.drawings[i], rng) for i in picks]))
+    ids = pipe.vqgan.encode(images).flatten(1)
+    masked = torch.full_like(ids, pipe.muse.config.mask_id)
+    names = [art.content(i) for i in picks]
+
+    def loss(prompts):
+        return torch.nn.functional.cross_entropy(pipe.muse(masked, *pipe.embed(prompts)).flatten(0, 1), ids.flatten()).item()
+
+    assert loss(names) < loss(names[1:] + names[:1]) - 0.1
