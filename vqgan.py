@@ -137,7 +137,7 @@ class Quantizer(nn.Module):
         term for a wrong beta to land on.
         """
         z = F.normalize(z.float(), dim=1)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):      # bf16 takes the wrong one of near codes
             ids = torch.einsum("bdhw,vd->bhwv", z, self.codes).argmax(-1)
         e = self.lookup(ids)
         return z + (e - z).detach(), ids, F.mse_loss(z, e.detach()) * z.shape[1]

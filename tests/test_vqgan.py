@@ -204,6 +204,16 @@ def test_codebook_health_of_known_distributions(ids, share, perplexity):
     assert codebook_health(torch.tensor(ids).view(1, -1), V) == pytest.approx((share, perplexity), rel=1e-4)
 
 
+def test_nearest_code_in_full_precision():
+    """Trap: autocast takes the products in bf16, and training learns other tokens than `encode` gives."""
+    q = Quantizer(PRESETS["tiny"])
+    q.codes.copy_(F.normalize(torch.randn(q.codes.shape, generator=torch.Generator().manual_seed(0)), dim=1))
+    z = torch.randn(4, q.codes.shape[1], 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = q(z)[1]
+    assert torch.equal(ids, q(z)[1])
+
+
 def test_psnr_by_hand():
     """Traps: a peak of 1 where pixels span 2 (6 dB); dB of the mean error instead of the mean dB."""
     x, y = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)
