@@ -53,6 +53,13 @@ class Picking:
             write_whole(self.path, lambda file: file.write(saved))
 
 
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        pass                                                # a closed tab; the terminal belongs to the training
+
+
 def handler(token, picking, png, references, goal):
     """The request handler of one pool. png(kind, i): the bytes of a picture."""
 
@@ -72,7 +79,10 @@ def handler(token, picking, png, references, goal):
 
         def place(self):
             """The path behind the token; None, and an answer, for whoever does not know it."""
-            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname       # a tunnel may change the port
+            try:
+                host = urlsplit(f"//{self.headers.get('Host', '')}").hostname   # a tunnel may change the port
+            except ValueError:
+                host = None
             first, _, rest = urlsplit(self.path).path.lstrip("/").partition("/")
             if host not in ("127.0.0.1", "localhost", "::1") or not secrets.compare_digest(first.encode(), token.encode()):
                 self.answer(403, b"open the address that the terminal shows")
@@ -141,8 +151,7 @@ def pick(images, prompts, reference, chosen_path, goal=10, port=0, open_browser=
         Image.fromarray((images if kind == "pool" else reference)[i]).save(buffer, "PNG")
         return buffer.getvalue()
 
-    server = ThreadingHTTPServer(("127.0.0.1", port), handler(token, picking, png, len(reference), goal))
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", port), handler(token, picking, png, len(reference), goal))
     threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
     try:
         address = f"http://127.0.0.1:{server.server_port}/{token}/"

@@ -117,7 +117,7 @@ def test_refuses_whoever_does_not_know_the_token(session, tmp_path):
     for root in ("/", "", "/wrong/", one.root.lower() + "x/", one.root[:-2] + "/", "//" + one.root[1:-1] + "x/", "/%00/", "/%e9/"):
         for place, body in (("", None), ("state", None), ("pool/0.png", None), ("choice", "[1]"), ("done", "[1]")):
             assert one.ask(place, body, root)[0] == 403, (root, place)
-    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
+    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "["):
         assert one.ask("state", headers={"Host": host})[0] == 403
     for host in ("localhost:9000", "127.0.0.1", "[::1]:8000"):              # a tunnel's other end
         assert one.ask("state", headers={"Host": host})[0] == 200
