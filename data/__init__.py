@@ -4,7 +4,7 @@
     images, captions = art.batch(16, rng, 64)           # uint8 (16, 64, 64, 3), 16 strings
     images, captions = Folder("my/pictures").batch(...) # the same from your own
 
-Every training example is a drawing in a style drawn afresh (styles.py). All images are RGB uint8.
+A training example is a drawing, half of the time in a style drawn afresh (styles.py). All images are RGB uint8.
 """
 
 import csv
@@ -113,15 +113,15 @@ class Art:
         others = synonyms().get(self.names[i])
         return content_phrase(str(rng.choice(others)) if others and rng is not None and rng.random() < 0.2 else self.names[i])
 
-    def batch(self, n, rng, resolution, held_out=False):
+    def batch(self, n, rng, resolution):
         """n drawings, each placed a little differently and in a style of its own.
 
         rng: numpy Generator, the only source of chance. Returns uint8 (n, resolution, resolution, 3)
-        and n captions, half of them without a word of style. held_out: styles that training never has.
+        and n captions, half of them without a word of style.
         """
         images, captions = [], []
         for i in rng.integers(len(self.names), size=n):
-            style = styles.sample(rng, held_out=held_out)
+            style = styles.sample(rng)
             images.append(styles.apply(style, jitter(self.drawings[i], resolution, rng), rng))
             captions.append(caption(self.content(i, rng), styles.phrase(style, self.hands[i], rng)))
         return np.stack(images), captions

@@ -34,7 +34,8 @@ def test_the_held_out_set_is_no_training_data():
     roles = {row["set"]: row["role"] for row in data.read_table("sets.tsv")}
     assert roles["openmoji"] == "held-out"
     training = [s for s, role in roles.items() if role == "training"]
-    assert "openmoji" not in training and len(training) == 5
+    assert set(data.Art(size=8).sets) == set(training) and len(training) == 5
+    assert set(data.Art(role="held-out", size=8).sets) == {"openmoji"}
 
 
 def test_scaling_leaks_no_invisible_colour():

@@ -6,6 +6,7 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
+import data
 from data import styles
 from data.styles import Style
 
@@ -22,6 +23,14 @@ def test_training_never_sees_a_held_out_style():
     rng = np.random.default_rng(0)
     assert not any(styles.is_held_out(styles.sample(rng)) for _ in range(2000))
     assert all(styles.is_held_out(styles.sample(rng, held_out=True)) for _ in range(300))
+
+
+def test_training_batches_never_show_a_held_out_style(monkeypatch):
+    """What is drawn, not what is sampled."""
+    drawn, apply = [], styles.apply
+    monkeypatch.setattr(styles, "apply", lambda style, *a: drawn.append(style) or apply(style, *a))
+    data.Art(["noto"], size=16).batch(300, np.random.default_rng(0), 16)
+    assert len(drawn) == 300 and len(set(drawn)) > 50 and not any(map(styles.is_held_out, drawn))
 
 
 def test_every_other_value_occurs_in_training():
