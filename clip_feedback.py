@@ -387,20 +387,32 @@ class CLIP(nn.Module):
         x = self.transformer(x, skip_last=-1 - layer)
         return self.ln_final(x) if layer == -1 else x
 
+    def states_weights(self):
+        """The parameters behind `text_states`: what a Muse has learned to read."""
+        c = self.config
+        blocks = self.transformer.resblocks[:c.text_layers + 1 + c.states_layer]
+        return [self.token_embedding.weight, self.positional_embedding, *blocks.parameters(),
+                *(self.ln_final.parameters() if c.states_layer == -1 else ())]
+
     def encode_text(self, ids):
         """ids (B, L) -> features (B, E), not normalised: the state at the end token, the only one that read all."""
         end = ids.argmax(dim=1)                                       # (B,)
         states = self.text_states(ids[:, :int(end.max()) + 1], -1)    # nothing behind the last end is ever read
         return states[torch.arange(len(ids), device=ids.device), end] @ self.text_projection
 
-    def forward(self, images, ids, same=None):
-        """Images (B, 3, H, W) in [-1, 1] and their captions' ids (B, L) -> the training loss, a scalar.
+    def forward(self, images, ids):
+        """Images (B, 3, H, W) in [-1, 1] and their captions' ids (B, L) -> the training loss, and the accuracy.
 
-        Keeps `logit_scale` at or below ln 100. `same` as in `contrastive_loss`; None: equal ids are one caption.
+        Equal ids are one caption; accuracy is the share of images whose nearest caption of the batch is theirs.
+        Keeps `logit_scale` at or below ln 100.
         """
         self.logit_scale.data.clamp_(max=MAX_LOGIT_SCALE)
-        same = (ids[:, None] == ids[None]).all(-1) if same is None else same  # (B, B)
-        return contrastive_loss(self.encode_image(images), self.encode_text(ids), self.logit_scale, same)
+        same = (ids[:, None] == ids[None]).all(-1)                    # (B, B)
+        image_features, text_features = self.encode_image(images), self.encode_text(ids)
+        with torch.autocast(images.device.type, enabled=False):
+            loss = contrastive_loss(image_features, text_features, self.logit_scale, same)
+            nearest = (image_features.float() @ F.normalize(text_features.float(), dim=-1).T).argmax(1, keepdim=True)
+        return loss, same.gather(1, nearest).float().mean()
 
 
 def contrastive_loss(image_features, text_features, logit_scale, same=None):
@@ -429,8 +441,8 @@ def contrastive_loss(image_features, text_features, logit_scale, same=None):
 def load_clip(path, merges=None, quick_gelu=None):
     """Read a CLIP -> CLIP in fp32 on the CPU, in eval mode, with its `.tokenizer` and `.provenance`.
 
-    path: a checkpoint of ours (a dict of config, weights, merges and provenance, see styledrop.save_model), or OpenAI's or open_clip's ViT weights (a state dict, bare or under "state_dict",
-    or a TorchScript archive), whose config is read off the shapes. merges, for foreign weights: the path of
+    path: a checkpoint of ours (a dict of config, weights, merges and provenance, see styledrop.save_model), or
+    OpenAI's or open_clip's ViT weights (a state dict, bare or under "state_dict", or a TorchScript archive), whose config is read off the shapes. merges, for foreign weights: the path of
     OpenAI's vocabulary file; by default the one beside `path`, if there is one. quick_gelu cannot be read off
     shapes: by default True for OpenAI's own files, False for open_clip's. Raises FileNotFoundError, or
     ValueError with one line when the file is damaged or something else.

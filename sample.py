@@ -83,7 +83,7 @@ def main():
     add("--temperature", type=number(float, 0), default=4.5, help="chance in which tokens are kept first")
     add("--num", type=number(int, 1), default=1, help="pictures for each prompt")
     add("--seed", type=number(int, 0), default=0)
-    add("--scale", type=number(int, 1), default=4, help="enlarge the pixels of the PNG by this")
+    add("--scale", type=number(int, 1, high=64), default=4, help="enlarge the pixels of the PNG by this")
     add("--out", default="sample.png", help="a PNG: one picture, or a grid with one row for each prompt")
     add("--trace", metavar="GIF", help="also write the decoding, step by step")
     add("--weights", default="weights/tiny", help="folder of the base")
@@ -102,19 +102,23 @@ def main():
     for path, suffix in ((args.out, ".png"), (args.trace, ".gif")):
         if path and not path.lower().endswith(suffix):
             parser.error(f"{path} must end in {suffix}")
-        if path:                                            # better now than after the drawing
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
 
     pipe = StyleDrop.load(args.weights, args.device)
-    for prompt in args.prompt:
-        check_prompt(pipe, prompt)
     run = newest_run() if args.style is None else None if args.style == "none" else args.style
     if args.style is None:
         print(f"style: {run}, the newest run" if run else "style: none, there is no run yet; the bare base draws")
-    style = load_adapter(run) if run else None
-    content = load_adapter(args.content) if args.content else None
+    style = load_adapter(run) if run is not None else None
+    content = load_adapter(args.content) if args.content is not None else None
     if args.gamma_sweep and style is None:
         parser.error("--gamma-sweep mixes two adapters: give --style RUN too")
+    phrase = args.style_phrase if args.style_phrase is not None else style.about["style"] if style else ""
+    for prompt in args.prompt:
+        check_prompt(pipe, prompt, phrase)
+    for adapter, name in ((style, "style"), (content, "content")):
+        if adapter is not None:
+            pipe.check_adapter(adapter, name)
+    for path in filter(None, (args.out, args.trace)):       # better now than after the drawing
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
     def draw(prompts, seed, lambda_a=args.lambda_a, lambda_b=args.lambda_b, gamma=args.gamma, on_step=None):
         return to_uint8(pipe.generate(prompts, style, content, lambda_a, lambda_b, gamma, args.steps, args.temperature,

@@ -106,10 +106,10 @@ def load_model(path, kind, config_class, model_class):
     return model.float().eval().requires_grad_(False), saved
 
 
-def fingerprint(model):
-    """Twelve hex digits of all tensors: an adapter names the base it was tuned on by them."""
+def fingerprint(tensors):
+    """Twelve hex digits of a dict of tensors: an adapter names the base it was tuned on by them."""
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
@@ -183,6 +183,8 @@ class StyleDrop:
         muse, saved = load_model(weights / "muse.pt", "muse", MuseConfig, Muse)
         pipe = cls(vqgan, clip, muse, device)
         pipe.check()
+        if saved["provenance"].get("reads", pipe.reads) != pipe.reads:
+            raise ValueError(f"muse.pt in {weights} was trained on another vqgan.pt or clip.pt than lies beside it")
         return pipe
 
     def check(self):
@@ -195,8 +197,14 @@ class StyleDrop:
     def base(self):
         """Fingerprint of G: what an adapter must have been tuned on."""
         if not hasattr(self, "_base"):
-            self._base = fingerprint(self.muse)
+            self._base = fingerprint(self.muse.state_dict())
         return self._base
+
+    @property
+    def reads(self):
+        """Fingerprint of what G was trained to read: the tokens of E and the text states of T."""
+        text = {f"T.{i}": tensor for i, tensor in enumerate(self.clip.states_weights())}
+        return fingerprint({**self.vqgan.encoder.state_dict(), "codes": self.vqgan.quantizer.codes, **text})
 
     def embed(self, prompts, tuned=None):
         """T: list of B strings -> per-token states (B, L, D), mask (B, L), true at real tokens."""
@@ -408,25 +416,25 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def number(kind, low, strict=False):
-    """An argparse type: an int or float that is at least (strict: more than) low, and neither nan nor endless."""
+def number(kind, low, strict=False, high=1e12):
+    """An argparse type: an int or float that is at least (strict: more than) low, at most high, and not nan."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not low <= value < 1e12 or strict and value == low:
-            raise argparse.ArgumentTypeError(f"{text} must be {'above' if strict else 'at least'} {low} and below 1e12")
+        if not low <= value <= high or strict and value == low:
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if strict else 'at least'} {low} and at most {high:g}")
         return value
     return parse
 
 
-def check_prompt(pipe, prompt):
-    """Raise ValueError for an empty prompt; say so where T cannot read the whole of it."""
+def check_prompt(pipe, prompt, style=""):
+    """Raise ValueError for an empty prompt; say so where T cannot read the whole of it with its style phrase."""
     if not prompt.strip():
         raise ValueError("the prompt is empty; say what to draw")
     length = pipe.clip.config.context_length
-    if not pipe.clip.tokenizer.fits(prompt, length):
+    if not pipe.clip.tokenizer.fits(style_prompt(prompt, style), length):
         print(f"note: a prompt is longer than {length} tokens; what comes after them is not read", file=sys.stderr)
 
 
@@ -434,6 +442,9 @@ def run_command(main):
     """Run a script's main(); what a user can mend is one line on stderr and exit code 2."""
     try:
         main()
+    except (MemoryError, torch.OutOfMemoryError):
+        print(f"{Path(sys.argv[0]).name}: error: out of memory; ask for less at once", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -174,20 +174,20 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
         if start:
             print(f"going on from step {start} of {out / 'checkpoint.pt'}")
         lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-        lines = [line + "\n" for line in lines if json.loads(line)["step"] <= start]     # what came after is lost
+        lines = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
         write_whole(out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
 
-    def keep(step):
+    def keep(step):                                          # the checkpoint comes last: it vouches for the others
         spent = minutes + (time.time() - began) / 60
-        write_whole(out / "checkpoint.pt", lambda file: torch.save(
-            dict(kind=f"{stage} checkpoint", step=step, minutes=spent,
-                 models={name: model.state_dict() for name, model in models.items()},
-                 optimisers=[optimiser.state_dict() for optimiser in optimisers]), file))
         if picture is not None:
             write_whole(out / "samples.png", lambda file: picture().save(file, "PNG"))
         export(dict(stage=stage, steps=step, batch=args.batch, images=step * args.batch, minutes=round(spent, 1),
                     machine=machine(), data=args.data or "data/", seed=args.seed, lr=args.lr,
                     **({} if args.start is None else {"init": args.start})))
+        write_whole(out / "checkpoint.pt", lambda file: torch.save(
+            dict(kind=f"{stage} checkpoint", step=step, minutes=spent,
+                 models={name: model.state_dict() for name, model in models.items()},
+                 optimisers=[optimiser.state_dict() for optimiser in optimisers]), file))
 
     steps = Steps(args.source, args.batch, args.resolution, args.seed)
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, args.steps),
@@ -224,7 +224,7 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
 
 
 def pretrain_vqgan(args):
-    """E, D and the codebook: reconstruction + commitment, and the discriminator from half-way on.
+    """E, D and the codebook: reconstruction + commitment, and the discriminator from --gan-start on.
 
     --lock keeps E and the codebook as they are: every picture keeps its tokens, and only D learns.
     """
@@ -287,29 +287,22 @@ def pretrain_clip(args):
     model = clip_feedback.CLIP(config, tokenizer)
     args.start = start_from(args.init, "clip", model) if args.init else None
     if args.lock:
-        model.token_embedding.requires_grad_(False)
-        model.positional_embedding.requires_grad_(False)
-        model.transformer.resblocks[:config.text_layers + 1 + config.states_layer].requires_grad_(False)
+        for parameter in model.states_weights():
+            parameter.requires_grad_(False)
     model = model.to(args.device)
     optimisers = optimisers_for(model, hidden_matrices(model.transformer, model.visual.transformer), args.lr)
 
     def train_step(step, images, captions, generator):
         ids = tokenizer(captions, config.context_length).to(args.device)
-        same = (ids[:, None] == ids[None]).all(-1)           # (B, B): identical captions
         with autocast(args.device):
-            image_features, text_features = model.encode_image(images), model.encode_text(ids)
-        loss = clip_feedback.contrastive_loss(image_features, text_features, model.logit_scale, same)
+            loss, accuracy = model(images, ids)
         for optimiser in optimisers:
             optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         for optimiser in optimisers:
             optimiser.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=clip_feedback.MAX_LOGIT_SCALE)
-            nearest = (image_features @ torch.nn.functional.normalize(text_features, dim=-1).T).argmax(1, keepdim=True)
-            accuracy = same.gather(1, nearest).float().mean().item()
-        return dict(loss=loss.item(), accuracy=accuracy, scale=model.logit_scale.exp().item())
+        return dict(loss=loss.item(), accuracy=accuracy.item(), scale=model.logit_scale.exp().item())
 
     pretrain("clip", args, dict(model=model), optimisers, train_step, None,
              lambda provenance: save_model(Path(args.out) / "clip.pt", "clip", model, provenance,
@@ -364,10 +357,11 @@ def pretrain_muse(args):
 
     def picture():
         prompts = args.source.prompts(24)
-        return grid(to_uint8(pipe.generate(prompts, lambda_b=2.0, temperature=1.0, steps=16)), 8, scale=2)
+        return grid(to_uint8(pipe.generate(prompts, steps=16)), 8, scale=2)
 
     pretrain("muse", args, dict(model=model, average=average), optimisers, train_step, picture,
-             lambda provenance: save_model(Path(args.out) / "muse.pt", "muse", average, provenance), (average, model))
+             lambda provenance: save_model(Path(args.out) / "muse.pt", "muse", average, dict(provenance, reads=pipe.reads)),
+             (average, model))
 
 
 STAGES = {                                                   # stage: (function, default steps, batch, lr)
@@ -447,6 +441,9 @@ def tune(args):
         raise ValueError(f"{len(args.ref)} references need as many --content phrases, not {len(contents)}")
     if contents and not all(phrase.strip() for phrase in contents):
         raise ValueError("a --content phrase is empty; say what the picture shows, or leave --content out")
+    if args.rounds == 1 and (out / "round2").exists():
+        raise ValueError(f"{out} holds rounds of feedback; give --rounds to go on with them, or another --out")
+    prompts = read_prompts(args.pool_prompts)
     pipe = StyleDrop.load(args.weights, args.device)
     images = np.stack([data.read_image(path, pipe.vqgan.config.resolution) for path in args.ref])
     references = to_tensor(images)
@@ -455,20 +452,22 @@ def tune(args):
         print(f"content guessed by CLIP: {', '.join(contents)} (say it with --content if that is wrong)")
     style = "" if args.kind == "content" else RARE_TOKEN if args.style is None else args.style
     for content in contents:
-        check_prompt(pipe, style_prompt(content, style))
+        check_prompt(pipe, content, style)
     settings = {k: v for k, v in vars(args).items() if k in ("ref", "kind", "method", "steps", "lr", "batch", "d_prj",
                                                              "unshared", "seed", "weights")}
-    settings = dict(settings, content=contents, style=style, base=pipe.base)
+    settings = dict(settings, content=contents, style=style, base=pipe.base,
+                    pictures=fingerprint({"references": references}))            # another picture may have the old name
     if args.rounds > 1 and finished(out / "config.json", settings):
         print(f"going on with {out}: its round 1 is there")
     else:
         first_round(args, out, pipe, images, settings)
     if args.rounds > 1:
-        further_rounds(args, out, pipe, references, settings)
+        further_rounds(args, out, pipe, references, settings, prompts)
     files = sorted(path.name + "/" * path.is_dir() for path in out.iterdir())
     print(f"{out}: {' '.join(files)}  ({time.time() - began:.0f} s, peak memory {peak_memory():.0f} MB)")
     what = f'"{contents[0]}" --content' if args.kind == "content" else '"a cat" --style'
-    print(f"next: python sample.py --prompt {what} {out}")
+    weights = "" if args.weights == "weights/tiny" else f" --weights {args.weights}"
+    print(f"next: python sample.py --prompt {what} {out}{weights}")
 
 
 def first_round(args, out, pipe, images, settings):
@@ -485,7 +484,7 @@ def first_round(args, out, pipe, images, settings):
         before = pipe.generate([style_prompt(p, style) for p in prompts], seed=args.seed)
         after = pipe.generate(prompts, **{args.kind: adapter}, seed=args.seed)
         adapter.save(run / "adapter.pt")
-        (run / "config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        write_json(run / "config.json", settings)
         write_log(run / "log.jsonl", log)
         before_after(images, to_uint8(before), to_uint8(after), prompts).save(run / "samples.png")
         if out.exists():
@@ -516,13 +515,13 @@ def write_json(path, value):
     write_whole(path, lambda file: file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()))
 
 
-def further_rounds(args, out, pipe, references, settings):
+def further_rounds(args, out, pipe, references, settings, prompts):
     """Sample a pool, choose, train a NEW larger adapter on the choice; each part is kept and made once.
 
     roundN/ holds pool.png (a row for each prompt), choice.json, adapter.pt and log.jsonl; every part
     lies beside the recipe that made it, so the same command goes on after the last finished part.
     """
-    prompts, style = read_prompts(args.pool_prompts), settings["style"]
+    style = settings["style"]
     for prompt in prompts:
         check_prompt(pipe, style_prompt(prompt, style))
     if not (out / "round1" / "adapter.pt").exists():
@@ -530,7 +529,7 @@ def further_rounds(args, out, pipe, references, settings):
     adapters = [load_adapter(out / "round1")]
     for turn in range(2, args.rounds + 1):
         here = out / f"round{turn}"
-        recipe = dict(adapter=fingerprint(adapters[-1]), prompts=prompts, pool=args.pool, seed=args.seed)
+        recipe = dict(adapter=fingerprint(adapters[-1].state_dict()), prompts=prompts, pool=args.pool, seed=args.seed)
         pool = draw_pool(pipe, here, adapters[-1], recipe)
         recipe = dict(recipe, feedback=args.feedback, style_words=args.style_words)
         pick = args.pick if turn == args.rounds else None    # earlier rounds have been chosen already
@@ -561,7 +560,7 @@ def read_prompts(path):
 def draw_pool(pipe, here, adapter, recipe):
     """The pool of a round, from pool.png if it is there; pool.json last, so that it vouches for the picture."""
     prompts, count = recipe["prompts"], recipe["pool"]
-    if not finished(here / "pool.json", recipe):
+    if not (finished(here / "pool.json", recipe) and (here / "pool.png").exists()):
         began = time.time()
         show = lambda done: print(f"pool {done}/{len(prompts) * count}  {done / (time.time() - began):.1f} pictures/s", flush=True)
         pool = sample_pool(pipe, prompts, count, adapter, recipe["seed"] + 1, on_batch=show)
@@ -594,8 +593,8 @@ def choose(args, here, pipe, pool, references, recipe, pick):
         chosen = choose_by_clip(pipe, pool, None, args.style_words)
     else:
         chosen = FEEDBACK[args.feedback](pipe, pool, torch.Generator().manual_seed(args.seed))
-    write_json(saved, dict(recipe, chosen=chosen))
     write_whole(here / "chosen.png", lambda file: grid(to_uint8(pool.images[chosen]), 10, 2).save(file, "PNG"))
+    write_json(saved, dict(recipe, chosen=chosen))
     return chosen
 
 
@@ -646,18 +645,18 @@ def main():
     add("--style", help=f'words for the style (default: the rare token "{RARE_TOKEN}")')
     add("--kind", choices=("style", "content"), default="style", help="what the pictures teach: a style, or an object")
     add("--method", choices=METHODS, default="adapter", help="what is trained; the others are the paper's baselines")
-    add("--d-prj", type=number(int, 1), default=4, help="H, the adapter's bottleneck (LoRA: its rank)")
+    add("--d-prj", type=number(int, 1, high=4096), default=4, help="H, the adapter's bottleneck (LoRA: its rank)")
     add("--unshared", action="store_true", help="independent adapter weights in each layer")
     # rounds of feedback
     add("--rounds", type=number(int, 1), default=1, help="2: sample a pool, choose, train a new adapter on the choice")
-    add("--feedback", choices=("clip", "human", "random"), default="clip", help="who chooses")
+    add("--feedback", choices=("clip", "human", "random"), help="who chooses (default: clip)")
     add("--pick", metavar="3,17,20", help="with --feedback human: the last round's choice by number, instead of the page")
     add("--pool", type=number(int, 1), default=8, help="pictures for each prompt of the pool (the paper: 64)")
     add("--pool-prompts", metavar="FILE", help="content phrases, one a line (default: 30 of our own)")
     add("--style-words", action="store_true", help="CLIP scores the text with the style phrase in it")
     add("--round-steps", type=number(int, 1), default=ROUND["steps"])
     add("--round-lr", type=number(float, 0, strict=True), default=ROUND["lr"])
-    add("--round-d-prj", type=number(int, 1), default=ROUND["d_prj"], help="H of the later, unshared adapters")
+    add("--round-d-prj", type=number(int, 1, high=4096), default=ROUND["d_prj"], help="H of the later, unshared adapters")
     # pretraining
     add("--stage", choices=STAGES, help="pretrain this part of the base instead")
     add("--preset", choices=("toy", "tiny", "small"), default="tiny")
@@ -689,6 +688,13 @@ def main():
             parser.error("--pick goes with --feedback human")
         if args.rounds > 1 and args.method != "adapter":
             parser.error("--rounds trains adapters; leave --method out")
+        if args.rounds == 1 and (args.feedback or args.pool_prompts or args.style_words):
+            parser.error("--feedback, --pool-prompts and --style-words go with --rounds 2")
+        if args.kind == "content" and args.method == "textual-inversion":
+            parser.error("textual inversion learns the words of a style; leave --kind content out")
+        if args.data:
+            parser.error("--data goes with --stage; --ref names the pictures to learn from")
+        args.feedback = args.feedback or "clip"
     else:
         job, *defaults = STAGES[args.stage]
         args.out = args.out or f"runs/{args.stage}"

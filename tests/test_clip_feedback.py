@@ -282,7 +282,7 @@ def test_forward_finds_duplicates_and_clamps_the_scale(clip):
     same = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     with torch.no_grad():
         clip.logit_scale.fill_(9.)
-    loss = clip(images, ids)
+    loss, accuracy = clip(images, ids)
     assert clip.logit_scale.exp().item() == pytest.approx(100)
     expected = contrastive_loss(clip.encode_image(images), clip.encode_text(ids), torch.tensor(100.).log(), same)
     torch.testing.assert_close(loss, expected)
@@ -293,11 +293,11 @@ def test_a_few_steps_learn_to_tell_pictures_apart(clip):
     ids = clip.tokenize(["a cat", "the hat", "a balloon"])
     optimiser = torch.optim.AdamW(clip.parameters(), 1e-3)
     for _ in range(30):
-        loss = clip(images, ids)
+        loss, accuracy = clip(images, ids)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    assert loss < 0.2
+    assert loss < 0.2 and accuracy == 1
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in clip.parameters())
 
 

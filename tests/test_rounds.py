@@ -163,6 +163,22 @@ def test_another_wish_makes_the_later_parts_anew(rounds):
     assert stamp("runs/a")["round2/pool.png"] != before["round2/pool.png"]
 
 
+def test_another_picture_of_the_same_name_starts_over(rounds, picture):
+    """Trap: the recipe knows the path alone, and the old adapter is scored against the new picture."""
+    rounds()
+    before = stamp("runs/a")["round1/adapter.pt"]
+    picture(seed=7)
+    assert rounds()[0] == 0 and stamp("runs/a")["round1/adapter.pt"][0] != before[0]
+
+
+def test_rounds_are_not_lost_to_a_command_without_them(rounds):
+    """Trap: the folder is replaced by a fresh round 1, with every choice of a person's in it."""
+    rounds()
+    before = stamp("runs/a")
+    code, _, err = rounds("--rounds", 1, "--pool", 4)
+    assert code == 2 and "--rounds" in err and stamp("runs/a") == before
+
+
 def test_three_rounds(rounds):
     assert rounds("--rounds", 3)[0] == 0
     assert load_adapter("runs/a/round3").about["prompts"] == PROMPTS

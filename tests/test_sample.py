@@ -116,6 +116,11 @@ def test_a_long_prompt_is_cut_and_said(draw):
     assert draw("--prompt", "a cat")[2] == ""
 
 
+def test_the_style_phrase_counts_in_the_length(draw):
+    """Trap: the prompt fits, the phrase behind it is cut, and nobody says so."""
+    assert "longer than 16 tokens" in draw("--prompt", "a cat", "--style-phrase", "gold " * 20)[2]
+
+
 BAD = {                                                          # options besides a prompt, a word of the answer
     "an empty prompt": (["--prompt", ""], "empty"),
     "a blank prompt": (["--prompt", " \t"], "empty"),
@@ -136,6 +141,10 @@ BAD = {                                                          # options besid
     "a missing base": (["--weights", "nowhere"], "nowhere"),
     "out is no png": (["--out", "cat.jpg"], "cat.jpg"),
     "out is a folder": (["--out", "folder.png"], "folder.png"),
+    "an empty prompt, a new folder": (["--prompt", "", "--out", "new/deep/a.png"], "empty"),
+    "a run of another base, a new folder": (["--style", "runs/foreign", "--out", "new/a.png"], "another"),
+    "an empty run": (["--style", ""], "adapter"),
+    "pixels like houses": (["--scale", "20000"], "--scale"),
     "out under a file": (["--out", "file/cat.png"], "file"),
     "trace is no gif": (["--trace", "a.png"], "a.png"),
 }

@@ -135,6 +135,11 @@ BAD = {
     "out under a file": (["--ref", "good.png", "--out", "text.png/run"], "text.png"),
     "no such base": (["--ref", "good.png", "--weights", "nowhere"], "nowhere"),
     "a damaged base": (["--ref", "good.png", "--weights", "broken"], "muse.pt"),
+    "an adapter as large as the base": (["--ref", "good.png", "--d-prj", "10000000000"], "--d-prj"),
+    "feedback without rounds": (["--ref", "good.png", "--feedback", "human"], "--rounds"),
+    "data of a stage": (["--ref", "good.png", "--data", "folder"], "--data"),
+    "an object's words": (["--ref", "good.png", "--kind", "content", "--content", "a", "--method", "textual-inversion"], "--kind"),
+    "no such prompts": (["--ref", "good.png", "--rounds", "2", "--pool-prompts", "nowhere.txt"], "nowhere.txt"),
     "both jobs": (["--ref", "good.png", "--stage", "muse"], "--stage"),
     "no job": ([], "--ref"),
     "a preset for counting": (["--stage", "muse", "--preset", "paper"], "paper"),
@@ -282,6 +287,27 @@ def test_a_kill_while_writing_costs_nothing(pretrain, monkeypatch):
     assert pretrain("vqgan", "run")[0] == 0
 
 
+def test_a_kill_between_the_last_files_is_mended(pretrain, monkeypatch):
+    """Trap: the final checkpoint first; then the same command finds nothing to do, and the weights are never written."""
+    save_model = train.save_model
+
+    def killed(*a, **k):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save_model", killed)
+    assert pretrain("vqgan", "run")[0] == 130
+    monkeypatch.setattr(train, "save_model", save_model)
+    assert pretrain("vqgan", "run")[0] == 0
+    assert torch.load("run/vqgan.pt", weights_only=True)["provenance"]["steps"] == 6
+
+
+def test_a_line_of_the_log_cut_by_a_kill_is_dropped(pretrain):
+    pretrain("vqgan", "run", "--keep-minutes", 0, stop_after=3)
+    with open("run/log.jsonl", "a") as log:
+        log.write('{"step": 3, "ima')
+    assert pretrain("vqgan", "run")[0] == 0
+    assert [json.loads(line)["step"] for line in open("run/log.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_another_preset_in_the_same_folder_is_refused(pretrain):
     """Trap: a traceback, or worse, half a checkpoint loaded."""
     pretrain("vqgan", "run", "--keep-minutes", 0, stop_after=3)
@@ -371,6 +397,7 @@ def test_base_from_scratch(pretrain, cli, picture, tmp_path):
         (tmp_path / "base" / "checkpoint.pt").unlink()
     pipe = StyleDrop.load("base", "cpu")
     assert pipe.muse.config.codebook_size == pipe.vqgan.config.codebook_size
+    assert torch.load("base/muse.pt", weights_only=True)["provenance"]["reads"] == pipe.reads
     with Image.open("base/samples.png") as sheet:
         assert sheet.width > 8 * 32
 
