@@ -72,7 +72,7 @@ def main():
     add("--prompt", action="append", required=True, metavar="TEXT", help="what to draw; give it again for more pictures")
     add("--style", metavar="RUN", help="a run folder, or none for the bare base (default: the newest run)")
     add("--content", metavar="RUN", help="a second run folder, of an object: my object in my style")
-    add("--gamma", type=number(float, 0), default=0.6, help="0: style adapter alone, 1: content adapter alone")
+    add("--gamma", type=number(float, 0), default=0.5, help="0: style adapter alone, 1: content adapter alone")
     add("--lambda-a", type=number(float, 0), default=1.0, help="strength of the learned style (Eq. 4)")
     add("--lambda-b", type=number(float, 0), default=5.0, help="strength of the text (Eq. 4)")
     add("--gamma-sweep", action="store_true", help="a row from the style adapter alone to the content adapter alone")

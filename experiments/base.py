@@ -4,7 +4,7 @@
     python experiments/base.py --sweep                          # experiments/results/base_sweep.md
     python experiments/base.py --quick                          # the same with numbers too small to mean anything
 
-Needs a judge (experiments/judge.py). Beside its verdict on samples stands its ceiling: what it says of
+What samples show is asked of a judge (experiments/judge.py), where there is one. Beside its verdict on samples stands its ceiling: what it says of
 real drawings of the same things in the same styles, and of those as the tokenizer gives them back. It
 was trained on none of these drawings, which decides what things are asked for.
 """
@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import styles  # noqa: E402
-from experiments.judge import AMONG, VALUES, ask, attributes, held_back, load_judge, rank_among, reconstruct  # noqa: E402
+from experiments.judge import AMONG, VALUES, ask, attributes, held_back, judge_or_none, rank_among, reconstruct  # noqa: E402
+from clip_feedback import image_features  # noqa: E402
 from styledrop import Parser, StyleDrop, grid, number, run_command, sample_pool, to_tensor, to_uint8, write_whole  # noqa: E402
 from vqgan import codebook_health, psnr  # noqa: E402
 
@@ -89,14 +90,18 @@ def measure_tokenizer(pipe, sources, generator):
 
 
 @torch.no_grad()
-def measure_clip(pipe, sources, generator):
-    """The content phrase of a picture among its own and 99 others."""
+def clip_scores(pipe, images):
+    """CLIP's scores of all names for each picture: (B, K)."""
     ids = pipe.clip.tokenize([data.content_phrase(name) for name in data.names()])
     texts = F.normalize(torch.cat([pipe.clip.encode_text(part) for part in ids.split(128)]), dim=1)      # (K, E)
+    return (image_features(pipe.clip, images) @ texts.T).cpu()
+
+
+def measure_clip(pipe, sources, generator):
+    """The content phrase of a picture among its own and 99 others."""
     rows = []
     for name, (images, _, names) in sources.items():
-        seen = torch.cat([pipe.clip.encode_image(part.to(pipe.device)) for part in images.split(128)])   # (B, E)
-        rank = rank_among((seen @ texts.T).cpu(), torch.tensor([data.names().index(n) for n in names]), generator)
+        rank = rank_among(clip_scores(pipe, images), torch.tensor([data.names().index(n) for n in names]), generator)
         rows.append([name, percent(rank < 1), percent(rank < 5)])
     return table(["pictures", "top 1", "top 5"], rows + [["chance", f"{100 / AMONG:.1f} %", f"{500 / AMONG:.1f} %"]])
 
@@ -190,15 +195,15 @@ def measure_samples(pipe, judge, questions, count, seeds, seed):
     return table(["in words", "recognised", "pictures", "samples", "control", "ceiling: reconstructed", "ceiling: real"], rows)
 
 
-def sweep(pipe, judge, names, lambdas, temperatures, seed):
-    """The sampler's two knobs: how often the thing is recognised, one picture of each name."""
+def sweep(pipe, scores, names, lambdas, temperatures, seed):
+    """The sampler's two knobs: how often the thing is recognised, one picture of each name. scores(images) -> (B, K)."""
     rows, prompts = [], [data.content_phrase(name) for name in names]
     wanted = torch.tensor([data.names().index(name) for name in names])
     for temperature in temperatures:
         cells = []
         for lambda_b in lambdas:
             images = sample_pool(pipe, prompts, 1, seed=seed, lambda_b=lambda_b, temperature=temperature).images
-            rank = rank_among(ask(judge, images, "content"), wanted, torch.Generator().manual_seed(seed))
+            rank = rank_among(scores(images), wanted, torch.Generator().manual_seed(seed))
             cells.append(f"{100 * (rank < 1).float().mean():.0f} / {100 * (rank < 5).float().mean():.0f}")
             print(f"temperature {temperature:g}, lambda_B {lambda_b:g}: {cells[-1]} %", flush=True)
         rows.append([f"{temperature:g}", *cells])
@@ -228,13 +233,15 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.names, args.seeds, args.pictures = 4, 2, 16
-    judge, pipe = load_judge(args.judge), StyleDrop.load(args.weights)
+    judge, pipe = judge_or_none(args.judge), StyleDrop.load(args.weights)
     openmoji, art, rng = data.Art(role="held-out"), data.Art(), np.random.default_rng(args.seed)
     if args.sweep:
         names = [str(name) for name in rng.choice(data.names(), args.names, replace=False)]
-        lines = ["# The sampler's knobs", "", f"`python {' '.join(sys.argv)}`, base {pipe.base}: the thing recognised among {AMONG}, "
-                 f"top 1 / top 5 in percent, {args.names} names, one picture of each.", ""]
-        lines += sweep(pipe, judge, names, *(((2, 5), (4.5,)) if args.quick else (LAMBDAS, TEMPERATURES)), args.seed)
+        by, scores = (("the base's own CLIP", lambda x: clip_scores(pipe, x)) if judge is None else
+                      ("the judge", lambda x: ask(judge, x, "content")))
+        lines = ["# The sampler's knobs", "", f"`python {' '.join(sys.argv)}`, base {pipe.base}: the thing recognised by {by} "
+                 f"among {AMONG}, top 1 / top 5 in percent, {args.names} names, one picture of each.", ""]
+        lines += sweep(pipe, scores, names, *(((2, 5), (4.5,)) if args.quick else (LAMBDAS, TEMPERATURES)), args.seed)
         write_whole(Path(args.out) / "base_sweep.md", lambda file: file.write("\n".join(lines).encode()))
         return
     generator = torch.Generator().manual_seed(args.seed)
@@ -250,11 +257,12 @@ def main():
     lines += [f"## CLIP: the name of a picture among {AMONG}", ""] + measure_clip(pipe, sources, generator)
     lines += ["## Muse: masked tokens", "", "Captions name content and style in full. Chance is the best constant guess.", ""]
     lines += measure_muse(pipe, styled, args.seed)
-    lines += ["## Samples, as the judge sees them", "",
-              f"{args.names} things x {args.seeds} seeds for each question, sampled at the defaults; a thing is recognised among "
-              f"{AMONG}, an attribute among {', '.join(f'{len(VALUES[k]) - 1} ({k})' for k in styles.ATTRIBUTES)}. Control: the same "
-              "samples asked for another one's thing and style. Ceiling: drawings that the judge has never seen.", ""]
-    lines += measure_samples(pipe, judge, args.questions, args.names, args.seeds, args.seed)
+    if judge is not None:
+        lines += ["## Samples, as the judge sees them", "",
+                  f"{args.names} things x {args.seeds} seeds for each question, sampled at the defaults; a thing is recognised among "
+                  f"{AMONG}, an attribute among {', '.join(f'{len(VALUES[k]) - 1} ({k})' for k in styles.ATTRIBUTES)}. Control: the same "
+                  "samples asked for another one's thing and style. Ceiling: drawings that the judge has never seen.", ""]
+        lines += measure_samples(pipe, judge, args.questions, args.names, args.seeds, args.seed)
     things = THINGS[:2] if args.quick else THINGS
     lines += ["## base_grid.png", "", f"First samples, none chosen. Columns: {', '.join(map(data.content_phrase, things))}. "
               f"Rows: {', '.join(s or 'no style' for s in IN_WORDS)}."]

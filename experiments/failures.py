@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,15 +16,17 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import train  # noqa: E402
 import vqgan as vqgan_  # noqa: E402
+from data import styles  # noqa: E402
 from sample import labelled  # noqa: E402
 from styledrop import Parser, StyleDrop, number, run_command, to_tensor, to_uint8, write_whole  # noqa: E402
 
-PROMPTS = ("a red apple", "a cat", "a house", "a tree", "a rocket", "a fish", "a car", "an owl")
+NAMES = ("red-apple", "cat", "house", "deciduous-tree", "rocket", "fish", "automobile", "owl")
+PROMPTS = tuple(map(data.content_phrase, NAMES))
 REFERENCE = ("house_watercolor.png", "a house")
 
 
-def tokenizer(pipe, steps, **config):
-    """A tokenizer after `steps` steps from scratch, and its reconstructions of eight drawings -> (usage, images)."""
+def tokenizer(pipe, steps, drawings, **config):
+    """A tokenizer after `steps` steps from scratch -> the share of its codes in use, its reconstructions of `drawings`."""
     torch.manual_seed(0)
     model = vqgan_.VQGAN(replace(pipe.vqgan.config, **config))
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01)
@@ -38,9 +41,8 @@ def tokenizer(pipe, steps, **config):
         optimiser.step()
         model.quantizer.update(z.detach(), ids, generator)
     images, model = batches[10 ** 6][0], model.eval()
-    ids = model.encode(images)
-    usage, _ = vqgan_.codebook_health(ids, model.config.codebook_size)
-    return usage, model.decode(ids)[:len(PROMPTS)]
+    usage, _ = vqgan_.codebook_health(model.encode(images), model.config.codebook_size)
+    return usage, model.decode(model.encode(drawings))
 
 
 def main():
@@ -54,7 +56,10 @@ def main():
     reference = to_tensor(data.read_image(ROOT / "examples" / REFERENCE[0], pipe.vqgan.config.resolution)[None])
     tuned = SimpleNamespace(normal=pipe.tune(reference, [REFERENCE[1]], "[V*]"),
                             long=pipe.tune(reference, [REFERENCE[1]], "[V*]", steps=args.long, lr=1e-2))
-    alive, dead = tokenizer(pipe, args.tokenizer_steps), tokenizer(pipe, args.tokenizer_steps, revive_below=0.0)
+    art = data.Art(["twemoji"])
+    drawings = to_tensor(np.stack([styles.apply(styles.Style(), art.drawings[art.find(name, "twemoji")],
+                                                np.random.default_rng(0)) for name in NAMES]))
+    alive, dead = (tokenizer(pipe, args.tokenizer_steps, drawings, **config) for config in ({}, dict(revive_below=0.0)))
     rows = [
         ("the base", "as it should be, at the defaults", pipe.generate(prompts)),
         ("blank", "`--temperature 0`: no chance in which tokens stay. The surest ones, the ground's, are kept first and "
@@ -67,6 +72,7 @@ def main():
          pipe.generate(prompts, tuned.long)),
         ("burnt", "`--lambda-a 10` on the well tuned one: further along the learned direction than there is picture",
          pipe.generate(prompts, tuned.normal, lambda_a=10.0)),
+        ("drawings", "of the same things, for the last two rows to reconstruct", drawings),
         ("codes alive", f"a tokenizer after {args.tokenizer_steps} steps: {alive[0]:.0%} of its codes in use on 16 pictures", alive[1]),
         ("codes dead", f"the same with `revive_below = 0`: {dead[0]:.0%} in use; colours and outlines have nowhere to go", dead[1]),
     ]

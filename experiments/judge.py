@@ -95,6 +95,14 @@ def load_judge(path):
     return judge
 
 
+def judge_or_none(path):
+    """The judge, or None and a line that says so: what can be measured without one still is."""
+    if Path(path).exists():
+        return load_judge(path)
+    print(f"no judge at {path}: only what needs none is measured (experiments/judge.py trains one)", flush=True)
+    return None
+
+
 # ---------------------------------------------------------------------------------------------
 # Questions
 

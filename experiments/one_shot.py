@@ -21,11 +21,11 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import styles  # noqa: E402
 from experiments.base import named, table, with_error  # noqa: E402
-from experiments.judge import attributes, content_correct, held_back, load_judge, reconstruct, style_features  # noqa: E402
+from experiments.judge import attributes, content_correct, held_back, judge_or_none, reconstruct, style_features  # noqa: E402
 from styledrop import (RARE_TOKEN, Parser, StyleDrop, grid, number, run_command, sample_pool, to_tensor, to_uint8,  # noqa: E402
                        write_whole)
 
-METRICS = {"palette": 4, "texture": 4, "judge's distance": 3, "style seen": 1, "thing seen": 1, "leakage": 1}   # digits
+ALL_METRICS = {"palette": 4, "texture": 4, "judge's distance": 3, "style seen": 1, "thing seen": 1, "leakage": 1}   # digits
 SHARES = ("style seen", "thing seen", "leakage")            # in percent
 MADE = ("rare token", "style in words", "tuned")            # sampled; the other rows are drawn
 FLOOR, CEILING = "floor: the truth, reconstructed", "ceiling: the thing in another style"
@@ -93,15 +93,17 @@ def choose_subjects(art, args):
 
 
 def measure(judge, images, truth, names, reference, style, source):
-    """{metric: mean} of pictures of `names` against the truth, one to one."""
+    """{metric: mean} of pictures of `names` against the truth, one to one; without a judge only the distances."""
+    found = {"palette": palette_distance(images, truth).mean().item(), "texture": texture_distance(images, truth).mean().item()}
+    if judge is None:
+        return found
     seed, seen = torch.Generator().manual_seed(0), attributes(judge, images)
     asked = named(style) or {"hand": source}
-    return {"palette": palette_distance(images, truth).mean().item(),
-            "texture": texture_distance(images, truth).mean().item(),
-            "judge's distance": 1 - (style_features(judge, images) * style_features(judge, truth)).sum(1).mean().item(),
-            "style seen": np.mean([saw == value for k, value in asked.items() for saw in seen[k]]),
-            "thing seen": content_correct(judge, images, names, seed).float().mean().item(),
-            "leakage": content_correct(judge, images, [reference] * len(images), seed).float().mean().item()}
+    return found | {
+        "judge's distance": 1 - (style_features(judge, images) * style_features(judge, truth)).sum(1).mean().item(),
+        "style seen": np.mean([saw == value for k, value in asked.items() for saw in seen[k]]),
+        "thing seen": content_correct(judge, images, names, seed).float().mean().item(),
+        "leakage": content_correct(judge, images, [reference] * len(images), seed).float().mean().item()}
 
 
 def one_style(pipe, judge, art, style, source, reference, things, other, args):
@@ -129,12 +131,13 @@ def one_style(pipe, judge, art, style, source, reference, things, other, args):
 # All styles
 
 def show(values, metric):
-    return with_error(values, scale=100 if metric in SHARES else 1, digits=METRICS[metric])
+    return with_error(values, scale=100 if metric in SHARES else 1, digits=ALL_METRICS[metric])
 
 
 def report(found, args):
     """found: [(words, {row: {metric: mean}})] of all styles -> lines of Markdown."""
     column = lambda row, metric: [numbers[row][metric] for _, numbers in found]
+    METRICS = {m: digits for m, digits in ALL_METRICS.items() if m in found[0][1]["tuned"]}
     lines = table(["", *(f"{m}, %" if m in SHARES else m for m in METRICS)],
                   [[row, *(show(column(row, m), m) for m in METRICS)] for row in found[0][1]])
     rows = []
@@ -174,7 +177,7 @@ def main():
     args = parser.parse_args()
     if args.quick:
         args.styles, args.things, args.seeds, args.steps = 1, 3, 1, 5
-    judge, pipe = load_judge(args.judge), StyleDrop.load(args.weights)
+    judge, pipe = judge_or_none(args.judge), StyleDrop.load(args.weights)
     art = data.Art(["noto", "openmoji"])
     things, subjects = choose_subjects(art, args)
     found, rows = [], []
@@ -191,7 +194,7 @@ def main():
              f"Base {pipe.base}, torch {torch.__version__}; tuned and sampled at {settings or 'the defaults'}. "
              f"{len(found)} styles, {args.things} things x {args.seeds} seeds in each; ± is one standard error over the styles.", "",
              "Palette and texture: sliced Wasserstein distances of pixels and of grey 3 x 3 patches to the drawing of the same "
-             "thing in the reference's style. The judge's distance: one less the cosine of its style features. Style seen: "
+             "thing in the reference's style. Where a judge was at hand: its distance: one less the cosine of its style features. Style seen: "
              "the judge names the attributes right (openmoji: whose hand it is). Thing seen: first among 100. Leakage: the "
              "reference's thing is first among 100, which chance does in 1 %.", ""]
     lines += report(found, args)

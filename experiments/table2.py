@@ -20,6 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import clip_feedback  # noqa: E402
 import data  # noqa: E402
 import styledrop  # noqa: E402
 from data import styles  # noqa: E402
@@ -151,7 +152,10 @@ def main():
     parser.add_argument("--pool", type=number(int, 1), default=8, help="pictures for each of the 30 prompts of a pool")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
-    settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")} | dict(base=StyleDrop.load(args.weights).base)
+    settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")} | dict(
+        base=StyleDrop.load(args.weights).base,
+        clip=styledrop.fingerprint(clip_feedback.load_clip(Path(args.weights) / "clip.pt").state_dict()),
+        judged_by=styledrop.fingerprint(load_judge(args.judge).state_dict()))
     kept = Path(args.work) / "settings.json"
     if kept.exists() and json.loads(kept.read_text()) != settings:
         raise ValueError(f"{args.work} holds parts of other settings; give another --work")
