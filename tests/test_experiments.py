@@ -8,7 +8,7 @@ import torch
 
 import data
 from data import styles
-from experiments import base, judge, one_shot, table2
+from experiments import base, judge, one_shot, table2, two_adapters
 from styledrop import Pool
 
 
@@ -206,3 +206,34 @@ def test_table2_says_each_claim_with_its_own_numbers():
     assert "| +0.250 [+0.250, +0.250] | holds |" in text and text.count("[") == len(table2.CLAIMS)
     assert f"{100 * np.mean([n['thing'] for n in found['LoRA']]):.1f} ±" in text
     assert {name for claim in table2.CLAIMS for name in claim[1:3]} <= set(table2.ARMS)
+
+
+# ---------------------------------------------------------------------------------------------
+# Two adapters
+
+@pytest.mark.parametrize("name, phrase", [("teapot", "a [V] teapot"), ("owl", "a [V] owl"), ("glasses", "[V] glasses"),
+                                          ("hot-air-balloon", "a [V] hot air balloon")])
+def test_the_rare_token_stands_before_the_name(name, phrase):
+    assert two_adapters.object_phrase(name) == phrase
+
+
+def test_both_means_the_thing_in_the_style():
+    """Counted picture by picture. Trap: the product of two means, where half with the thing and half in the style give a quarter."""
+    style, number = styles.Style(palette="sepia", medium="chalk"), 5
+
+    class Judge(FakeJudge):
+        def forward(self, images):
+            """The style's values where channel 1 is 1, its medium alone where it is 0.5, nothing where it is 0."""
+            out = super().forward(images)
+            for k, values in judge.VALUES.items():
+                least = dict(palette=1, medium=0.5).get(k, 2)
+                best = (images[:, 1, 0, 0] >= least) * values.index(getattr(style, k, "noto"))
+                out[k] = torch.nn.functional.one_hot(best.long(), len(values)).float()
+            return out
+
+    images = torch.nn.functional.interpolate(pictures([number, number, 700, 700]), 16)
+    images[:, 1] = torch.tensor([1, 0.5, 1, 0]).view(4, 1, 1)
+    found = two_adapters.measure(Judge(), images, images, data.names()[number], style, "noto")
+    assert found["thing seen"].tolist() == [1, 1, 0, 0] and found["style seen"].tolist() == [1, 0.5, 1, 0]
+    assert found["both"].tolist() == [1, 0.5, 0, 0] and found["palette"].tolist() == [0, 0, 0, 0]
+    assert set(two_adapters.measure(None, images, images, data.names()[number], style, "noto")) == {"palette", "texture"}
