@@ -79,7 +79,7 @@ def main():
     add("--lambda-grid", action="store_true", help="a sheet of lambda_A by lambda_B, one seed")
     add("--negative", default="", metavar="TEXT", help="what not to draw: the prompt n of Eq. 4 (default: empty)")
     add("--style-phrase", metavar="WORDS", help="other words than the run's, say one of them left out (Section 4.4.2)")
-    add("--steps", type=number(int, 1), default=36, help="decoding steps")
+    add("--steps", type=number(int, 1), default=18, help="decoding steps")
     add("--temperature", type=number(float, 0), default=4.5, help="chance in which tokens are kept first")
     add("--num", type=number(int, 1), default=1, help="pictures for each prompt")
     add("--seed", type=number(int, 0), default=0)

@@ -221,7 +221,7 @@ class StyleDrop:
         return adapter.to(self.device)
 
     @torch.no_grad()
-    def generate(self, prompts, style=None, content=None, lambda_a=1.0, lambda_b=5.0, gamma=0.5, steps=36,
+    def generate(self, prompts, style=None, content=None, lambda_a=1.0, lambda_b=5.0, gamma=0.5, steps=18,
                  temperature=4.5, seed=0, negative="", style_phrase=None, on_step=None):
         """Sample one image for each prompt: (B, 3, H, W) in [-1, 1].
 
