@@ -366,8 +366,8 @@ def pretrain_muse(args):
 
 STAGES = {                                                   # stage: (function, default steps, batch, lr)
     "vqgan": (pretrain_vqgan, 1600, 16, 1e-3),
-    "clip": (pretrain_clip, 900, 128, 1.5e-3),
-    "muse": (pretrain_muse, 2300, 64, 2e-3),
+    "clip": (pretrain_clip, 1080, 128, 1.5e-3),
+    "muse": (pretrain_muse, 1500, 64, 2e-3),
 }
 
 
