@@ -49,7 +49,7 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", default="weights/tiny")
     parser.add_argument("--out", default="experiments/results")
-    parser.add_argument("--tokenizer-steps", type=number(int, 1), default=150)
+    parser.add_argument("--tokenizer-steps", type=number(int, 1), default=250)
     parser.add_argument("--long", type=number(int, 1), default=600, help="steps of the tuning that is too long")
     args = parser.parse_args()
     pipe, prompts = StyleDrop.load(args.weights), list(PROMPTS)
@@ -62,10 +62,10 @@ def main():
     alive, dead = (tokenizer(pipe, args.tokenizer_steps, drawings, **config) for config in ({}, dict(revive_below=0.0)))
     rows = [
         ("the base", "as it should be, at the defaults", pipe.generate(prompts)),
-        ("blank", "`--temperature 0`: no chance in which tokens stay. The surest ones, the ground's, are kept first and "
-                  "forbid the drawing", pipe.generate(prompts, temperature=0.0)),
-        ("torn", "`--lambda-b 40`: the text pulls so hard that the prior has no say; what is left is the most typical colour "
-                 "of the name", pipe.generate(prompts, lambda_b=40.0)),
+        ("shrunken", "`--temperature 0`: no chance in which tokens stay. The surest ones, the ground's, are kept first and leave "
+                     "the drawing little room (a younger base drew nothing at all)", pipe.generate(prompts, temperature=0.0)),
+        ("torn", "`--lambda-b 40`: the text pulls so hard that the prior of what goes together has no say",
+         pipe.generate(prompts, lambda_b=40.0)),
         ("pale", "`--lambda-b 0`: no pull of the text at all", pipe.generate(prompts, lambda_b=0.0)),
         ("tuned", f"on {REFERENCE[0]}, at the defaults", pipe.generate(prompts, tuned.normal)),
         ("collapsed", f"the same tuned for {args.long} steps at ten times the rate: every prompt turns into the reference",
