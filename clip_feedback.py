@@ -442,7 +442,8 @@ def load_clip(path, merges=None, quick_gelu=None):
     """Read a CLIP -> CLIP in fp32 on the CPU, in eval mode, with its `.tokenizer` and `.provenance`.
 
     path: a checkpoint of ours (a dict of config, weights, merges and provenance, see styledrop.save_model), or
-    OpenAI's or open_clip's ViT weights (a state dict, bare or under "state_dict", or a TorchScript archive), whose config is read off the shapes. merges, for foreign weights: the path of
+    OpenAI's or open_clip's ViT weights (a state dict, bare or under "state_dict", or a TorchScript archive),
+    whose config is read off the shapes. merges, for foreign weights: the path of
     OpenAI's vocabulary file; by default the one beside `path`, if there is one. quick_gelu cannot be read off
     shapes: by default True for OpenAI's own files, False for open_clip's. Raises FileNotFoundError, or
     ValueError with one line when the file is damaged or something else.

@@ -183,7 +183,8 @@ class StyleDrop:
         muse, saved = load_model(weights / "muse.pt", "muse", MuseConfig, Muse)
         pipe = cls(vqgan, clip, muse, device)
         pipe.check()
-        if saved["provenance"].get("reads", pipe.reads) != pipe.reads:
+        reads = saved["provenance"].get("reads")
+        if reads is not None and reads != pipe.reads:
             raise ValueError(f"muse.pt in {weights} was trained on another vqgan.pt or clip.pt than lies beside it")
         return pipe
 

@@ -523,7 +523,7 @@ def further_rounds(args, out, pipe, references, settings, prompts):
     """
     style = settings["style"]
     for prompt in prompts:
-        check_prompt(pipe, style_prompt(prompt, style))
+        check_prompt(pipe, prompt, style)
     if not (out / "round1" / "adapter.pt").exists():
         load_adapter(out).save(out / "round1" / "adapter.pt")
     adapters = [load_adapter(out / "round1")]

@@ -4,8 +4,8 @@
     python experiments/base.py --sweep                          # experiments/results/base_sweep.md
     python experiments/base.py --quick                          # the same with numbers too small to mean anything
 
-What samples show is asked of a judge (experiments/judge.py), where there is one. Beside its verdict on samples stands its ceiling: what it says of
-real drawings of the same things in the same styles, and of those as the tokenizer gives them back. It
+What samples show is asked of a judge (experiments/judge.py), where there is one. Beside its verdict stands
+its ceiling: what it says of real drawings of the same things in the same styles, and of those as the tokenizer gives them back. It
 was trained on none of these drawings, which decides what things are asked for.
 """
 

@@ -194,7 +194,7 @@ def main():
              f"Base {pipe.base}, torch {torch.__version__}; tuned and sampled at {settings or 'the defaults'}. "
              f"{len(found)} styles, {args.things} things x {args.seeds} seeds in each; ± is one standard error over the styles.", "",
              "Palette and texture: sliced Wasserstein distances of pixels and of grey 3 x 3 patches to the drawing of the same "
-             "thing in the reference's style. Where a judge was at hand: its distance: one less the cosine of its style features. Style seen: "
+             "thing in the reference's style. The rest where a judge was at hand. Its distance: one less the cosine of its style features. Style seen: "
              "the judge names the attributes right (openmoji: whose hand it is). Thing seen: first among 100. Leakage: the "
              "reference's thing is first among 100, which chance does in 1 %.", ""]
     lines += report(found, args)

@@ -20,12 +20,12 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import styles  # noqa: E402
 from experiments.base import table, with_error  # noqa: E402
-from experiments.judge import ask, attributes, judge_or_none, rank_among  # noqa: E402
+from experiments.judge import attributes, content_correct, judge_or_none  # noqa: E402
 from experiments.one_shot import choose_subjects, draw, named, palette_distance, paired_bootstrap, texture_distance  # noqa: E402
 from styledrop import Parser, StyleDrop, grid, number, run_command, sample_pool, to_uint8, write_whole  # noqa: E402
 
 GAMMAS = (0.0, 0.5, 0.6, 0.7, 1.0)
-HANDS = ("noto", "noto-v1", "twemoji", "fluent-emoji", "fluent-emoji-flat")      # whose drawings teach the object
+HANDS = [row["set"] for row in data.read_table("sets.tsv") if row["role"] == "training"]     # whose drawings teach the object
 
 
 def object_phrase(name):
@@ -39,9 +39,9 @@ def measure(judge, images, truth, name, style, source):
     """{metric: (B,)} of pictures (B, 3, H, W) of one thing against the truth; without a judge only the distances."""
     found = {"palette": palette_distance(images, truth), "texture": texture_distance(images, truth)}
     if judge is not None:
-        wanted, seen = torch.full((len(images),), data.names().index(name)), attributes(judge, images)
+        seen, generator = attributes(judge, images), torch.Generator().manual_seed(0)
         asked = named(style) or {"hand": source}
-        found["thing seen"] = (rank_among(ask(judge, images, "content"), wanted, torch.Generator().manual_seed(0)) == 0).double()
+        found["thing seen"] = content_correct(judge, images, [name] * len(images), generator).double()
         found["style seen"] = torch.tensor([[saw == value for saw in seen[k]] for k, value in asked.items()]).double().mean(0)
         found["both"] = found["thing seen"] * found["style seen"]
     return found
