@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import styles  # noqa: E402
-from experiments.judge import AMONG, VALUES, ask, attributes, held_back, judge_or_none, rank_among, reconstruct  # noqa: E402
+from experiments.judge import AMONG, UNNAMED, VALUES, ask, attributes, held_back, judge_or_none, rank_among, reconstruct  # noqa: E402
 from clip_feedback import image_features  # noqa: E402
 from styledrop import Parser, StyleDrop, grid, number, run_command, sample_pool, to_tensor, to_uint8, write_whole  # noqa: E402
 from vqgan import codebook_health, psnr  # noqa: E402
@@ -154,7 +154,7 @@ def draw_style(question, rng):
 
 def named(style):
     """{attribute: value} of what the style names; the white ground goes without saying."""
-    return {k: getattr(style, k) for k in styles.ATTRIBUTES if getattr(style, k) not in ("", "white")}
+    return {k: getattr(style, k) for k in styles.ATTRIBUTES if getattr(style, k) not in UNNAMED}
 
 
 def verdicts(judge, images, names, chosen, generator):
@@ -260,7 +260,7 @@ def main():
     if judge is not None:
         lines += ["## Samples, as the judge sees them", "",
                   f"{args.names} things x {args.seeds} seeds for each question, sampled at the defaults; a thing is recognised among "
-                  f"{AMONG}, an attribute among {', '.join(f'{len(VALUES[k]) - 1} ({k})' for k in styles.ATTRIBUTES)}. Control: the same "
+                  f"{AMONG}, an attribute among {', '.join(f'{len(set(VALUES[k]) - set(UNNAMED))} ({k})' for k in styles.ATTRIBUTES)}. Control: the same "
                   "samples asked for another one's thing and style. Ceiling: drawings that the judge has never seen.", ""]
         lines += measure_samples(pipe, judge, args.questions, args.names, args.seeds, args.seed)
     things = THINGS[:2] if args.quick else THINGS

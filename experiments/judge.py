@@ -1,10 +1,13 @@
 """An independent judge: what does a picture show, and in which style? The base never learns from it.
 
-    python experiments/judge.py --steps 6000 --out experiments/judge.pt     # the same command again goes on
+    python experiments/judge.py --out experiments/judge.pt     # the same command again goes on
 
-A small convolutional classifier, trained on all the art there is, openmoji and the held-out styles
-too, half of it as the tokenizer gives it back. One drawing in twenty it never sees (`held_back`), so
-that what it says of those is its ceiling: no sample can be judged better than a real drawing.
+A small classifier of described pictures, trained on all the art there is, openmoji and the held-out
+styles too, a quarter of it as the tokenizer gives it back. A picture is described as people did before
+networks learned to (`describe`): histograms of oriented gradients, which know shapes and forget colours.
+That is why 17 minutes of one core suffice: a convolutional classifier, from pixels, named 13 % of the
+drawings among 100 after 46,000 pictures; this one names 98 % after 154,000. One drawing in twenty it
+never sees (`held_back`): what it says of those is how far it can be trusted with a thing drawn anew.
 
     judge = load_judge("experiments/judge.pt")
     content_correct(judge, images, names, generator)        # (B,) is the named thing first among 100?
@@ -13,6 +16,7 @@ that what it says of those is its ceiling: no sample can be judged better than a
 Shapes: B pictures (B, 3, 64, 64) in [-1, 1], C channels, K names.
 """
 
+import math
 import sys
 import time
 import zlib
@@ -34,57 +38,74 @@ from vqgan import VQGAN, VQGANConfig  # noqa: E402
 
 SETS = [row["set"] for row in data.read_table("sets.tsv")]
 VALUES = {k: ["", *values] for k, values in styles.ATTRIBUTES.items()} | {"hand": SETS}     # hand: whose drawing
+UNNAMED = ("", "white")                 # no attribute, and the ground that goes without saying
 AMONG = 100                             # the named thing against 99 others
 
 
 # ---------------------------------------------------------------------------------------------
 # The classifier
 
+def describe(images, orientations=8):
+    """Gradients and colours in 8 x 8 cells, and statistics that know no places.
+
+    images (B, 3, 64, 64) -> cells (B, 3 (orientations + 1) + 3, 8, 8), statistics (B, 9 orientations + 447).
+    At three scales: how much of a cell's gradient points each way, divided by how much there is around
+    it (histograms of oriented gradients, Dalal & Triggs 2005), and how much there is. The statistics have
+    histograms of colour too, of all pixels and of the edges.
+    """
+    mean_and_deviation = lambda x: [x.mean((2, 3)), x.std((2, 3))]
+    cells, statistics = [F.avg_pool2d(images, 8)], mean_and_deviation(images)
+    angles = torch.arange(orientations, device=images.device).view(-1, 1, 1) * math.pi / orientations
+    for scale in (1, 2, 4):
+        x = F.pad(F.avg_pool2d(images, scale), (1, 1, 1, 1), mode="replicate")
+        dx = (x[..., 1:-1, 2:] - x[..., 1:-1, :-2]) / 2
+        dy = (x[..., 2:, 1:-1] - x[..., :-2, 1:-1]) / 2
+        channel = (dx ** 2 + dy ** 2).argmax(1, keepdim=True)                    # the steepest of R, G and B
+        dx, dy = dx.gather(1, channel), dy.gather(1, channel)
+        size = (dx ** 2 + dy ** 2).sqrt()
+        towards = size * torch.cos(torch.atan2(dy, dx) - angles) ** 6            # (B, orientations, h, h)
+        here = F.avg_pool2d(towards, 8 // scale)                                 # (B, orientations, 8, 8)
+        around = F.avg_pool2d(F.pad(here.sum(1, keepdim=True), (1, 1, 1, 1), mode="replicate"), 3, 1)
+        cells += [(here / (around + 0.02)).sqrt(), around.sqrt()]
+        statistics += mean_and_deviation(towards) + mean_and_deviation(size) + [(here.std((2, 3)) + 1e-6).log()]
+        statistics += [size.amax((2, 3))]
+        edges = size if scale == 1 else edges                                    # (B, 1, 64, 64)
+    levels = ((images + 1) * 2.999).long().clamp(0, 5)                           # 6 of each of R, G and B
+    colour = (levels[:, 0] * 36 + levels[:, 1] * 6 + levels[:, 2]).flatten(1)    # (B, 64 64)
+    for weight in (torch.ones_like(edges), edges + 1e-6):
+        weight = weight.flatten(1) / weight.sum((1, 2, 3))[:, None]
+        statistics.append(torch.zeros(len(images), 216, device=images.device).scatter_add(1, colour, weight).sqrt())
+    return torch.cat(cells, 1), torch.cat(statistics, 1)
+
+
 @dataclass
 class JudgeConfig:
-    channels: tuple = (32, 64, 128, 192)    # at 32, 16, 8 and 4 pixels a side
+    width: int = 768
     style_width: int = 192                  # of the features that the heads of style share
-
-
-def conv(c_in, c_out, kernel, stride):
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, 1, bias=False), nn.BatchNorm2d(c_out))
-
-
-class Block(nn.Module):
-    """Halve the side, then x + conv(relu(conv(x)))."""
-
-    def __init__(self, c_in, c_out):
-        super().__init__()
-        self.down, self.one, self.two = conv(c_in, c_out, 3, 2), conv(c_out, c_out, 3, 1), conv(c_out, c_out, 3, 1)
-
-    def forward(self, x):                                   # (B, C, h, h) -> (B, C', h/2, h/2)
-        x = F.relu(self.down(x))
-        return F.relu(x + self.two(F.relu(self.one(x))))
 
 
 class Judge(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        c, width = config.channels, config.style_width
-        self.stem = nn.Sequential(conv(3, c[0], 4, 2), nn.ReLU())
-        self.blocks = nn.ModuleList(Block(a, b) for a, b in zip(c, c[1:]))
-        self.style = nn.Sequential(nn.BatchNorm1d(2 * sum(c)), nn.Linear(2 * sum(c), width), nn.ReLU())
-        self.heads = nn.ModuleDict({k: nn.Linear(width, len(values)) for k, values in VALUES.items()})
-        self.content = nn.Linear(c[-1], len(data.names()))
+        cells, statistics = (x.flatten(1).shape[1] for x in describe(torch.zeros(1, 3, 64, 64)))
+
+        def layer(c_in, c_out, drop):
+            return nn.Sequential(nn.Dropout(drop), nn.Linear(c_in, c_out, bias=False), nn.BatchNorm1d(c_out), nn.GELU())
+
+        self.cells = nn.BatchNorm1d(cells, affine=False)     # only so that all inputs are of one size
+        self.statistics = nn.BatchNorm1d(statistics, affine=False)
+        self.content = nn.Sequential(layer(cells, config.width, 0.3), layer(config.width, config.width, 0.4),
+                                     nn.Dropout(0.4), nn.Linear(config.width, len(data.names())))
+        self.style = nn.Sequential(layer(cells + statistics, config.width, 0.2), layer(config.width, config.style_width, 0.2))
+        self.heads = nn.ModuleDict({k: nn.Linear(config.style_width, len(values)) for k, values in VALUES.items()})
 
     def forward(self, images):
-        """-> {"content": (B, K), "style": features (B, D), and for each attribute logits}.
-
-        Style is read off every scale as means and deviations, which know no places; content off the last.
-        """
-        x, statistics = self.stem(images), []
-        for block in [None, *self.blocks]:
-            x = x if block is None else block(x)
-            variance, mean = torch.var_mean(x, (2, 3), correction=0)
-            statistics += [mean, (variance + 1e-4).sqrt()]
-        style = self.style(torch.cat(statistics, 1))
-        return {"content": self.content(mean), "style": style} | {k: head(style) for k, head in self.heads.items()}
+        """-> {"content": (B, K), "style": features (B, D), and for each attribute logits}."""
+        cells, statistics = describe(images)
+        cells, statistics = self.cells(cells.flatten(1)), self.statistics(statistics)
+        style = self.style(torch.cat([cells, statistics], 1))
+        return {"content": self.content(cells), "style": style} | {k: head(style) for k, head in self.heads.items()}
 
 
 def load_judge(path):
@@ -131,8 +152,10 @@ def content_correct(judge, images, names, generator, top=1):
 
 
 def attributes(judge, images):
-    """{attribute: B values}, "" where the judge sees none; and "hand", whose drawing it is (a set)."""
-    return {k: [values[i] for i in ask(judge, images, k).argmax(1)] for k, values in VALUES.items()}
+    """{attribute: B values}, the likeliest of those that words can name; and "hand", whose drawing it is (a set)."""
+    named = {k: torch.tensor([value not in UNNAMED for value in values]) for k, values in VALUES.items()}
+    return {k: [values[i] for i in ask(judge, images, k).masked_fill(~named[k], -math.inf).argmax(1)]
+            for k, values in VALUES.items()}
 
 
 def style_features(judge, images):
@@ -180,7 +203,7 @@ def reconstruct(vqgan, images, at_once=64):
 class Batches(torch.utils.data.Dataset):
     """Batch number `step`, always the same one, so that a resumed run equals an unbroken one.
 
-    Every second picture is the tokenizer's of a drawing, every fourth is blurred.
+    Every fourth picture is the tokenizer's of a drawing, every fourth is blurred.
     """
 
     def __init__(self, art, vqgan, batch, seed):
@@ -194,7 +217,7 @@ class Batches(torch.utils.data.Dataset):
         rng = np.random.default_rng((self.seed, step))
         images, truth = draw(self.art, rng.choice(self.picks, self.batch), rng, held_out=0.5)
         images = torch.stack([soften(image, rng) if rng.random() < 0.25 else image for image in images])
-        images[::2] = reconstruct(self.vqgan, images[::2])
+        images[::4] = reconstruct(self.vqgan, images[::4])
         return images, truth
 
 
@@ -210,7 +233,7 @@ def judge_loss(out, truth):
 def report(judge, vqgan, art, count, seed=1):
     """Lines of a table: how often the judge is right on real pictures, and on the tokenizer's of the same.
 
-    An attribute counts where it is named: neither "" nor the white ground.
+    An attribute counts where it is named.
     """
     heads = ["content among 100", "content", *VALUES]
     lines = ["| drawings | styles | | " + " | ".join(heads) + " |", "|---" * (3 + len(heads)) + "|"]
@@ -221,10 +244,10 @@ def report(judge, vqgan, art, count, seed=1):
             images, truth = draw(art, rng.choice(picks, count), rng, held_out)
             for kind, shown in (("real", images), ("reconstructed", reconstruct(vqgan, images))):
                 rank = rank_among(ask(judge, shown, "content"), truth["content"], torch.Generator().manual_seed(seed))
-                right = [rank == 0]
-                for k in heads[1:]:
-                    counts = [k == "content" or VALUES[k][i] not in ("", "white") for i in truth[k]]
-                    right.append((ask(judge, shown, k).argmax(1) == truth[k])[torch.tensor(counts)])
+                right, seen = [rank == 0, ask(judge, shown, "content").argmax(1) == truth["content"]], attributes(judge, shown)
+                for k, values in VALUES.items():
+                    asked = [values[i] for i in truth[k]]
+                    right.append(torch.tensor([a == saw for a, saw in zip(asked, seen[k]) if a not in UNNAMED]))
                 cells = " | ".join(f"{100 * r.float().mean():.1f} %" for r in right)
                 lines.append(f"| {which} | {'held-out' if held_out else 'training'} | {kind} | {cells} |")
     return lines
@@ -234,13 +257,14 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", default="weights/tiny", help="folder of vqgan.pt")
     parser.add_argument("--out", default="experiments/judge.pt")
-    parser.add_argument("--steps", type=number(int, 1), default=6000)
+    parser.add_argument("--steps", type=number(int, 1), default=1200)
     parser.add_argument("--batch", type=number(int, 2), default=128)
-    parser.add_argument("--lr", type=number(float, 0, strict=True), default=3e-3, help="at the top of the cycle")
+    parser.add_argument("--lr", type=number(float, 0, strict=True), default=2e-3, help="at the top of the cycle")
     parser.add_argument("--workers", type=number(int, 0), default=1, help="processes that draw (0: this one)")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--every", type=number(int, 1), default=50, help="steps from one line to the next")
     parser.add_argument("--count", type=number(int, 1), default=1000, help="pictures in each line of the final table")
+    parser.add_argument("--results", default="experiments/results", help="folder of judge.md")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -291,7 +315,12 @@ def main():
     save_model(args.out, "judge", judge, provenance, names=data.names(), values=VALUES)
     judge = load_judge(args.out).to(device)                  # what is measured is what was saved
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
-    print("\n".join(report(judge, vqgan, art, args.count)))
+    lines = ["# The judge, judged", "", f"`python {' '.join(sys.argv)}`", "", f"{args.steps} steps of {args.batch} pictures. "
+             f"{args.count} fresh pictures a row: seen and unseen are the drawings, every style is new. A thing is named among "
+             f"{AMONG}, then among all {len(data.names())}; an attribute, where it is named, among its values; hand among the sets.", ""]
+    lines += report(judge, vqgan, art, args.count)
+    write_whole(Path(args.results) / "judge.md", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":
