@@ -28,6 +28,7 @@ class MuseConfig:
     heads: int = 8
     patch: int = 2              # tokens a side that share one position (1: Muse). See Muse.forward
     token_width: int = 128      # of a token's own embedding, tied with the output
+    sketch: int = 32            # numbers a position that the text says at once (0: Muse). See Muse.forward
 
     @property
     def tokens(self):           # N
@@ -39,11 +40,11 @@ class MuseConfig:
 
 
 PRESETS = {
-    "toy": MuseConfig(grid=4, codebook_size=32, text_width=32, width=32, layers=2, heads=2, token_width=32),
+    "toy": MuseConfig(grid=4, codebook_size=32, text_width=32, width=32, layers=2, heads=2, token_width=32, sketch=8),
     "tiny": MuseConfig(),
-    "small": MuseConfig(codebook_size=4096, text_width=512, width=640, layers=14, heads=10, patch=1, token_width=640),
+    "small": MuseConfig(codebook_size=4096, text_width=512, width=640, layers=14, heads=10, patch=1, token_width=640, sketch=16),
     # Muse's base (Table 4): 48 layers of width 2048, MLP 8192. Only for counting.
-    "paper": MuseConfig(codebook_size=8192, text_width=4096, width=2048, layers=48, heads=16, patch=1, token_width=2048),
+    "paper": MuseConfig(codebook_size=8192, text_width=4096, width=2048, layers=48, heads=16, patch=1, token_width=2048, sketch=0),
 }
 
 
@@ -106,6 +107,10 @@ class Muse(nn.Module):
         self.col = nn.Parameter(torch.zeros(1, P, D))
         self.text = nn.Linear(config.text_width, D)
         self.text_norm = nn.LayerNorm(D)
+        if config.sketch:
+            self.sketch = nn.Sequential(nn.Linear(D, 4 * D, bias=False), nn.GELU(),
+                                        nn.Linear(4 * D, P * P * config.sketch, bias=False))
+            self.place = nn.Linear(config.sketch, D)
         self.blocks = nn.ModuleList(Block(D, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(D)
         self.leave = nn.Linear(D, group * E)
@@ -121,10 +126,21 @@ class Muse(nn.Module):
             if name.endswith(("out.weight", "mlp.2.weight")):
                 p.data /= math.sqrt(3 * self.config.layers)
 
-    def start_from(self, codes):
-        """Tokens that look alike start alike: the codebook (V, d), turned at random, scaled as above."""
-        turn = nn.init.orthogonal_(torch.empty(self.config.token_width, codes.shape[1]))
-        self.token.weight.data[:-1] = codes @ turn.T * 0.02 * self.config.token_width ** 0.5
+    def start_from(self, codes, states):
+        """Start from what the tokenizer and T know instead of from chance.
+
+        codes (V, d), the codebook: tokens that look alike start alike. Turned at random, scaled as above.
+        states (n, text_width), T's states of many captions: the text's way in whitens them. Nine tenths of
+        what sets names apart in our T lies in five directions, colours above all; unwhitened, names of one
+        colour are one name to G for as long as anybody here can train.
+        """
+        turn = lambda wide, narrow: nn.init.orthogonal_(torch.empty(wide, narrow))
+        c = self.config
+        self.token.weight.data[:-1] = codes @ turn(c.token_width, codes.shape[1]).T * 0.02 * c.token_width ** 0.5
+        variance, directions = torch.linalg.eigh(torch.cov(states.T))
+        whiten = directions * (variance.clamp(min=0) + 1e-3 * variance.mean()).rsqrt() @ directions.T
+        self.text.weight.data = turn(c.width, c.text_width) @ whiten             # (D, text_width)
+        self.text.bias.data = -self.text.weight.data @ states.mean(0)
 
     def forward(self, ids, text, text_mask, adapters=None):
         """G, or G^ with adapters.
@@ -136,20 +152,47 @@ class Muse(nn.Module):
         With patch = 2, four neighbouring tokens enter through one position, as pixels do in a ViT:
         a quarter of the transformer's cost, and each of the four still has its own mask and its own
         prediction. patch = 1 is Muse.
+
+        The sketch is a picture's layout, said by the text in one go and laid under the tokens.
+        Cross-attention gives every position the same few states to read, and what a name means HERE has
+        to be worked out by MLPs that all positions share: in our few hours G learned the colour of each
+        name in this way, and the shape of none.
         """
         c = self.config
         P, s = c.grid // c.patch, c.patch
         x = self.token(ids)                                                      # (B, N, E)
         x = x.unflatten(1, (P, s, P, s)).transpose(2, 3).flatten(3)              # (B, P, P, s s E)
         x = (self.enter(x) + self.row + self.col).flatten(1, 2)                  # (B, P P, D)
-        text = self.text_norm(self.text(text))                                   # (B, L, D)
+        text = self.read(text)                                                   # (B, L, D)
+        if c.sketch:
+            x = x + self.lay_out(text, text_mask)
         for layer, block in enumerate(self.blocks):
             adapt = (lambda h, site: h) if adapters is None else (lambda h, site: adapters(h, layer, site))
             x = block(x, text, text_mask, adapt)
+        return self.predict(x)
+
+    def read(self, text):
+        with torch.autocast(text.device.type, enabled=False):                    # bf16 would drown small directions
+            return self.text_norm(self.text(text.float()))                       # (B, L, D)
+
+    def lay_out(self, text, text_mask):
+        """The sketch: text as `read` gives it -> (B, P P, D)."""
+        said = (text * text_mask[..., None]).sum(1) / 2                          # (B, D), any number of words
+        return self.place(self.sketch(said).unflatten(1, (-1, self.config.sketch)))
+
+    def predict(self, x):
+        """States (B, P P, D) -> logits (B, N, V)."""
+        c = self.config
+        P, s = c.grid // c.patch, c.patch
         x = self.leave(self.norm(x)).unflatten(-1, (s, s, -1))                   # (B, P P, s, s, E)
         x = x.unflatten(1, (P, P)).transpose(2, 3).flatten(1, 4)                 # (B, N, E)
         x = self.leave_norm(F.gelu(x))
         return (F.linear(x, self.token.weight[:c.codebook_size]) + self.bias).float()  # (B, N, V)
+
+    def first_guess(self, text, text_mask):
+        """Logits (B, N, V) from the sketch alone, without a block or a token. Training asks for it so that the
+        sketch learns from every picture, not only from the few that are masked so far that it is needed."""
+        return self.predict((self.row + self.col).flatten(0, 1) + self.lay_out(self.read(text), text_mask))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -160,10 +203,14 @@ def mask_ratio(u):
     return torch.cos(u * (math.pi / 2)) if torch.is_tensor(u) else math.cos(u * math.pi / 2)
 
 
-def random_mask(batch, tokens, generator):
-    """M: a bool mask (B, N), true at ceil(gamma(u) N) places, u drawn afresh for each row; at least one."""
+def random_mask(batch, tokens, generator, power=1):
+    """M: a bool mask (B, N), true at ceil(gamma(u^power) N) places, u drawn afresh for each row; at least one.
+
+    power 1 is Muse's law. A larger one masks more: of power 3, 66 % of the rows lose nine tenths of their
+    tokens, of power 1, 29 %. Only there does a name say more than what can be seen.
+    """
     device = generator.device
-    ratio = mask_ratio(torch.rand(batch, 1, generator=generator, device=device))
+    ratio = mask_ratio(torch.rand(batch, 1, generator=generator, device=device) ** power)
     count = (ratio * tokens).ceil().clamp(1, tokens)
     rank = torch.rand(batch, tokens, generator=generator, device=device).argsort(1).argsort(1)
     return rank < count

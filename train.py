@@ -177,12 +177,15 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
         lines = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
         write_whole(out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
 
+    def draw(name):
+        if picture is not None:
+            write_whole(out / name, lambda file: picture().save(file, "PNG"))
+
     def keep(step):                                          # the checkpoint comes last: it vouches for the others
         spent = minutes + (time.time() - began) / 60
-        if picture is not None:
-            write_whole(out / "samples.png", lambda file: picture().save(file, "PNG"))
+        draw("samples.png")
         export(dict(stage=stage, steps=step, batch=args.batch, images=step * args.batch, minutes=round(spent, 1),
-                    machine=machine(), data=args.data or "data/", seed=args.seed, lr=args.lr,
+                    machine=machine(), data=args.data or "data/", plain=args.plain, mask_power=args.mask_power, seed=args.seed, lr=args.lr,
                     **({} if args.start is None else {"init": args.start})))
         write_whole(out / "checkpoint.pt", lambda file: torch.save(
             dict(kind=f"{stage} checkpoint", step=step, minutes=spent,
@@ -193,6 +196,7 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
     loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, args.steps),
                                          num_workers=args.workers)
     began = last_log = last_keep = time.time()
+    early = {round(args.steps * percent / 100): f"samples_{percent:03d}.png" for percent in (5, 20)}
     logged, sums = start, {}
     for step, (images, captions) in zip(range(start, args.steps), loader):
         rate = min(1, (step + 1) / args.warmup) * (0.02 + 0.98 * math.cos(math.pi / 2 * step / args.steps) ** 2)
@@ -218,6 +222,8 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
                 log.write(json.dumps(dict(step=done, images=done * args.batch, **{k: round(v, 5) for k, v in means.items()},
                                           minutes=round(minutes + (now - began) / 60, 2))) + "\n")
             last_log, logged, sums = now, done, {}
+        if rank == 0 and done in early:
+            draw(early[done])
         if rank == 0 and (now - last_keep > args.keep_minutes * 60 or done == args.steps):
             keep(done)
             last_keep = time.time()
@@ -321,7 +327,9 @@ def pretrain_muse(args):
     config = replace(muse_.PRESETS[args.preset], codebook_size=vqgan.config.codebook_size,
                      text_width=clip.config.text_width)
     model = muse_.Muse(config)
-    model.start_from(vqgan.quantizer.codes)
+    ids = clip.tokenizer(args.source.prompts(4000), clip.config.context_length)
+    with torch.no_grad():
+        model.start_from(vqgan.quantizer.codes, clip.text_states(ids)[clip.text_mask(ids)])
     args.start = start_from(args.init, "muse", model) if args.init else None
     model = model.to(args.device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -331,7 +339,7 @@ def pretrain_muse(args):
 
     def train_step(step, images, captions, generator):
         dropped = torch.rand(len(images), generator=generator, device=args.device) < 0.1
-        mask = muse_.random_mask(len(images), config.tokens, generator)          # (B, N)
+        mask = muse_.random_mask(len(images), config.tokens, generator, args.mask_power)     # (B, N)
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)]
         mine, whole, masked = slice(rank, None, world), len(images), mask.sum()
         images, captions, mask = images[mine], captions[mine], mask[mine]
@@ -341,19 +349,22 @@ def pretrain_muse(args):
         text, text_mask = text[:, :longest], text_mask[:, :longest]              # no padding that nobody reads
         with autocast(args.device):
             logits = model(ids.masked_fill(mask, config.mask_id), text, text_mask)
-        loss = muse_.masked_loss(logits, ids, mask, label_smoothing=0.1) * (len(images) / whole)
+            guess = model.first_guess(text, text_mask)
+        share = len(images) / whole
+        loss = muse_.masked_loss(logits, ids, mask, label_smoothing=0.1) * share
+        sketch = muse_.masked_loss(guess, ids, torch.ones_like(mask), label_smoothing=0.1) * share
         for optimiser in optimisers:
             optimiser.zero_grad()
-        loss.backward()
+        (loss + sketch).backward()
         right = ((logits.argmax(-1) == ids) & mask).sum() / masked
-        figures = torch.stack([loss.detach(), right])
+        figures = torch.stack([loss.detach(), right, sketch.detach()])
         if world > 1:
             for shared in [*(p.grad for p in model.parameters()), figures]:
                 dist.all_reduce(shared)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
-        return dict(zip(("loss", "accuracy"), figures.tolist()))
+        return dict(zip(("loss", "accuracy", "sketch"), figures.tolist()))
 
     def picture():
         prompts = args.source.prompts(24)
@@ -664,6 +675,8 @@ def main():
     add("--init", metavar="FILE", help="start from this stage's weights of an earlier run instead of at random")
     add("--lock", action="store_true", help="with --init: keep the tokens (vqgan) or text states (clip) that Muse knows")
     add("--merges", type=number(int, 1), default=2000, help="BPE merges of CLIP's tokenizer")
+    add("--plain", type=number(float, 0, high=1), default=data.styles.PLAIN, help="share of the drawings without a style")
+    add("--mask-power", type=number(float, 0, strict=True), default=1.0, help="Muse: more than 1 masks more, see muse.random_mask")
     add("--workers", type=number(int, 0), default=1, help="processes that draw the training pictures")
     add("--warmup", type=number(int, 1), default=100)
     add("--ema", type=number(float, 0), default=0.998, help="decay of Muse's weight average")
@@ -715,7 +728,8 @@ def main():
             if args.batch < dist.get_world_size():
                 parser.error(f"--batch {args.batch} is less than one picture for each of {dist.get_world_size()} processes")
         args.resolution = vqgan_.PRESETS[args.preset].resolution
-        args.source = data.Folder(args.data, args.resolution) if args.data else data.Art(size=args.resolution)
+        args.source = (data.Folder(args.data, args.resolution) if args.data else      # CLIP and tokenizer see things moved;
+                       data.Art(size=args.resolution, plain=args.plain, move=args.stage != "muse"))     # Muse has enough to learn without
     job(args)
     if dist.is_initialized():
         dist.destroy_process_group()

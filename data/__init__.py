@@ -79,10 +79,12 @@ class Art:
     """The drawings of some sets, as uint8 (n, size, size, 4) with straight alpha, in `.drawings`.
 
     sets: names from sets.tsv; by default all of a role ("training" or "held-out"). `.names`, `.sets`
-    and `.hands` (the set's style phrase) go along with them.
+    and `.hands` (the set's style phrase) go along with them. For batches, move: whether each drawing is
+    placed a little differently (`jitter`); plain: the share of drawings that stay as they are.
     """
 
-    def __init__(self, sets=None, role="training", size=64):
+    def __init__(self, sets=None, role="training", size=64, move=True, plain=styles.PLAIN):
+        self.move, self.plain = move, plain
         table = {row["set"]: row for row in read_table("sets.tsv")}
         sets = [s for s, row in table.items() if row["role"] == role] if sets is None else list(sets)
         for s in sets:
@@ -114,15 +116,16 @@ class Art:
         return content_phrase(str(rng.choice(others)) if others and rng is not None and rng.random() < 0.2 else self.names[i])
 
     def batch(self, n, rng, resolution):
-        """n drawings, each placed a little differently and in a style of its own.
+        """n drawings, each in a style of its own.
 
         rng: numpy Generator, the only source of chance. Returns uint8 (n, resolution, resolution, 3)
         and n captions, half of them without a word of style.
         """
         images, captions = [], []
         for i in rng.integers(len(self.names), size=n):
-            style = styles.sample(rng)
-            images.append(styles.apply(style, jitter(self.drawings[i], resolution, rng), rng))
+            style = styles.sample(rng, plain=self.plain)
+            drawing = jitter(self.drawings[i], resolution, rng) if self.move else self.drawings[i]
+            images.append(styles.apply(style, drawing, rng))
             captions.append(caption(self.content(i, rng), styles.phrase(style, self.hands[i], rng)))
         return np.stack(images), captions
 

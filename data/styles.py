@@ -70,9 +70,9 @@ PLAIN = 0.5                  # share of the drawings that stay as they are, on w
 CHANCE = {"palette": 0.45, "line": 0.25, "medium": 0.45, "ground": 0.6, "light": 0.2}       # that an attribute is named
 
 
-def sample(rng, held_out=False):
-    """A random Style, held out of training or not, as asked. rng: numpy Generator."""
-    if not held_out and rng.random() < PLAIN:
+def sample(rng, held_out=False, plain=PLAIN):
+    """A random Style, held out of training or not, as asked. rng: numpy Generator. plain: share of Style()."""
+    if not held_out and rng.random() < plain:
         return Style()
     while True:
         chosen = [k for k in ATTRIBUTES if rng.random() < CHANCE[k]]

@@ -20,6 +20,7 @@ N, V, MASK = TOY.tokens, TOY.codebook_size, TOY.mask_id
 generator = lambda seed=0: torch.Generator().manual_seed(seed)
 some_ids = lambda b=2, seed=0, n=N: torch.randint(V + 1, (b, n), generator=generator(seed))
 some_text = lambda b=2, seed=0: torch.randn(b, 6, TOY.text_width, generator=generator(seed))
+all_of = lambda b: torch.ones(b, 6, dtype=torch.bool)
 some_mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
 
 
@@ -52,11 +53,11 @@ def test_ungrouping_undoes_grouping(patch):
     Trap: tokens enter in the order (row, column in patch) and leave in another; the loss still falls.
     """
     E = V + 1
-    muse = Muse(replace(TOY, patch=patch, layers=0, width=patch ** 2 * E, token_width=E))
+    muse = Muse(replace(TOY, patch=patch, layers=0, width=patch ** 2 * E, token_width=E, sketch=0))
     for p in muse.parameters():
         p.data = torch.eye(*p.shape) if p.dim() == 2 else torch.zeros_like(p) if p.dim() == 3 else p.data
     ids = some_ids(4).clamp(max=V - 1)
-    assert torch.equal(muse(ids, some_text(4), None).argmax(-1), ids)
+    assert torch.equal(muse(ids, some_text(4), all_of(4)).argmax(-1), ids)
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -69,23 +70,23 @@ def test_a_position_holds_neighbours(patch):
     ids = torch.zeros(1, N, dtype=torch.long)
     square = lambda n: (n // TOY.grid // patch, n % TOY.grid // patch)
     for m in range(N):
-        changed = (muse(ids.index_fill(1, torch.tensor([m]), 5), some_text(1), None) - muse(ids, some_text(1), None))[0]
+        changed = (muse(ids.index_fill(1, torch.tensor([m]), 5), some_text(1), all_of(1)) - muse(ids, some_text(1), all_of(1)))[0]
         assert (changed.abs().amax(1) > 1e-6).tolist() == [square(n) == square(m) for n in range(N)]
 
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_every_position_is_its_own(patch):
     """Trap: rows and columns share an embedding, and (2, 1) looks like (1, 2)."""
-    logits = toy_muse(patch=patch, layers=0)(torch.full((1, N), MASK), some_text(1), None)[0]
+    logits = toy_muse(patch=patch, layers=0)(torch.full((1, N), MASK), some_text(1), all_of(1))[0]
     assert torch.pdist(logits).min() > 0.1
 
 
 def test_attention_reaches_everything(muse):
     """Every token's logits depend on every other token."""
     ids = some_ids(1)
-    before = muse(ids, some_text(1), None)
+    before = muse(ids, some_text(1), all_of(1))
     for m in range(0, N, 3):
-        after = muse(ids.index_fill(1, torch.tensor([m]), int(ids[0, m] + 1) % V), some_text(1), None)
+        after = muse(ids.index_fill(1, torch.tensor([m]), int(ids[0, m] + 1) % V), some_text(1), all_of(1))
         assert ((after - before).abs().amax(-1) > 0).all()
 
 
@@ -292,8 +293,48 @@ def test_tokens_start_where_their_codes_lie():
     """Cosines of the embeddings are those of the codes, their size the initial one; [MASK] is left alone."""
     muse = Muse(TOY)
     mask, codes = muse.token.weight[-1].clone(), F.normalize(torch.randn(V, 8, generator=generator()), dim=1)
-    muse.start_from(codes)
+    muse.start_from(codes, torch.randn(99, TOY.text_width, generator=generator()))
     rows = muse.token.weight.detach()
     torch.testing.assert_close(F.normalize(rows[:-1], dim=1) @ F.normalize(rows[:-1], dim=1).T, codes @ codes.T)
     torch.testing.assert_close(rows[:-1].square().mean().sqrt(), torch.tensor(0.02))
     assert torch.equal(rows[-1], mask)
+
+
+def test_text_starts_white():
+    """Trap: states whose spread lies in a few directions make names alike to G. All directions count alike at first."""
+    muse, d = Muse(TOY), TOY.text_width
+    spread = torch.logspace(1, -1, d) * torch.randn(4000, d, generator=generator()) + 7
+    muse.start_from(torch.randn(V, 8), spread)
+    white = muse.text(spread).detach()
+    assert white.mean(0).abs().max() < 1e-2
+    assert torch.linalg.cond(torch.cov(spread.T)) > 1e3 and torch.linalg.cond(torch.cov(white.T)) < 5
+
+
+def test_text_of_one_caption_starts_finite():
+    """A user's folder may hold one caption: two states span one direction."""
+    muse = Muse(TOY)
+    muse.start_from(torch.randn(V, 8), torch.randn(2, TOY.text_width))
+    assert muse.text.weight.isfinite().all() and muse.text.bias.isfinite().all()
+
+
+def test_the_sketch_lays_each_text_out_anew():
+    """Blocks silenced, all masked: what differs between positions beyond their embedding is the text's own layout."""
+    muse = Muse(TOY).eval()
+    for block in muse.blocks:
+        for layer in (block.attn.out, block.cross.out, block.mlp[2]):
+            torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.normal_(muse.place.weight, generator=generator())
+    text, seen = torch.randn(2, 5, TOY.text_width, generator=generator()), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    ids = torch.full((2, N), V)
+    logits = muse(ids, text, seen)
+    apart = (logits[0] - logits[1]).view(4, 4, -1)[::2, ::2].flatten(0, 1)        # one token of each position
+    assert torch.pdist(apart.detach()).min() > 1e-4
+    text[1, 3:] = 9                                         # words behind the mask are not read
+    assert torch.equal(muse(ids, text, seen), logits)
+
+
+@pytest.mark.parametrize("power, share", [(1, 0.287), (3, 0.660)])
+def test_mask_power(power, share):
+    """Rows that lose more than nine tenths: u^power < 2 / pi arccos(0.9) = 0.287."""
+    mask = random_mask(20000, 100, generator(), power)
+    assert abs((mask.sum(1) > 90).float().mean() - share) < 0.015

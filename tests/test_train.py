@@ -185,7 +185,7 @@ class Source:
     """Pictures and captions out of the given generator alone, as data.Art; raises Ctrl-C at batch `stop_at`."""
     stop_at, count = None, 0
 
-    def __init__(self, size=16):
+    def __init__(self, size=16, move=True, plain=0.5):
         self.size = size
 
     def batch(self, n, rng, resolution):
@@ -369,7 +369,8 @@ def test_masked_tokens_stay_hidden_in_pretraining(pretrain, monkeypatch):
     monkeypatch.setattr(muse_, "masked_loss", lambda logits, ids, mask, **k: (
         steps.append((shown[-1], ids, mask, k)), loss(logits, ids, mask, **k))[1])
     pretrain("muse", "run")
-    assert len(steps) == 6
+    steps, sketches = steps[::2], steps[1::2]
+    assert len(steps) == len(sketches) == 6 and all(mask.all() for _, _, mask, _ in sketches)   # the sketch saw no token
     for seen, ids, mask, options in steps:
         assert torch.equal(seen, ids.masked_fill(mask, 32)) and options == dict(label_smoothing=0.1)
     masks = torch.stack([mask for _, _, mask, _ in steps])
@@ -398,6 +399,7 @@ def test_base_from_scratch(pretrain, cli, picture, tmp_path):
     pipe = StyleDrop.load("base", "cpu")
     assert pipe.muse.config.codebook_size == pipe.vqgan.config.codebook_size
     assert torch.load("base/muse.pt", weights_only=True)["provenance"]["reads"] == pipe.reads
+    assert (tmp_path / "base" / "samples_020.png").exists()                      # how it looked after a fifth of the steps
     with Image.open("base/samples.png") as sheet:
         assert sheet.width > 8 * 32
 
