@@ -185,7 +185,8 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
         spent = minutes + (time.time() - began) / 60
         draw("samples.png")
         export(dict(stage=stage, steps=step, batch=args.batch, images=step * args.batch, minutes=round(spent, 1),
-                    machine=machine(), data=args.data or "data/", plain=args.plain, mask_power=args.mask_power, seed=args.seed, lr=args.lr,
+                    machine=machine(), data=args.data or "data/", plain=args.plain,
+                    mask_power=args.mask_power, seed=args.seed, lr=args.lr,
                     **({} if args.start is None else {"init": args.start})))
         write_whole(out / "checkpoint.pt", lambda file: torch.save(
             dict(kind=f"{stage} checkpoint", step=step, minutes=spent,
@@ -728,8 +729,9 @@ def main():
             if args.batch < dist.get_world_size():
                 parser.error(f"--batch {args.batch} is less than one picture for each of {dist.get_world_size()} processes")
         args.resolution = vqgan_.PRESETS[args.preset].resolution
-        args.source = (data.Folder(args.data, args.resolution) if args.data else      # CLIP and tokenizer see things moved;
-                       data.Art(size=args.resolution, plain=args.plain, move=args.stage != "muse"))     # Muse has enough to learn without
+        move = args.stage != "muse"                          # Muse has enough to learn with each thing in its place
+        args.source = (data.Folder(args.data, args.resolution) if args.data else
+                       data.Art(size=args.resolution, move=move, plain=args.plain))
     job(args)
     if dist.is_initialized():
         dist.destroy_process_group()

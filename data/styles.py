@@ -53,16 +53,24 @@ class Style:
     light: str = ""
 
 
+UNNAMED = ("", "white")      # no attribute, and the ground that goes without saying
+
+
+def named(style):
+    """{attribute: value} of what the style names."""
+    return {k: v for k, v in zip(ATTRIBUTES, astuple(style)) if v not in UNNAMED}
+
+
 def is_held_out(style):
     """True for what the base never sees: two media, one light, and about a fifth of all attribute pairs.
 
     Two named values are a held-out pair where the CRC-32 of their words divides by 5, whatever the
     other attributes are. A white ground is everywhere and counts in no pair.
     """
-    named = {k: v for k, v in zip(ATTRIBUTES, astuple(style)) if v and v != "white"}
-    if any(v in HELD_OUT.get(k, ()) for k, v in named.items()):
+    words = named(style)
+    if any(v in HELD_OUT.get(k, ()) for k, v in words.items()):
         return True
-    values = [f"{k}={v}" for k, v in named.items()]
+    values = [f"{k}={v}" for k, v in words.items()]
     return any(zlib.crc32(f"{a}|{b}".encode()) % 5 == 0 for i, a in enumerate(values) for b in values[i + 1:])
 
 

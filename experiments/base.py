@@ -5,8 +5,8 @@
     python experiments/base.py --quick                          # the same with numbers too small to mean anything
 
 What samples show is asked of a judge (experiments/judge.py), where there is one. Beside its verdict stands
-its ceiling: what it says of real drawings of the same things in the same styles, and of those as the tokenizer gives them back. It
-was trained on none of these drawings, which decides what things are asked for.
+its ceiling: what it says of real drawings of the same things in the same styles, and of those as the
+tokenizer gives them back. It was trained on none of these drawings, which decides what things are asked for.
 """
 
 import math
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import styles  # noqa: E402
-from experiments.judge import AMONG, UNNAMED, VALUES, ask, attributes, held_back, judge_or_none, rank_among, reconstruct  # noqa: E402
+from experiments.judge import AMONG, VALUES, ask, attributes, held_back, judge_or_none, rank_among, reconstruct  # noqa: E402
 from clip_feedback import image_features  # noqa: E402
 from styledrop import Parser, StyleDrop, grid, number, run_command, sample_pool, to_tensor, to_uint8, write_whole  # noqa: E402
 from vqgan import codebook_health, psnr  # noqa: E402
@@ -148,13 +148,8 @@ def draw_style(question, rng):
             style = styles.Style(**{question: str(rng.choice(styles.ATTRIBUTES[question]))})
         else:
             style = styles.sample(rng, held_out=question == "held-out style")
-        if named(style) and styles.is_held_out(style) == (question == "held-out style"):
+        if styles.named(style) and styles.is_held_out(style) == (question == "held-out style"):
             return style
-
-
-def named(style):
-    """{attribute: value} of what the style names; the white ground goes without saying."""
-    return {k: getattr(style, k) for k in styles.ATTRIBUTES if getattr(style, k) not in UNNAMED}
 
 
 def verdicts(judge, images, names, chosen, generator):
@@ -162,7 +157,7 @@ def verdicts(judge, images, names, chosen, generator):
     rank = rank_among(ask(judge, images, "content"), torch.tensor([data.names().index(n) for n in names]), generator)
     right, seen = {"thing, top 1": (rank < 1).float(), "thing, top 5": (rank < 5).float()}, attributes(judge, images)
     for k in styles.ATTRIBUTES:
-        asked = [named(style).get(k) for style in chosen]
+        asked = [styles.named(style).get(k) for style in chosen]
         right[k] = torch.tensor([math.nan if value is None else float(value == saw) for value, saw in zip(asked, seen[k])])
     return right
 
@@ -260,7 +255,7 @@ def main():
     if judge is not None:
         lines += ["## Samples, as the judge sees them", "",
                   f"{args.names} things x {args.seeds} seeds for each question, sampled at the defaults; a thing is recognised among "
-                  f"{AMONG}, an attribute among {', '.join(f'{len(set(VALUES[k]) - set(UNNAMED))} ({k})' for k in styles.ATTRIBUTES)}. Control: the same "
+                  f"{AMONG}, an attribute among {', '.join(f'{len(set(VALUES[k]) - set(styles.UNNAMED))} ({k})' for k in styles.ATTRIBUTES)}. Control: the same "
                   "samples asked for another one's thing and style. Ceiling: drawings that the judge has never seen.", ""]
         lines += measure_samples(pipe, judge, args.questions, args.names, args.seeds, args.seed)
     things = THINGS[:2] if args.quick else THINGS

@@ -13,7 +13,7 @@ never sees (`held_back`): what it says of those is how far it can be trusted wit
     content_correct(judge, images, names, generator)        # (B,) is the named thing first among 100?
     attributes(judge, images)                               # {"palette": B values, "medium": ...}
 
-Shapes: B pictures (B, 3, 64, 64) in [-1, 1], C channels, K names.
+Shapes: B pictures (B, 3, 64, 64) in [-1, 1], K names.
 """
 
 import math
@@ -38,7 +38,6 @@ from vqgan import VQGAN, VQGANConfig  # noqa: E402
 
 SETS = [row["set"] for row in data.read_table("sets.tsv")]
 VALUES = {k: ["", *values] for k, values in styles.ATTRIBUTES.items()} | {"hand": SETS}     # hand: whose drawing
-UNNAMED = ("", "white")                 # no attribute, and the ground that goes without saying
 AMONG = 100                             # the named thing against 99 others
 
 
@@ -54,7 +53,7 @@ def describe(images, orientations=8):
     histograms of colour too, of all pixels and of the edges.
     """
     mean_and_deviation = lambda x: [x.mean((2, 3)), x.std((2, 3))]
-    cells, statistics = [F.avg_pool2d(images, 8)], mean_and_deviation(images)
+    cells, statistics, sizes = [F.avg_pool2d(images, 8)], mean_and_deviation(images), []
     angles = torch.arange(orientations, device=images.device).view(-1, 1, 1) * math.pi / orientations
     for scale in (1, 2, 4):
         x = F.pad(F.avg_pool2d(images, scale), (1, 1, 1, 1), mode="replicate")
@@ -69,10 +68,10 @@ def describe(images, orientations=8):
         cells += [(here / (around + 0.02)).sqrt(), around.sqrt()]
         statistics += mean_and_deviation(towards) + mean_and_deviation(size) + [(here.std((2, 3)) + 1e-6).log()]
         statistics += [size.amax((2, 3))]
-        edges = size if scale == 1 else edges                                    # (B, 1, 64, 64)
+        sizes.append(size)
     levels = ((images + 1) * 2.999).long().clamp(0, 5)                           # 6 of each of R, G and B
     colour = (levels[:, 0] * 36 + levels[:, 1] * 6 + levels[:, 2]).flatten(1)    # (B, 64 64)
-    for weight in (torch.ones_like(edges), edges + 1e-6):
+    for weight in (torch.ones_like(sizes[0]), sizes[0] + 1e-6):                  # (B, 1, 64, 64)
         weight = weight.flatten(1) / weight.sum((1, 2, 3))[:, None]
         statistics.append(torch.zeros(len(images), 216, device=images.device).scatter_add(1, colour, weight).sqrt())
     return torch.cat(cells, 1), torch.cat(statistics, 1)
@@ -153,8 +152,8 @@ def content_correct(judge, images, names, generator, top=1):
 
 def attributes(judge, images):
     """{attribute: B values}, the likeliest of those that words can name; and "hand", whose drawing it is (a set)."""
-    named = {k: torch.tensor([value not in UNNAMED for value in values]) for k, values in VALUES.items()}
-    return {k: [values[i] for i in ask(judge, images, k).masked_fill(~named[k], -math.inf).argmax(1)]
+    unnamed = {k: torch.tensor([value in styles.UNNAMED for value in values]) for k, values in VALUES.items()}
+    return {k: [values[i] for i in ask(judge, images, k).masked_fill(unnamed[k], -math.inf).argmax(1)]
             for k, values in VALUES.items()}
 
 
@@ -247,7 +246,7 @@ def report(judge, vqgan, art, count, seed=1):
                 right, seen = [rank == 0, ask(judge, shown, "content").argmax(1) == truth["content"]], attributes(judge, shown)
                 for k, values in VALUES.items():
                     asked = [values[i] for i in truth[k]]
-                    right.append(torch.tensor([a == saw for a, saw in zip(asked, seen[k]) if a not in UNNAMED]))
+                    right.append(torch.tensor([a == saw for a, saw in zip(asked, seen[k]) if a not in styles.UNNAMED]))
                 cells = " | ".join(f"{100 * r.float().mean():.1f} %" for r in right)
                 lines.append(f"| {which} | {'held-out' if held_out else 'training'} | {kind} | {cells} |")
     return lines

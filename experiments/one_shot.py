@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import styles  # noqa: E402
-from experiments.base import named, table, with_error  # noqa: E402
+from experiments.base import table, with_error  # noqa: E402
 from experiments.judge import attributes, content_correct, held_back, judge_or_none, reconstruct, style_features  # noqa: E402
 from styledrop import (RARE_TOKEN, Parser, StyleDrop, grid, number, run_command, sample_pool, to_tensor, to_uint8,  # noqa: E402
                        write_whole)
@@ -98,7 +98,7 @@ def measure(judge, images, truth, names, reference, style, source):
     if judge is None:
         return found
     seed, seen = torch.Generator().manual_seed(0), attributes(judge, images)
-    asked = named(style) or {"hand": source}
+    asked = styles.named(style) or {"hand": source}
     return found | {
         "judge's distance": 1 - (style_features(judge, images) * style_features(judge, truth)).sum(1).mean().item(),
         "style seen": np.mean([saw == value for k, value in asked.items() for saw in seen[k]]),

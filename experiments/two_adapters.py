@@ -21,7 +21,7 @@ import data  # noqa: E402
 from data import styles  # noqa: E402
 from experiments.base import table, with_error  # noqa: E402
 from experiments.judge import attributes, content_correct, judge_or_none  # noqa: E402
-from experiments.one_shot import choose_subjects, draw, named, palette_distance, paired_bootstrap, texture_distance  # noqa: E402
+from experiments.one_shot import choose_subjects, draw, palette_distance, paired_bootstrap, texture_distance  # noqa: E402
 from styledrop import Parser, StyleDrop, grid, number, run_command, sample_pool, to_uint8, write_whole  # noqa: E402
 
 GAMMAS = (0.0, 0.5, 0.6, 0.7, 1.0)
@@ -40,7 +40,7 @@ def measure(judge, images, truth, name, style, source):
     found = {"palette": palette_distance(images, truth), "texture": texture_distance(images, truth)}
     if judge is not None:
         seen, generator = attributes(judge, images), torch.Generator().manual_seed(0)
-        asked = named(style) or {"hand": source}
+        asked = styles.named(style) or {"hand": source}
         found["thing seen"] = content_correct(judge, images, [name] * len(images), generator).double()
         found["style seen"] = torch.tensor([[saw == value for saw in seen[k]] for k, value in asked.items()]).double().mean(0)
         found["both"] = found["thing seen"] * found["style seen"]

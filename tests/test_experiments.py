@@ -144,9 +144,9 @@ def test_questions_name_what_they_ask(question):
         style = base.draw_style(question, rng)
         assert styles.is_held_out(style) == (question == "held-out style")
         if question in styles.ATTRIBUTES:
-            assert list(base.named(style)) == [question]
+            assert list(styles.named(style)) == [question]
         else:
-            assert bool(base.named(style)) == (question != "a thing")
+            assert bool(styles.named(style)) == (question != "a thing")
 
 
 @pytest.mark.parametrize("degrees, way", [(0, 0), (45, 2), (90, 4), (135, 6)])
