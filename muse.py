@@ -28,7 +28,8 @@ class MuseConfig:
     heads: int = 8
     patch: int = 2              # tokens a side that share one position (1: Muse). See Muse.forward
     token_width: int = 128      # of a token's own embedding, tied with the output
-    sketch: int = 32            # numbers a position that the text says at once (0: Muse). See Muse.forward
+    things: int = 0             # how many things it knows a sketch of (0: Muse). See Muse.forward
+    sketch: int = 32            # numbers a position of a sketch
 
     @property
     def tokens(self):           # N
@@ -40,11 +41,11 @@ class MuseConfig:
 
 
 PRESETS = {
-    "toy": MuseConfig(grid=4, codebook_size=32, text_width=32, width=32, layers=2, heads=2, token_width=32, sketch=8),
+    "toy": MuseConfig(grid=4, codebook_size=32, text_width=32, width=32, layers=2, heads=2, token_width=32, things=3, sketch=8),
     "tiny": MuseConfig(),
-    "small": MuseConfig(codebook_size=4096, text_width=512, width=640, layers=14, heads=10, patch=1, token_width=640, sketch=16),
+    "small": MuseConfig(codebook_size=4096, text_width=512, width=640, layers=14, heads=10, patch=1, token_width=640),
     # Muse's base (Table 4): 48 layers of width 2048, MLP 8192. Only for counting.
-    "paper": MuseConfig(codebook_size=8192, text_width=4096, width=2048, layers=48, heads=16, patch=1, token_width=2048, sketch=0),
+    "paper": MuseConfig(codebook_size=8192, text_width=4096, width=2048, layers=48, heads=16, patch=1, token_width=2048),
 }
 
 
@@ -107,9 +108,9 @@ class Muse(nn.Module):
         self.col = nn.Parameter(torch.zeros(1, P, D))
         self.text = nn.Linear(config.text_width, D)
         self.text_norm = nn.LayerNorm(D)
-        if config.sketch:
-            self.sketch = nn.Sequential(nn.Linear(D, 4 * D, bias=False), nn.GELU(),
-                                        nn.Linear(4 * D, P * P * config.sketch, bias=False))
+        if config.things:
+            self.keys = nn.Linear(config.text_width, config.things)
+            self.sketches = nn.Parameter(torch.zeros(config.things, P * P, config.sketch))
             self.place = nn.Linear(config.sketch, D)
         self.blocks = nn.ModuleList(Block(D, config.heads) for _ in range(config.layers))
         self.norm = nn.LayerNorm(D)
@@ -137,10 +138,54 @@ class Muse(nn.Module):
         turn = lambda wide, narrow: nn.init.orthogonal_(torch.empty(wide, narrow))
         c = self.config
         self.token.weight.data[:-1] = codes @ turn(c.token_width, codes.shape[1]).T * 0.02 * c.token_width ** 0.5
-        variance, directions = torch.linalg.eigh(torch.cov(states.T))
-        whiten = directions * (variance.clamp(min=0) + 1e-3 * variance.mean()).rsqrt() @ directions.T
-        self.text.weight.data = turn(c.width, c.text_width) @ whiten             # (D, text_width)
+        self.text.weight.data = turn(c.width, c.text_width) @ whitening(states)  # (D, text_width)
         self.text.bias.data = -self.text.weight.data @ states.mean(0)
+
+    def learn_words(self, states, mask, thing, generator, steps=400, batch=256, lr=1e-2):
+        """The keys: which thing does a caption speak of? A linear classifier of its words, by cross-entropy.
+
+        states (n, L, text_width), T's of n captions; mask (n, L); thing (n,), a number below `things`.
+        Returns the share of the captions that it then takes for their own thing.
+        """
+        white, centre = whitening(states[mask], 1e-2), states[mask].mean(0)
+        keys = torch.zeros(self.config.things, states.shape[-1], requires_grad=True)
+        bias = torch.zeros(self.config.things, requires_grad=True)
+        optimiser = torch.optim.Adam([keys, bias], lr)
+        for step in range(steps):
+            optimiser.param_groups[0]["lr"] = lr * mask_ratio(step / steps) ** 2
+            i = torch.randint(len(states), (batch,), generator=generator)
+            longest = int(mask[i].sum(1).max())
+            scores = F.linear((states[i, :longest] - centre) @ white, keys, bias)        # (batch, L, things)
+            loss = F.cross_entropy(loudest_word(scores, mask[i, :longest]), thing[i])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        with torch.no_grad():
+            self.keys.weight.copy_(keys @ white)
+            self.keys.bias.copy_(bias - self.keys.weight @ centre)
+            found = [loudest_word(self.keys(s), m).argmax(1) for s, m in zip(states.split(batch), mask.split(batch))]
+        return (torch.cat(found) == thing).float().mean().item()
+
+    @torch.no_grad()
+    def learn_sketches(self, latents, thing):
+        """The sketches: each thing's mean picture, as seen by the tokenizer.
+
+        latents (n, N, d), the codes of n pictures; thing (n,). A position's s s codes are written as
+        their `sketch` principal components over all pictures.
+        """
+        c = self.config
+        P, s = c.grid // c.patch, c.patch
+        x = latents.unflatten(1, (P, s, P, s)).transpose(2, 3).flatten(3).flatten(1, 2)  # (n, P P, s s d)
+        flat = x.flatten(0, 1)
+        directions = torch.linalg.eigh(torch.cov(flat.T))[1][:, -c.sketch:]
+        x = (x - flat.mean(0)) @ directions                                      # (n, P P, sketch)
+        count = torch.bincount(thing, minlength=c.things).clamp(min=1)
+        self.sketches.zero_().index_add_(0, thing, x)
+        self.sketches /= count[:, None, None] * x.std()
+
+    def memory(self):
+        """What learn_words and learn_sketches wrote; pretraining leaves it alone."""
+        return [self.keys.weight, self.keys.bias, self.sketches] if self.config.things else []
 
     def forward(self, ids, text, text_mask, adapters=None):
         """G, or G^ with adapters.
@@ -153,46 +198,45 @@ class Muse(nn.Module):
         a quarter of the transformer's cost, and each of the four still has its own mask and its own
         prediction. patch = 1 is Muse.
 
-        The sketch is a picture's layout, said by the text in one go and laid under the tokens.
-        Cross-attention gives every position the same few states to read, and what a name means HERE has
-        to be worked out by MLPs that all positions share: in our few hours G learned the colour of each
-        name in this way, and the shape of none.
+        The sketch is a memory (Sukhbaatar et al. 2019) that the words look things up in: for each thing the
+        base was trained on, a key, and the mean of its drawings, some 64 positions of 32 numbers. What comes
+        back is laid under the tokens. Cross-attention alone gives every position the same few words to read,
+        and what a name means HERE has to be learned by matrices that all positions share: in our few hours
+        G so learned the colour of each name, and the shape of hardly any.
         """
         c = self.config
         P, s = c.grid // c.patch, c.patch
         x = self.token(ids)                                                      # (B, N, E)
         x = x.unflatten(1, (P, s, P, s)).transpose(2, 3).flatten(3)              # (B, P, P, s s E)
         x = (self.enter(x) + self.row + self.col).flatten(1, 2)                  # (B, P P, D)
-        text = self.read(text)                                                   # (B, L, D)
-        if c.sketch:
+        if c.things:
             x = x + self.lay_out(text, text_mask)
+        with torch.autocast(x.device.type, enabled=False):                       # bf16 would drown small directions
+            text = self.text_norm(self.text(text.float()))                       # (B, L, D)
         for layer, block in enumerate(self.blocks):
             adapt = (lambda h, site: h) if adapters is None else (lambda h, site: adapters(h, layer, site))
             x = block(x, text, text_mask, adapt)
-        return self.predict(x)
-
-    def read(self, text):
-        with torch.autocast(text.device.type, enabled=False):                    # bf16 would drown small directions
-            return self.text_norm(self.text(text.float()))                       # (B, L, D)
-
-    def lay_out(self, text, text_mask):
-        """The sketch: text as `read` gives it -> (B, P P, D)."""
-        said = (text * text_mask[..., None]).sum(1) / 2                          # (B, D), any number of words
-        return self.place(self.sketch(said).unflatten(1, (-1, self.config.sketch)))
-
-    def predict(self, x):
-        """States (B, P P, D) -> logits (B, N, V)."""
-        c = self.config
-        P, s = c.grid // c.patch, c.patch
         x = self.leave(self.norm(x)).unflatten(-1, (s, s, -1))                   # (B, P P, s, s, E)
         x = x.unflatten(1, (P, P)).transpose(2, 3).flatten(1, 4)                 # (B, N, E)
         x = self.leave_norm(F.gelu(x))
         return (F.linear(x, self.token.weight[:c.codebook_size]) + self.bias).float()  # (B, N, V)
 
-    def first_guess(self, text, text_mask):
-        """Logits (B, N, V) from the sketch alone, without a block or a token. Training asks for it so that the
-        sketch learns from every picture, not only from the few that are masked so far that it is needed."""
-        return self.predict((self.row + self.col).flatten(0, 1) + self.lay_out(self.read(text), text_mask))
+    def lay_out(self, text, text_mask):
+        """The sketch of what the words (B, L, text_width) speak of -> (B, P P, D)."""
+        with torch.autocast(text.device.type, enabled=False):
+            match = loudest_word(self.keys(text.float()), text_mask).softmax(-1)         # (B, things)
+            return self.place(torch.einsum("bt,tps->bps", match, self.sketches))
+
+
+def loudest_word(scores, mask):
+    """scores (B, L, things) of each word, mask (B, L) -> (B, things): a smooth maximum over the words."""
+    return scores.masked_fill(~mask[..., None], -math.inf).logsumexp(1)
+
+
+def whitening(states, least=1e-3):
+    """The symmetric matrix (d, d) that makes states (n, d) of unit covariance, but for directions of hardly any."""
+    variance, directions = torch.linalg.eigh(torch.cov(states.T))
+    return directions * (variance.clamp(min=0) + least * variance.mean()).rsqrt() @ directions.T
 
 
 # ---------------------------------------------------------------------------------------------
@@ -203,14 +247,10 @@ def mask_ratio(u):
     return torch.cos(u * (math.pi / 2)) if torch.is_tensor(u) else math.cos(u * math.pi / 2)
 
 
-def random_mask(batch, tokens, generator, power=1):
-    """M: a bool mask (B, N), true at ceil(gamma(u^power) N) places, u drawn afresh for each row; at least one.
-
-    power 1 is Muse's law. A larger one masks more: of power 3, 66 % of the rows lose nine tenths of their
-    tokens, of power 1, 29 %. Only there does a name say more than what can be seen.
-    """
+def random_mask(batch, tokens, generator):
+    """M: a bool mask (B, N), true at ceil(gamma(u) N) places, u drawn afresh for each row; at least one."""
     device = generator.device
-    ratio = mask_ratio(torch.rand(batch, 1, generator=generator, device=device) ** power)
+    ratio = mask_ratio(torch.rand(batch, 1, generator=generator, device=device))
     count = (ratio * tokens).ceil().clamp(1, tokens)
     rank = torch.rand(batch, tokens, generator=generator, device=device).argsort(1).argsort(1)
     return rank < count

@@ -22,7 +22,7 @@ from styledrop import Parser, StyleDrop, check_prompt, grid, load_adapter, numbe
 
 AT_ONCE = 16                            # pictures in one batch: what bounds the memory
 GAMMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
-LAMBDAS_A, LAMBDAS_B = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0), (0.0, 1.0, 2.0, 5.0, 8.0, 12.0)
+LAMBDAS_A, LAMBDAS_B = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0), (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)
 
 
 def newest_run(root="runs"):
@@ -74,13 +74,13 @@ def main():
     add("--content", metavar="RUN", help="a second run folder, of an object: my object in my style")
     add("--gamma", type=number(float, 0), default=0.5, help="0: style adapter alone, 1: content adapter alone")
     add("--lambda-a", type=number(float, 0), default=1.0, help="strength of the learned style (Eq. 4)")
-    add("--lambda-b", type=number(float, 0), default=5.0, help="strength of the text (Eq. 4)")
+    add("--lambda-b", type=number(float, 0), default=3.0, help="strength of the text (Eq. 4)")
     add("--gamma-sweep", action="store_true", help="a row from the style adapter alone to the content adapter alone")
     add("--lambda-grid", action="store_true", help="a sheet of lambda_A by lambda_B, one seed")
     add("--negative", default="", metavar="TEXT", help="what not to draw: the prompt n of Eq. 4 (default: empty)")
     add("--style-phrase", metavar="WORDS", help="other words than the run's, say one of them left out (Section 4.4.2)")
     add("--steps", type=number(int, 1), default=18, help="decoding steps")
-    add("--temperature", type=number(float, 0), default=4.5, help="chance in which tokens are kept first")
+    add("--temperature", type=number(float, 0), default=1.0, help="chance in which tokens are kept first")
     add("--num", type=number(int, 1), default=1, help="pictures for each prompt")
     add("--seed", type=number(int, 0), default=0)
     add("--scale", type=number(int, 1, high=64), default=4, help="enlarge the pixels of the PNG by this")

@@ -222,8 +222,8 @@ class StyleDrop:
         return adapter.to(self.device)
 
     @torch.no_grad()
-    def generate(self, prompts, style=None, content=None, lambda_a=1.0, lambda_b=5.0, gamma=0.5, steps=18,
-                 temperature=4.5, seed=0, negative="", style_phrase=None, on_step=None):
+    def generate(self, prompts, style=None, content=None, lambda_a=1.0, lambda_b=3.0, gamma=0.5, steps=18,
+                 temperature=1.0, seed=0, negative="", style_phrase=None, on_step=None):
         """Sample one image for each prompt: (B, 3, H, W) in [-1, 1].
 
         prompts: strings. With a style adapter they are content phrases and its style phrase (or

@@ -185,8 +185,7 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
         spent = minutes + (time.time() - began) / 60
         draw("samples.png")
         export(dict(stage=stage, steps=step, batch=args.batch, images=step * args.batch, minutes=round(spent, 1),
-                    machine=machine(), data=args.data or "data/", plain=args.plain,
-                    mask_power=args.mask_power, seed=args.seed, lr=args.lr,
+                    machine=machine(), data=args.data or "data/", seed=args.seed, lr=args.lr,
                     **({} if args.start is None else {"init": args.start})))
         write_whole(out / "checkpoint.pt", lambda file: torch.save(
             dict(kind=f"{stage} checkpoint", step=step, minutes=spent,
@@ -297,9 +296,11 @@ def pretrain_clip(args):
         for parameter in model.states_weights():
             parameter.requires_grad_(False)
     model = model.to(args.device)
-    optimisers = optimisers_for(model, hidden_matrices(model.transformer, model.visual.transformer), args.lr)
+    towers = [model.transformer, *([model.visual.transformer] if config.vision_layers else [])]
+    optimisers = optimisers_for(model, hidden_matrices(*towers), args.lr)
 
     def train_step(step, images, captions, generator):
+        torch.manual_seed(generator.initial_seed())                                          # of dropout
         ids = tokenizer(captions, config.context_length).to(args.device)
         with autocast(args.device):
             loss, accuracy = model(images, ids)
@@ -316,6 +317,23 @@ def pretrain_clip(args):
                                            merges=[" ".join(pair) for pair in tokenizer.merges]))
 
 
+@torch.no_grad()
+def memorise(model, vqgan, clip, source, things, seed):
+    """G's memory, before a step of training: `things` as source.things() gives them, and the words for them."""
+    began, rng = time.time(), np.random.default_rng((seed, 0))
+    images = [image for pictures in things.values() for image in pictures]
+    shown = torch.arange(len(things)).repeat_interleave(torch.tensor([len(pictures) for pictures in things.values()]))
+    ids = torch.cat([vqgan.encode(to_tensor(np.stack(images[i:i + 64]))).flatten(1) for i in range(0, len(images), 64)])
+    model.learn_sketches(vqgan.quantizer.codes[ids], shown)
+    words = [source.wording(thing, rng) for thing in things for _ in range(16)]
+    named = torch.arange(len(things)).repeat_interleave(16)
+    ids = clip.tokenizer(words, clip.config.context_length)
+    states = torch.cat([clip.text_states(some) for some in ids.split(256)])
+    with torch.enable_grad():
+        known = model.learn_words(states, clip.text_mask(ids), named, torch.Generator().manual_seed(seed))
+    print(f"{len(things)} things remembered in {time.time() - began:.0f} s; {known:.1%} of their captions find them")
+
+
 def pretrain_muse(args):
     """G: Eq. 2 on frozen tokens and text, 10 % of the texts replaced by the empty prompt n.
 
@@ -325,13 +343,18 @@ def pretrain_muse(args):
     rank, world = processes()
     vqgan, _ = load_model(Path(args.weights) / "vqgan.pt", "vqgan", vqgan_.VQGANConfig, vqgan_.VQGAN)
     clip = clip_feedback.load_clip(Path(args.weights) / "clip.pt").eval().requires_grad_(False)
+    things = args.source.things()
     config = replace(muse_.PRESETS[args.preset], codebook_size=vqgan.config.codebook_size,
-                     text_width=clip.config.text_width)
+                     text_width=clip.config.text_width, things=len(things))
     model = muse_.Muse(config)
     ids = clip.tokenizer(args.source.prompts(4000), clip.config.context_length)
     with torch.no_grad():
         model.start_from(vqgan.quantizer.codes, clip.text_states(ids)[clip.text_mask(ids)])
     args.start = start_from(args.init, "muse", model) if args.init else None
+    if not (Path(args.out) / "checkpoint.pt").exists():
+        memorise(model, vqgan, clip, args.source, things, args.seed)
+    for parameter in model.memory():
+        parameter.requires_grad_(False)
     model = model.to(args.device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     pipe = StyleDrop(vqgan, clip, average, args.device)
@@ -340,7 +363,7 @@ def pretrain_muse(args):
 
     def train_step(step, images, captions, generator):
         dropped = torch.rand(len(images), generator=generator, device=args.device) < 0.1
-        mask = muse_.random_mask(len(images), config.tokens, generator, args.mask_power)     # (B, N)
+        mask = muse_.random_mask(len(images), config.tokens, generator)                      # (B, N)
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)]
         mine, whole, masked = slice(rank, None, world), len(images), mask.sum()
         images, captions, mask = images[mine], captions[mine], mask[mine]
@@ -350,22 +373,20 @@ def pretrain_muse(args):
         text, text_mask = text[:, :longest], text_mask[:, :longest]              # no padding that nobody reads
         with autocast(args.device):
             logits = model(ids.masked_fill(mask, config.mask_id), text, text_mask)
-            guess = model.first_guess(text, text_mask)
         share = len(images) / whole
         loss = muse_.masked_loss(logits, ids, mask, label_smoothing=0.1) * share
-        sketch = muse_.masked_loss(guess, ids, torch.ones_like(mask), label_smoothing=0.1) * share
         for optimiser in optimisers:
             optimiser.zero_grad()
-        (loss + sketch).backward()
+        loss.backward()
         right = ((logits.argmax(-1) == ids) & mask).sum() / masked
-        figures = torch.stack([loss.detach(), right, sketch.detach()])
+        figures = torch.stack([loss.detach(), right])
         if world > 1:
-            for shared in [*(p.grad for p in model.parameters()), figures]:
+            for shared in [*(p.grad for p in model.parameters() if p.requires_grad), figures]:
                 dist.all_reduce(shared)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
-        return dict(zip(("loss", "accuracy", "sketch"), figures.tolist()))
+        return dict(zip(("loss", "accuracy"), figures.tolist()))
 
     def picture():
         prompts = args.source.prompts(24)
@@ -676,8 +697,6 @@ def main():
     add("--init", metavar="FILE", help="start from this stage's weights of an earlier run instead of at random")
     add("--lock", action="store_true", help="with --init: keep the tokens (vqgan) or text states (clip) that Muse knows")
     add("--merges", type=number(int, 1), default=2000, help="BPE merges of CLIP's tokenizer")
-    add("--plain", type=number(float, 0, high=1), default=data.styles.PLAIN, help="share of the drawings without a style")
-    add("--mask-power", type=number(float, 0, strict=True), default=1.0, help="Muse: more than 1 masks more, see muse.random_mask")
     add("--workers", type=number(int, 0), default=1, help="processes that draw the training pictures")
     add("--warmup", type=number(int, 1), default=100)
     add("--ema", type=number(float, 0), default=0.998, help="decay of Muse's weight average")
@@ -731,7 +750,7 @@ def main():
         args.resolution = vqgan_.PRESETS[args.preset].resolution
         move = args.stage != "muse"                          # Muse has enough to learn with each thing in its place
         args.source = (data.Folder(args.data, args.resolution) if args.data else
-                       data.Art(size=args.resolution, move=move, plain=args.plain))
+                       data.Art(size=args.resolution, move=move))
     job(args)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -4,7 +4,7 @@
     images, captions = art.batch(16, rng, 64)           # uint8 (16, 64, 64, 3), 16 strings
     images, captions = Folder("my/pictures").batch(...) # the same from your own
 
-A training example is a drawing, half of the time in a style drawn afresh (styles.py). All images are RGB uint8.
+A training example is a drawing, three times in five in a style drawn afresh (styles.py). All images are RGB uint8.
 """
 
 import csv
@@ -115,11 +115,28 @@ class Art:
         others = synonyms().get(self.names[i])
         return content_phrase(str(rng.choice(others)) if others and rng is not None and rng.random() < 0.2 else self.names[i])
 
+    def things(self):
+        """{name: its drawings as they are, uint8 (k, size, size, 3)}, and under "" one blank sheet."""
+        found = {"": [np.full_like(self.drawings[0, ..., :3], 255)]}
+        for name, drawing in zip(self.names, self.drawings):
+            found.setdefault(name, []).append(styles.apply(styles.Style(), drawing, np.random.default_rng(0)))
+        return {name: np.stack(pictures) for name, pictures in found.items()}
+
+    def wording(self, name, rng):
+        """One of many ways to ask for a thing: articles, adjectives, unknown words, any style. "" asks for nothing."""
+        content = self.content(self.names.index(name), rng) if name else ""
+        bare = content.split(" ", 1)[-1] if content.startswith(("a ", "an ")) else content
+        article, adjective = rng.choice(["a", "the", "my", "one", "[V]"]), rng.choice([*styles.HUES, "small", "big", "old", unknown(rng)])
+        content = rng.choice([content] * 4 + [bare, f"{article} {bare}", f"a {adjective} {bare}"]) if name else ""
+        style = styles.phrase(styles.sample(rng, plain=0), rng.choice(["", *self.hands]))
+        style = rng.choice(["", style, style, "[V*]", f"{unknown(rng)} {unknown(rng)}"])
+        return (f"a {style} of {content}" if style and rng.random() < 0.1 else str(caption(content, style))).strip()
+
     def batch(self, n, rng, resolution):
         """n drawings, each in a style of its own.
 
         rng: numpy Generator, the only source of chance. Returns uint8 (n, resolution, resolution, 3)
-        and n captions, half of them without a word of style.
+        and n captions, four in ten without a word of style.
         """
         images, captions = [], []
         for i in rng.integers(len(self.names), size=n):
@@ -167,6 +184,18 @@ class Folder:
         self.images = np.stack([read_image(file, size) for file, _ in pairs])
         self.captions = [words for _, words in pairs]
 
+    def things(self):
+        """As Art.things; what has the same caption is one thing, and the first 2,000 captions are known by heart."""
+        found = {"": [np.full_like(self.images[0], 255)]}
+        for image, words in zip(self.images, self.captions):
+            if words in found or len(found) <= 2000:
+                found.setdefault(words, []).append(image)
+        return {words: np.stack(pictures) for words, pictures in found.items()}
+
+    def wording(self, words, rng):
+        """The caption, or the caption in a style without words."""
+        return str(caption(words, rng.choice(["", "[V*]", unknown(rng)]))).strip()
+
     def batch(self, n, rng, resolution):
         """As Art.batch; the pictures keep the style they have."""
         picks = rng.integers(len(self.images), size=n)
@@ -183,6 +212,11 @@ def read_words(path):
         return path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+
+
+def unknown(rng):
+    """A word that nobody knows."""
+    return "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz0123456789*[]<>"), size=rng.integers(1, 7)))
 
 
 def jitter(rgba, size, rng):

@@ -30,7 +30,7 @@ from vqgan import codebook_health, psnr  # noqa: E402
 THINGS = ("cat", "house", "deciduous-tree", "automobile", "red-apple", "rocket", "fish", "owl", "teapot", "guitar")
 IN_WORDS = ("", "flat vector", "watercolor", "gold and purple", "pixel art on teal", "line drawing", "neon halftone on purple",
             "stained glass")                                # the last medium is held out
-LAMBDAS, TEMPERATURES = (1, 2, 3, 5), (2, 3, 4.5, 8)
+LAMBDAS, TEMPERATURES = (1, 2, 3, 5), (1, 2, 4.5, 8)
 RATIOS = [r / 10 for r in range(1, 11)]
 
 

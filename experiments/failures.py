@@ -3,6 +3,7 @@
     python experiments/failures.py          # experiments/results/failures.md, failures.png; 6 minutes on two cores
 """
 
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -60,10 +61,14 @@ def main():
     drawings = to_tensor(np.stack([styles.apply(styles.Style(), art.drawings[art.find(name, "twemoji")],
                                                 np.random.default_rng(0)) for name in NAMES]))
     alive, dead = (tokenizer(pipe, args.tokenizer_steps, drawings, **config) for config in ({}, dict(revive_below=0.0)))
+    forgetful = copy.deepcopy(pipe)
+    forgetful.muse.sketches.zero_()
     rows = [
         ("the base", "as it should be, at the defaults", pipe.generate(prompts)),
-        ("shrunken", "`--temperature 0`: no chance in which tokens stay. The surest ones, the ground's, are kept first and leave "
-                     "the drawing little room (a younger base drew nothing at all)", pipe.generate(prompts, temperature=0.0)),
+        ("forgetful", "`muse.sketches` set to zero: what cross-attention alone, in as many steps, has learned of shapes",
+         forgetful.generate(prompts)),
+        ("restless", "`--temperature 30`: chance alone decides which tokens stay, and the worst stay as often as the best",
+         pipe.generate(prompts, temperature=30.0)),
         ("torn", "`--lambda-b 40`: the text pulls so hard that the prior of what goes together has no say",
          pipe.generate(prompts, lambda_b=40.0)),
         ("pale", "`--lambda-b 0`: no pull of the text at all", pipe.generate(prompts, lambda_b=0.0)),

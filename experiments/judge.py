@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import styles  # noqa: E402
+from clip_feedback import describe  # noqa: E402
 from styledrop import Parser, load_model, number, read_checkpoint, run_command, save_model, to_tensor, write_whole  # noqa: E402
 from vqgan import VQGAN, VQGANConfig  # noqa: E402
 
@@ -43,39 +44,6 @@ AMONG = 100                             # the named thing against 99 others
 
 # ---------------------------------------------------------------------------------------------
 # The classifier
-
-def describe(images, orientations=8):
-    """Gradients and colours in 8 x 8 cells, and statistics that know no places.
-
-    images (B, 3, 64, 64) -> cells (B, 3 (orientations + 1) + 3, 8, 8), statistics (B, 9 orientations + 447).
-    At three scales: how much of a cell's gradient points each way, divided by how much there is around
-    it (histograms of oriented gradients, Dalal & Triggs 2005), and how much there is. The statistics have
-    histograms of colour too, of all pixels and of the edges.
-    """
-    mean_and_deviation = lambda x: [x.mean((2, 3)), x.std((2, 3))]
-    cells, statistics, sizes = [F.avg_pool2d(images, 8)], mean_and_deviation(images), []
-    angles = torch.arange(orientations, device=images.device).view(-1, 1, 1) * math.pi / orientations
-    for scale in (1, 2, 4):
-        x = F.pad(F.avg_pool2d(images, scale), (1, 1, 1, 1), mode="replicate")
-        dx = (x[..., 1:-1, 2:] - x[..., 1:-1, :-2]) / 2
-        dy = (x[..., 2:, 1:-1] - x[..., :-2, 1:-1]) / 2
-        channel = (dx ** 2 + dy ** 2).argmax(1, keepdim=True)                    # the steepest of R, G and B
-        dx, dy = dx.gather(1, channel), dy.gather(1, channel)
-        size = (dx ** 2 + dy ** 2).sqrt()
-        towards = size * torch.cos(torch.atan2(dy, dx) - angles) ** 6            # (B, orientations, h, h)
-        here = F.avg_pool2d(towards, 8 // scale)                                 # (B, orientations, 8, 8)
-        around = F.avg_pool2d(F.pad(here.sum(1, keepdim=True), (1, 1, 1, 1), mode="replicate"), 3, 1)
-        cells += [(here / (around + 0.02)).sqrt(), around.sqrt()]
-        statistics += mean_and_deviation(towards) + mean_and_deviation(size) + [(here.std((2, 3)) + 1e-6).log()]
-        statistics += [size.amax((2, 3))]
-        sizes.append(size)
-    levels = ((images + 1) * 2.999).long().clamp(0, 5)                           # 6 of each of R, G and B
-    colour = (levels[:, 0] * 36 + levels[:, 1] * 6 + levels[:, 2]).flatten(1)    # (B, 64 64)
-    for weight in (torch.ones_like(sizes[0]), sizes[0] + 1e-6):                  # (B, 1, 64, 64)
-        weight = weight.flatten(1) / weight.sum((1, 2, 3))[:, None]
-        statistics.append(torch.zeros(len(images), 216, device=images.device).scatter_add(1, colour, weight).sqrt())
-    return torch.cat(cells, 1), torch.cat(statistics, 1)
-
 
 @dataclass
 class JudgeConfig:

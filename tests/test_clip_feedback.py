@@ -170,6 +170,63 @@ def test_towers_equal_torch_encoder_layers(tokenizer, quick_gelu):
     torch.testing.assert_close(clip.text_states(ids, -1), states, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("degrees, way", [(0, 0), (45, 2), (90, 4), (135, 6)])
+def test_gradients_are_told_apart_by_where_they_point(degrees, way):
+    """Waves across `degrees`: their gradient points there, at every scale, and the same however faint they are."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    angle = torch.tensor(degrees / 180 * math.pi)
+    wave = torch.sin((x * angle.cos() + y * angle.sin()) / 2).expand(1, 3, 64, 64)
+    cells, statistics = clip_feedback.describe(torch.cat([wave, wave * 0.7]))
+    for scale in range(3):
+        ways = cells[:, 3 + 9 * scale:11 + 9 * scale, 2:-2, 2:-2]                # (2, 8, 4, 4)
+        assert (ways.argmax(1) == way).all() and (ways[0] - ways[1]).abs().max() < 0.1
+    assert statistics.shape == (2, 9 * 8 + 447)
+
+
+def test_statistics_know_no_places():
+    """The thing elsewhere on the ground: the same statistics, and other cells."""
+    image = -torch.ones(1, 3, 64, 64)
+    image[:, :, 16:32, 8:24] = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    here, there = clip_feedback.describe(image), clip_feedback.describe(image.roll((16, 24), (2, 3)))
+    torch.testing.assert_close(here[1], there[1], atol=1e-4, rtol=1e-3)
+    assert (here[0] - there[0]).abs().max() > 0.5
+    assert here[1][:, -432:].square().sum().item() == pytest.approx(2, abs=1e-3)                   # two histograms
+
+
+def gradient_clip(tokenizer):
+    torch.manual_seed(0)
+    return CLIP(replace(clip_feedback.PRESETS["toy"], vocab_size=tokenizer.vocab_size, vision_layers=0), tokenizer)
+
+
+def test_gradient_tower_learns_shapes_in_any_colour(tokenizer):
+    """Stripes and columns, each pair of colours new: told apart after a few steps, in colours it never met."""
+    clip, g = gradient_clip(tokenizer), torch.Generator().manual_seed(0)
+    ids = clip.tokenize(["a cat", "a hot air balloon"]).repeat(8, 1)
+    optimiser = torch.optim.AdamW(clip.parameters(), 3e-3)
+
+    def batch():
+        bars = (torch.arange(16) // 2 % 2).float().expand(16, 16)
+        shape = torch.stack([bars, bars.T]).repeat(8, 1, 1)[:, None]                        # (16, 1, 16, 16)
+        one, two = torch.rand(2, 16, 3, 1, 1, generator=g) * 2 - 1
+        return shape * one + (1 - shape) * two
+
+    for _ in range(30):
+        loss, _ = clip(batch(), ids)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    clip.eval()
+    assert sum(clip(batch(), ids)[1].item() for _ in range(10)) / 10 > 0.95
+
+
+def test_gradient_tower_scores_each_picture_alone(tokenizer):
+    """In eval mode a picture's feature does not hang on its batch, nor on chance. Trap: left in training mode."""
+    clip, images = gradient_clip(tokenizer).eval(), random_images(4)
+    torch.testing.assert_close(clip.encode_image(images)[2:3], clip.encode_image(images[2:3]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(clip.encode_image(images), clip.encode_image(images))
+    assert clip.encode_image(random_images(2).repeat_interleave(4, 2).repeat_interleave(4, 3)).shape == (2, 24)
+
+
 def test_text_states_do_not_see_later_tokens(clip):
     ids = clip.tokenize(["a hot air balloon"])
     other = ids.clone()
