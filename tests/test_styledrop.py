@@ -80,7 +80,7 @@ def test_eq4_from_separate_passes(pipe, make_adapter, monkeypatch):
     Traps: the phrase is forgotten; the tuned model sees n; a branch gets its neighbour's text or adapter.
     """
     style = make_adapter()
-    ours, G, calls = logits_of(pipe, monkeypatch, style=style, lambda_a=2)
+    ours, G, calls = logits_of(pipe, monkeypatch, style=style, lambda_a=2, lambda_b=5)
     assert close(ours, 3 * G(styled, style) + 3 * G(styled) - 5 * G(null)) and calls == [6]
     assert not close(ours, 3 * G(PROMPTS, style) + 3 * G(PROMPTS) - 5 * G(null))
     assert not close(ours, 3 * G(styled, style) + 3 * G(styled) - 5 * G(null, style))
@@ -111,11 +111,11 @@ def test_base_is_eq1(pipe, monkeypatch):
 def test_eq5_and_eq6_from_separate_passes(pipe, make_adapter, monkeypatch):
     """(1 - g) l_s + g l_c: five branches; c carries no style word. Traps: adapters swapped, G(t) used for c."""
     style, content = make_adapter(1), make_adapter(2, style="teapot")
-    ours, G, calls = logits_of(pipe, monkeypatch, style=style, content=content, gamma=0.3, lambda_a=2)
+    ours, G, calls = logits_of(pipe, monkeypatch, style=style, content=content, gamma=0.3, lambda_a=2, lambda_b=5)
     l_s = 3 * G(styled, style) + 3 * G(styled) - 5 * G(null)
     l_c = 3 * G(PROMPTS, content) + 3 * G(PROMPTS) - 5 * G(null)
     assert close(ours, 0.7 * l_s + 0.3 * l_c) and calls == [10]
-    alone, _, calls = logits_of(pipe, monkeypatch, content=content, lambda_a=2)
+    alone, _, calls = logits_of(pipe, monkeypatch, content=content, lambda_a=2, lambda_b=5)
     assert close(alone, l_c) and calls == [6]
 
 
