@@ -333,6 +333,11 @@ def describe(images, cell=8, orientations=8):
     return torch.cat(cells, 1), torch.cat(statistics, 1)
 
 
+def layer(c_in, c_out, drop):
+    """One layer of an MLP on descriptions."""
+    return nn.Sequential(nn.Dropout(drop), nn.Linear(c_in, c_out, bias=False), nn.BatchNorm1d(c_out), nn.GELU())
+
+
 class GradientTower(nn.Module):
     """An image tower that learns in minutes: a fixed description of the picture (`describe`), then an MLP.
 
@@ -346,9 +351,6 @@ class GradientTower(nn.Module):
         self.cell = config.patch
         described = sum(x.flatten(1).shape[1] for x in describe(blank, self.cell))
         self.norm = nn.BatchNorm1d(described, affine=False)         # only so that all inputs are of one size
-
-        def layer(c_in, c_out, drop):
-            return nn.Sequential(nn.Dropout(drop), nn.Linear(c_in, c_out, bias=False), nn.BatchNorm1d(c_out), nn.GELU())
 
         self.mlp = nn.Sequential(layer(described, width, 0.3), layer(width, width, 0.4), nn.Linear(width, config.embed_dim))
 
@@ -383,12 +385,10 @@ class CLIP(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=self.config.text_width ** -0.5)
-        towers = [self.transformer]
         if self.config.vision_layers:
-            towers.append(self.visual.transformer)
             for parameter in (self.visual.class_embedding, self.visual.positional_embedding, self.visual.proj):
                 nn.init.normal_(parameter, std=self.config.vision_width ** -0.5)
-        for tower in towers:
+        for tower in self.transformers():
             depth = (2 * len(tower.resblocks)) ** -0.5  # each layer adds to the stream twice: keep its size
             for block in tower.resblocks:
                 width = block.ln_1.weight.numel()
@@ -398,6 +398,10 @@ class CLIP(nn.Module):
                 nn.init.normal_(block.mlp.c_proj.weight, std=width ** -0.5 * depth)
                 for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
                     nn.init.zeros_(linear.bias)
+
+    def transformers(self):
+        """The text tower's, and the image tower's where it has one."""
+        return [self.transformer] + ([self.visual.transformer] if self.config.vision_layers else [])
 
     # -- images
 

@@ -296,8 +296,7 @@ def pretrain_clip(args):
         for parameter in model.states_weights():
             parameter.requires_grad_(False)
     model = model.to(args.device)
-    towers = [model.transformer, *([model.visual.transformer] if config.vision_layers else [])]
-    optimisers = optimisers_for(model, hidden_matrices(*towers), args.lr)
+    optimisers = optimisers_for(model, hidden_matrices(*model.transformers()), args.lr)
 
     def train_step(step, images, captions, generator):
         torch.manual_seed(generator.initial_seed())                                          # of dropout
@@ -347,11 +346,12 @@ def pretrain_muse(args):
     config = replace(muse_.PRESETS[args.preset], codebook_size=vqgan.config.codebook_size,
                      text_width=clip.config.text_width, things=len(things))
     model = muse_.Muse(config)
-    ids = clip.tokenizer(args.source.prompts(4000), clip.config.context_length)
-    with torch.no_grad():
+    resumes = (Path(args.out) / "checkpoint.pt").exists()    # then all that follows comes from there
+    if not resumes:
+        ids = clip.tokenizer(args.source.prompts(4000), clip.config.context_length)
         model.start_from(vqgan.quantizer.codes, clip.text_states(ids)[clip.text_mask(ids)])
     args.start = start_from(args.init, "muse", model) if args.init else None
-    if not (Path(args.out) / "checkpoint.pt").exists():
+    if not resumes:
         memorise(model, vqgan, clip, args.source, things, args.seed)
     for parameter in model.memory():
         parameter.requires_grad_(False)
@@ -363,7 +363,7 @@ def pretrain_muse(args):
 
     def train_step(step, images, captions, generator):
         dropped = torch.rand(len(images), generator=generator, device=args.device) < 0.1
-        mask = muse_.random_mask(len(images), config.tokens, generator)                      # (B, N)
+        mask = muse_.random_mask(len(images), config.tokens, generator)          # (B, N)
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)]
         mine, whole, masked = slice(rank, None, world), len(images), mask.sum()
         images, captions, mask = images[mine], captions[mine], mask[mine]
@@ -373,8 +373,7 @@ def pretrain_muse(args):
         text, text_mask = text[:, :longest], text_mask[:, :longest]              # no padding that nobody reads
         with autocast(args.device):
             logits = model(ids.masked_fill(mask, config.mask_id), text, text_mask)
-        share = len(images) / whole
-        loss = muse_.masked_loss(logits, ids, mask, label_smoothing=0.1) * share
+        loss = muse_.masked_loss(logits, ids, mask, label_smoothing=0.1) * (len(images) / whole)
         for optimiser in optimisers:
             optimiser.zero_grad()
         loss.backward()

@@ -79,12 +79,12 @@ class Art:
     """The drawings of some sets, as uint8 (n, size, size, 4) with straight alpha, in `.drawings`.
 
     sets: names from sets.tsv; by default all of a role ("training" or "held-out"). `.names`, `.sets`
-    and `.hands` (the set's style phrase) go along with them. For batches, move: whether each drawing is
-    placed a little differently (`jitter`); plain: the share of drawings that stay as they are.
+    and `.hands` (the set's style phrase) go along with them. move: whether batches place each drawing
+    a little differently (`jitter`).
     """
 
-    def __init__(self, sets=None, role="training", size=64, move=True, plain=styles.PLAIN):
-        self.move, self.plain = move, plain
+    def __init__(self, sets=None, role="training", size=64, move=True):
+        self.move = move
         table = {row["set"]: row for row in read_table("sets.tsv")}
         sets = [s for s, row in table.items() if row["role"] == role] if sets is None else list(sets)
         for s in sets:
@@ -140,7 +140,7 @@ class Art:
         """
         images, captions = [], []
         for i in rng.integers(len(self.names), size=n):
-            style = styles.sample(rng, plain=self.plain)
+            style = styles.sample(rng)
             drawing = jitter(self.drawings[i], resolution, rng) if self.move else self.drawings[i]
             images.append(styles.apply(style, drawing, rng))
             captions.append(caption(self.content(i, rng), styles.phrase(style, self.hands[i], rng)))

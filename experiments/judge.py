@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import styles  # noqa: E402
-from clip_feedback import describe  # noqa: E402
+from clip_feedback import describe, layer  # noqa: E402
 from styledrop import Parser, load_model, number, read_checkpoint, run_command, save_model, to_tensor, write_whole  # noqa: E402
 from vqgan import VQGAN, VQGANConfig  # noqa: E402
 
@@ -56,9 +56,6 @@ class Judge(nn.Module):
         super().__init__()
         self.config = config
         cells, statistics = (x.flatten(1).shape[1] for x in describe(torch.zeros(1, 3, 64, 64)))
-
-        def layer(c_in, c_out, drop):
-            return nn.Sequential(nn.Dropout(drop), nn.Linear(c_in, c_out, bias=False), nn.BatchNorm1d(c_out), nn.GELU())
 
         self.cells = nn.BatchNorm1d(cells, affine=False)     # only so that all inputs are of one size
         self.statistics = nn.BatchNorm1d(statistics, affine=False)

@@ -243,13 +243,14 @@ def test_folder_takes_a_table_as_it_is_written(tmp_path):
     assert data.Folder(tmp_path, 4).captions == ['a "big" cat', '"a dog']
 
 
-def test_plain_and_still_batches_are_the_drawings(art):
-    """plain=1, move=False: every picture is a drawing on white, where the sheet has it. Moved ones differ."""
-    still = data.Art(sets=("twemoji",), size=32, move=False, plain=1)
+def test_plain_and_still_batches_are_the_drawings(monkeypatch):
+    """No style, move=False: every picture is a drawing on white, where the sheet has it. Moved ones differ."""
+    monkeypatch.setattr(data.styles, "sample", lambda rng: data.styles.Style())
+    still = data.Art(sets=("twemoji",), size=32, move=False)
     images, captions = still.batch(20, np.random.default_rng(0), 32)
     on_white = [np.asarray(Image.alpha_composite(Image.new("RGBA", (32, 32), "white"), Image.fromarray(d)).convert("RGB"), int)
                 for d in still.drawings]
     apart = lambda image: min(np.abs(image - drawing).max() for drawing in on_white)
     assert max(map(apart, images.astype(int))) <= 2
-    moved = data.Art(sets=("twemoji",), size=32, plain=1).batch(20, np.random.default_rng(0), 32)[0].astype(int)
+    moved = data.Art(sets=("twemoji",), size=32).batch(20, np.random.default_rng(0), 32)[0].astype(int)
     assert np.median([apart(image) for image in moved]) > 50

@@ -186,7 +186,7 @@ class Source:
     """Pictures and captions out of the given generator alone, as data.Art; raises Ctrl-C at batch `stop_at`."""
     stop_at, count = None, 0
 
-    def __init__(self, size=16, move=True, plain=0.5):
+    def __init__(self, size=16, move=True):
         self.size = size
 
     def batch(self, n, rng, resolution):
