@@ -247,10 +247,13 @@ def mask_ratio(u):
     return torch.cos(u * (math.pi / 2)) if torch.is_tensor(u) else math.cos(u * math.pi / 2)
 
 
-def random_mask(batch, tokens, generator):
-    """M: a bool mask (B, N), true at ceil(gamma(u) N) places, u drawn afresh for each row; at least one."""
+def random_mask(batch, tokens, generator, power=1):
+    """M: a bool mask (B, N), true at ceil(gamma(u^power) N) places, u ~ U drawn afresh for each row; at least one.
+
+    Muse's law has power 1. A higher one masks more: words count only where next to nothing is to be seen.
+    """
     device = generator.device
-    ratio = mask_ratio(torch.rand(batch, 1, generator=generator, device=device))
+    ratio = mask_ratio(torch.rand(batch, 1, generator=generator, device=device) ** power)
     count = (ratio * tokens).ceil().clamp(1, tokens)
     rank = torch.rand(batch, tokens, generator=generator, device=device).argsort(1).argsort(1)
     return rank < count

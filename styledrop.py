@@ -301,13 +301,13 @@ class StyleDrop:
         return TextualInversion(tokens, table.shape[1], table[tokens])
 
     def tune(self, images, prompts, style="", steps=100, lr=1e-3, batch=8, d_prj=4, is_shared=True, seed=0,
-             on_step=None, method="adapter"):
+             on_step=None, method="adapter", mask_power=2):
         """Eq. 3: theta = argmin E_{(x, t), m} CE_m( G^(M(E(x), m), T(t), theta), E(x) ).
 
         images (R, 3, H, W) in [-1, 1], the references; prompts: R content phrases, one for each;
         style: the phrase they share. Every reference is used. Tokens and text embeddings are made
         once; only theta has gradients, and only theta changes. on_step(step, loss) after each step.
-        method: one of adapter.METHODS; d_prj is LoRA's rank as well.
+        method: one of adapter.METHODS; d_prj is LoRA's rank as well; mask_power: see muse.random_mask.
         Returns an adapter with .about and .save(path).
         """
         if len(images) != len(prompts):
@@ -327,7 +327,7 @@ class StyleDrop:
                 order = torch.cat([order, torch.randperm(len(tokens), generator=generator)])
             rows, order = order[:batch].to(self.device), order[batch:]
             ids = tokens[rows]
-            mask = muse_.random_mask(batch, c.tokens, generator).to(self.device)
+            mask = muse_.random_mask(batch, c.tokens, generator, mask_power).to(self.device)
             if method == "textual-inversion":               # its theta is in the text
                 text, _ = self.embed(texts, adapter)
             inputs = ids.masked_fill(mask, c.mask_id), text[rows], text_mask[rows], adapter()

@@ -363,7 +363,7 @@ def pretrain_muse(args):
 
     def train_step(step, images, captions, generator):
         dropped = torch.rand(len(images), generator=generator, device=args.device) < 0.1
-        mask = muse_.random_mask(len(images), config.tokens, generator)          # (B, N)
+        mask = muse_.random_mask(len(images), config.tokens, generator, args.mask_power)     # (B, N)
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)]
         mine, whole, masked = slice(rank, None, world), len(images), mask.sum()
         images, captions, mask = images[mine], captions[mine], mask[mine]
@@ -699,6 +699,7 @@ def main():
     add("--workers", type=number(int, 0), default=1, help="processes that draw the training pictures")
     add("--warmup", type=number(int, 1), default=100)
     add("--ema", type=number(float, 0), default=0.998, help="decay of Muse's weight average")
+    add("--mask-power", type=number(float, 0, strict=True), default=2, help="1: Muse's law of masking; more masks more")
     add("--gan-start", type=number(float, 0), default=0.6, help="share of the steps before the discriminator starts")
     add("--gan-weight", type=number(float, 0), default=0.3)
     add("--log-seconds", type=number(float, 0), default=20)

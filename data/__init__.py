@@ -136,7 +136,7 @@ class Art:
         """n drawings, each in a style of its own.
 
         rng: numpy Generator, the only source of chance. Returns uint8 (n, resolution, resolution, 3)
-        and n captions, four in ten without a word of style.
+        and n captions, one in four without a word of style.
         """
         images, captions = [], []
         for i in rng.integers(len(self.names), size=n):

@@ -74,7 +74,7 @@ def is_held_out(style):
     return any(zlib.crc32(f"{a}|{b}".encode()) % 5 == 0 for i, a in enumerate(values) for b in values[i + 1:])
 
 
-PLAIN = 0.4                  # share of the drawings that stay as they are, on white
+PLAIN = 0.25                 # share of the drawings that stay as they are, on white
 CHANCE = {"palette": 0.45, "line": 0.25, "medium": 0.45, "ground": 0.6, "light": 0.2}       # that an attribute is named
 
 
@@ -93,10 +93,10 @@ def sample(rng, held_out=False, plain=PLAIN):
 def phrase(style, hand="", rng=None):
     """The style in words; `hand` names the drawing's own manner and stands where no medium does.
 
-    With rng, as captions have it: "" for half of the drawings as they are and three in ten of the others,
+    With rng, as captions have it: "" for half of the drawings as they are and one in seven of the others,
     else each attribute is left out one time in seven. The white ground goes without saying.
     """
-    if rng is not None and rng.random() < (0.5 if style == Style() else 0.3):
+    if rng is not None and rng.random() < (0.5 if style == Style() else 1 / 7):
         return ""
     said = lambda words: words if words and (rng is None or rng.random() > 1 / 7) else ""
     outline = style.line if style.line != "line drawing" else ""

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import sys
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,7 @@ def choose_by_judge(judge, pool, reference, generator):
 def run(task):
     """One part of one style, in this process alone -> its numbers; written to its file in --work."""
     args, index, part = task
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.jobs))
     pipe, judge = StyleDrop.load(args.weights), load_judge(args.judge)
     art, folder = data.Art(["noto", "openmoji"]), Path(args.work) / f"style{index}"
     things, subjects = choose_subjects(art, args)
@@ -126,14 +128,19 @@ def report(found, seed):
     rows = [[arm, *(with_error(column(arm, m), scale=scale(m), digits=d) for m, d in METRICS.items()),
              f"{np.mean(column(arm, 'total')):.0f}", f"{max(column(arm, 'megabytes'))}"] for arm in found if arm != "pool"]
     lines = table(["", *(f"{m}, %" if m in SHARES else m for m in METRICS), "to teach, s", "peak memory, MB"], rows)
-    lines += ["What the paper reports, and here (difference, 95 % interval of a paired bootstrap over the styles):", ""]
+    lines += ["What the paper reports, and here (difference, 95 % interval of a paired bootstrap over the styles, and the "
+              "difference in its own standard errors):", ""]
     rows = []
     for claim, arm, against, metric, sign in CLAIMS:
         generator = torch.Generator().manual_seed(seed)
         mean, low, high = (scale(metric) * x for x in paired_bootstrap(column(arm, metric), column(against, metric), generator))
+        difference = np.subtract(column(arm, metric), column(against, metric)) * scale(metric)
+        error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else 0
         rows.append([claim, f"{metric}: {arm} less {against}", "{0:+.{3}f} [{1:+.{3}f}, {2:+.{3}f}]".format(
-            mean, low, high, METRICS[metric]), verdict(mean, low, high, sign)])
-    lines += table(["claim", "measured", "difference", "here it"], rows)
+            mean, low, high, METRICS[metric]), f"{mean / error:+.1f}" if error > 1e-9 else "-", verdict(mean, low, high, sign)])
+    lines += table(["claim", "measured", "difference", "in standard errors", "here it"], rows)
+    kept = np.mean(column("R1", "thing")) / max(1e-9, np.mean(column(BASE, "thing")))
+    lines += [f"R1 shows the thing {100 * kept:.0f} % as often as the base does.", ""]
     names = [f"{n['words']} ({n['reference']})" for n in found["R1"]]
     rows = [[name, *(" / ".join(f"{found[arm][i][m] * scale(m):.{METRICS[m]}f}" for arm in (BASE, "R1", "R2-CLIP", "R2-oracle"))
                      for m in METRICS)] for i, name in enumerate(names)]
@@ -150,9 +157,10 @@ def main():
     parser.add_argument("--things", type=number(int, 2), default=20)
     parser.add_argument("--seeds", type=number(int, 1), default=4)
     parser.add_argument("--pool", type=number(int, 1), default=8, help="pictures for each of the 30 prompts of a pool")
+    parser.add_argument("--jobs", type=number(int, 1), default=1, help="styles at a time; they share the machine's cores")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     args = parser.parse_args()
-    settings = {k: v for k, v in vars(args).items() if k not in ("work", "out")} | dict(
+    settings = {k: v for k, v in vars(args).items() if k not in ("work", "out", "jobs")} | dict(
         base=StyleDrop.load(args.weights).base,
         clip=styledrop.fingerprint(clip_feedback.load_clip(Path(args.weights) / "clip.pt").state_dict()),
         judged_by=styledrop.fingerprint(load_judge(args.judge).state_dict()))
@@ -161,24 +169,29 @@ def main():
         raise ValueError(f"{args.work} holds parts of other settings; give another --work")
     write_json(kept, settings)
     parts = (BASE, "R1", "pool", *ROUNDS, *METHODS)
-    found = {part: [] for part in parts}
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for index in range(args.styles + 1):
-            for part in parts:
-                file = Path(args.work) / f"style{index}" / f"{part.replace(' ', '_')}.json"
-                numbers = json.loads(file.read_text()) if file.exists() else pool.apply(run, ((args, index, part),))
-                found[part].append(numbers)
-                before = ("R1", "pool") if part in ROUNDS else ()
-                numbers["total"] = numbers["seconds"] + sum(found[other][index]["seconds"] for other in before)
-                print(f"{numbers['words']}: {part}  " + "  ".join(
-                    f"{m} {numbers[m]:.3f}" for m in METRICS if m in numbers) + f"  {numbers['seconds']:.0f} s", flush=True)
+
+    def one_style(index, pool):
+        """The parts of one style, each from the last: {part: its numbers}."""
+        done = {}
+        for part in parts:
+            file = Path(args.work) / f"style{index}" / f"{part.replace(' ', '_')}.json"
+            done[part] = numbers = json.loads(file.read_text()) if file.exists() else pool.apply(run, ((args, index, part),))
+            numbers["total"] = numbers["seconds"] + sum(
+                done[before]["seconds"] for before in ("R1", "pool") if part in ROUNDS)
+            print(f"{numbers['words']}: {part}  " + "  ".join(
+                f"{m} {numbers[m]:.3f}" for m in METRICS if m in numbers) + f"  {numbers['seconds']:.0f} s", flush=True)
+        return done
+
+    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool, ThreadPool(args.jobs) as waiting:
+        of_style = waiting.map(lambda index: one_style(index, pool), range(args.styles + 1), chunksize=1)
+    found = {part: [done[part] for done in of_style] for part in parts}
     lines = ["# Table 2 at this scale", "", f"`python {' '.join(sys.argv)}` on {machine()}, base {settings['base']}.", "",
              f"{args.styles + 1} styles, one reference each, {args.things} prompts x {args.seeds} seeds; ± is one standard error over "
              f"the styles. Pools: {args.pool} pictures for each of 30 prompts. Every prompt names the style in words, except for "
              "textual inversion, which learns a word of its own. Text: cosine with the content phrase; style: cosine with the "
              "reference, both by the shipped CLIP. Thing, leakage: how often the judge sees the thing, and the reference's "
              "thing, first among 100. Distance: of the judge's style features to the true drawing. To teach: R1 and the pool "
-             "included where they are needed.", ""]
+             f"included where they are needed{f', {args.jobs} styles at a time' if args.jobs > 1 else ''}.", ""]
     lines += report(found, args.seed)
     sheets = [np.load(Path(args.work) / f"style{i}" / f"{arm.replace(' ', '_')}.npy") for i in range(args.styles + 1) for arm in ARMS]
     lines += ["## table2.png", "", f"For each style the reference and eight things, first seeds, none chosen; rows: {', '.join(ARMS)}."]

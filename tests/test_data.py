@@ -75,11 +75,11 @@ def test_batch_follows_from_its_generator(art):
     assert one[0].shape == (6, 32, 32, 3) and one[0].dtype == np.uint8
 
 
-def test_four_in_ten_captions_name_no_style(art):
+def test_one_caption_in_four_names_no_style(art):
     """And more than half of those name a drawing that has none: else "a cat" would mean a cat in any style."""
     pictures, captions = art.batch(600, np.random.default_rng(0), 16)
     silent = np.array([not caption.endswith(" style") for caption in captions])
-    assert 0.35 < silent.mean() < 0.5
+    assert 0.2 < silent.mean() < 0.35
     white = (pictures[:, [0, 0, -1, -1], [0, -1, 0, -1]] > 250).all((1, 2))
     assert white[silent].mean() > 0.5
 

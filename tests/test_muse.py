@@ -120,6 +120,13 @@ def test_mask_law():
     assert torch.equal(mask[:9], random_mask(10_000, 256, generator())[:9])
 
 
+def test_mask_power_masks_more():
+    """cos(pi u^2 / 2) over u ~ U has Fresnel's integral C(1) = 0.7799 for its mean; P(r > .9) = sqrt(.287)."""
+    ratio = random_mask(10_000, 256, generator(), power=2).float().mean(1)
+    assert ratio.mean().item() == pytest.approx(0.7799 + 0.5 / 256, abs=0.008)
+    assert (ratio > 0.9).float().mean().item() == pytest.approx(0.536, abs=0.015)
+
+
 @pytest.mark.parametrize("ratio, count", [(0.0, 1), (0.3, 5), (0.5, 8), (0.51, 9), (1.0, 16)])
 def test_mask_counts_are_exact(monkeypatch, ratio, count):
     """ceil(gamma N) tokens, at least one. Traps: a coin for each token; floor; an empty mask, whose loss is 0 / 0."""
