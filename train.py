@@ -392,7 +392,8 @@ def pretrain_muse(args):
         return grid(to_uint8(pipe.generate(prompts, steps=16)), 8, scale=2)
 
     pretrain("muse", args, dict(model=model, average=average), optimisers, train_step, picture,
-             lambda provenance: save_model(Path(args.out) / "muse.pt", "muse", average, dict(provenance, reads=pipe.reads)),
+             lambda provenance: save_model(Path(args.out) / "muse.pt", "muse", average,
+                                           dict(provenance, reads=pipe.reads, mask_power=args.mask_power)),
              (average, model))
 
 
