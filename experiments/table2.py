@@ -172,13 +172,13 @@ def main():
     parts = (BASE, "R1", "pool", *ROUNDS, *METHODS)
 
     def one_style(index, pool):
-        """The parts of one style, each from the last: {part: its numbers}."""
+        """The parts of one style in their order, what is finished from its file: {part: its numbers}."""
         done = {}
         for part in parts:
             file = Path(args.work) / f"style{index}" / f"{part.replace(' ', '_')}.json"
             done[part] = numbers = json.loads(file.read_text()) if file.exists() else pool.apply(run, ((args, index, part),))
-            numbers["total"] = numbers["seconds"] + sum(
-                done[before]["seconds"] for before in ("R1", "pool") if part in ROUNDS)
+            before = ("R1", "pool") if part in ROUNDS else ()
+            numbers["total"] = numbers["seconds"] + sum(done[other]["seconds"] for other in before)
             print(f"{numbers['words']}: {part}  " + "  ".join(
                 f"{m} {numbers[m]:.3f}" for m in METRICS if m in numbers) + f"  {numbers['seconds']:.0f} s", flush=True)
         return done

@@ -215,7 +215,8 @@ def test_table2_says_each_claim_with_its_own_numbers():
         found["R1"][i]["text"] = found[table2.BASE][i]["text"] - (0.1 if i < 3 else 0.3)      # -0.2, standard error sqrt(0.002)
         found["R1"][i]["thing"] = found[table2.BASE][i]["thing"] * 0.75
     text = "\n".join(table2.report(found, 0))
-    assert "| +0.250 [+0.250, +0.250] | - | holds |" in text and "| -4.5 | holds |" in text and "thing 75 % as often" in text and text.count("[") == len(table2.CLAIMS)
+    assert "| +0.250 [+0.250, +0.250] | - | holds |" in text and text.count("[") == len(table2.CLAIMS)
+    assert "| -4.5 | holds |" in text and "thing 75 % as often" in text
     assert f"{100 * np.mean([n['thing'] for n in found['LoRA']]):.1f} ±" in text
     assert {name for claim in table2.CLAIMS for name in claim[1:3]} <= set(table2.ARMS)
 
