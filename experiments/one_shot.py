@@ -93,17 +93,17 @@ def choose_subjects(art, args):
 
 
 def measure(judge, images, truth, names, reference, style, source):
-    """{metric: mean} of pictures of `names` against the truth, one to one; without a judge only the distances."""
-    found = {"palette": palette_distance(images, truth).mean().item(), "texture": texture_distance(images, truth).mean().item()}
+    """{metric: (B,)} of pictures (B, 3, H, W) of `names` against the truth; without a judge only the distances."""
+    found = {"palette": palette_distance(images, truth), "texture": texture_distance(images, truth)}
     if judge is None:
         return found
     seed, seen = torch.Generator().manual_seed(0), attributes(judge, images)
     asked = styles.named(style) or {"hand": source}
     return found | {
-        "judge's distance": 1 - (style_features(judge, images) * style_features(judge, truth)).sum(1).mean().item(),
-        "style seen": np.mean([saw == value for k, value in asked.items() for saw in seen[k]]),
-        "thing seen": content_correct(judge, images, names, seed).float().mean().item(),
-        "leakage": content_correct(judge, images, [reference] * len(images), seed).float().mean().item()}
+        "judge's distance": 1 - (style_features(judge, images) * style_features(judge, truth)).sum(1),
+        "style seen": torch.tensor([[saw == value for saw in seen[k]] for k, value in asked.items()]).double().mean(0),
+        "thing seen": content_correct(judge, images, names, seed).double(),
+        "leakage": content_correct(judge, images, [reference] * len(images), seed).double()}
 
 
 def one_style(pipe, judge, art, style, source, reference, things, other, args):
@@ -122,7 +122,8 @@ def one_style(pipe, judge, art, style, source, reference, things, other, args):
                  "the truth of other things": again(truth.roll(1, 0)),
                  CEILING: again(draw(art, things, source, other, args.seed))}
     names = [name for name in things for _ in range(args.seeds)]
-    found = {row: measure(judge, images, again(truth), names, reference, style, source) for row, images in pictures.items()}
+    found = {row: {m: values.mean().item() for m, values in measure(
+        judge, images, again(truth), names, reference, style, source).items()} for row, images in pictures.items()}
     first = [pictures[row][::args.seeds][:8] for row in ("rare token", "tuned")]
     return words, found, torch.cat([example, first[0], torch.ones_like(example), first[1]])
 

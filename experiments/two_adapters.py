@@ -20,11 +20,12 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import styles  # noqa: E402
 from experiments.base import table, with_error  # noqa: E402
-from experiments.judge import attributes, content_correct, judge_or_none  # noqa: E402
-from experiments.one_shot import choose_subjects, draw, palette_distance, paired_bootstrap, texture_distance  # noqa: E402
+from experiments.judge import judge_or_none  # noqa: E402
+from experiments.one_shot import choose_subjects, draw, measure, paired_bootstrap  # noqa: E402
 from styledrop import Parser, StyleDrop, grid, number, run_command, sample_pool, to_uint8, write_whole  # noqa: E402
 
 GAMMAS = (0.0, 0.5, 0.6, 0.7, 1.0)
+METRICS = ("palette", "texture", "thing seen", "style seen", "both")
 HANDS = [row["set"] for row in data.read_table("sets.tsv") if row["role"] == "training"]     # whose drawings teach the object
 
 
@@ -35,14 +36,10 @@ def object_phrase(name):
     return f"a [V] {rest}" if article in ("a", "an") else f"[V] {words}"
 
 
-def measure(judge, images, truth, name, style, source):
-    """{metric: (B,)} of pictures (B, 3, H, W) of one thing against the truth; without a judge only the distances."""
-    found = {"palette": palette_distance(images, truth), "texture": texture_distance(images, truth)}
+def measure_both(judge, images, truth, name, reference, style, source):
+    """one_shot's metrics {metric: (B,)} of pictures of one thing; with a judge, whether thing and style are both there."""
+    found = measure(judge, images, truth, [name] * len(images), reference, style, source)
     if judge is not None:
-        seen, generator = attributes(judge, images), torch.Generator().manual_seed(0)
-        asked = styles.named(style) or {"hand": source}
-        found["thing seen"] = content_correct(judge, images, [name] * len(images), generator).double()
-        found["style seen"] = torch.tensor([[saw == value for saw in seen[k]] for k, value in asked.items()]).double().mean(0)
         found["both"] = found["thing seen"] * found["style seen"]
     return found
 
@@ -60,7 +57,8 @@ def one_style(pipe, judge, art, subject, name, args):
     found, row = {}, [example, pictures[:1], truth[:1]]
     for gamma in GAMMAS:
         images = sample_pool(pipe, [object_phrase(name)], args.seeds, taught, args.seed, content=content, gamma=gamma).images
-        found[gamma] = {m: values.mean().item() for m, values in measure(judge, images, truth, name, style, source).items()}
+        values = measure_both(judge, images, truth, name, reference, style, source)
+        found[gamma] = {m: values[m].mean().item() for m in METRICS if m in values}
         row.append(images[:2])
     return f"{data.content_phrase(name)} in {words}", found, torch.cat(row)
 

@@ -206,6 +206,13 @@ def test_verdicts(mean, low, high, sign, said):
     assert table2.verdict(mean, low, high, sign) == said
 
 
+def test_standard_errors_over_styles_and_over_pictures():
+    """Trap: errors over pictures alone, where styles differ more than pictures do."""
+    differences = [np.array([1.0, 3.0]), np.array([5.0, 7.0, 9.0])]              # means 2 and 7, their errors 1 and sqrt(4 / 3)
+    assert table2.in_errors(differences) == [f"{4.5 / 2.5:+.1f}", f"{4.5 / (0.5 * (1 + 4 / 3) ** 0.5):+.1f}"]
+    assert table2.in_errors([np.ones(3)]) == ["-", "-"]
+
+
 def test_table2_says_each_claim_with_its_own_numbers():
     rng = np.random.default_rng(0)
     found = {arm: [dict(words=f"style {i}", reference="a cat", seconds=1, total=2, megabytes=3, **{
@@ -214,9 +221,14 @@ def test_table2_says_each_claim_with_its_own_numbers():
         found["R1"][i]["style"] = found[table2.BASE][i]["style"] + 0.25
         found["R1"][i]["text"] = found[table2.BASE][i]["text"] - (0.1 if i < 3 else 0.3)      # -0.2, standard error sqrt(0.002)
         found["R1"][i]["thing"] = found[table2.BASE][i]["thing"] * 0.75
+    for arm, of_styles in found.items():
+        for numbers in of_styles:                           # four pictures: R1's texts differ by 0.1 from their mean
+            numbers["pictures"] = {m: [numbers[m]] * 4 for m in table2.METRICS}
+            if arm == "R1":
+                numbers["pictures"]["text"] = [numbers["text"] + x for x in (-0.1, 0.1, -0.1, 0.1)]
     text = "\n".join(table2.report(found, 0))
-    assert "| +0.250 [+0.250, +0.250] | - | holds |" in text and text.count("[") == len(table2.CLAIMS)
-    assert "| -4.5 | holds |" in text and "thing 75 % as often" in text
+    assert "| +0.250 [+0.250, +0.250] | - / - | holds |" in text and text.count("[") == len(table2.CLAIMS)
+    assert "| -4.5 / -8.5 | holds |" in text and "thing 75 % as often" in text
     assert f"{100 * np.mean([n['thing'] for n in found['LoRA']]):.1f} ±" in text
     assert {name for claim in table2.CLAIMS for name in claim[1:3]} <= set(table2.ARMS)
 
@@ -237,7 +249,7 @@ def test_both_means_the_thing_in_the_style():
     class Judge(FakeJudge):
         def forward(self, images):
             """The style's values where channel 1 is 1, its medium alone where it is 0.5, nothing where it is 0."""
-            out = super().forward(images)
+            out = super().forward(images) | {"style": images[:, 1, 0]}
             for k, values in judge.VALUES.items():
                 least = dict(palette=1, medium=0.5).get(k, 2)
                 best = (images[:, 1, 0, 0] >= least) * values.index(getattr(style, k, "noto"))
@@ -246,7 +258,8 @@ def test_both_means_the_thing_in_the_style():
 
     images = torch.nn.functional.interpolate(pictures([number, number, 700, 700]), 16)
     images[:, 1] = torch.tensor([1, 0.5, 1, 0]).view(4, 1, 1)
-    found = two_adapters.measure(Judge(), images, images, data.names()[number], style, "noto")
+    ask = lambda judge: two_adapters.measure_both(judge, images, images, data.names()[number], data.names()[6], style, "noto")
+    found = ask(Judge())
     assert found["thing seen"].tolist() == [1, 1, 0, 0] and found["style seen"].tolist() == [1, 0.5, 1, 0]
     assert found["both"].tolist() == [1, 0.5, 0, 0] and found["palette"].tolist() == [0, 0, 0, 0]
-    assert set(two_adapters.measure(None, images, images, data.names()[number], style, "noto")) == {"palette", "texture"}
+    assert set(ask(None)) == {"palette", "texture"}
