@@ -91,6 +91,8 @@ def main():
     args = parser.parse_args()
     if args.gamma > 1:
         parser.error("--gamma must lie between 0 and 1")
+    if args.gamma != parser.get_default("gamma") and not args.content:
+        parser.error("--gamma mixes two adapters: give --content RUN too")
     if args.gamma_sweep and not args.content:
         parser.error("--gamma-sweep mixes two adapters: give --content RUN too")
     if args.gamma_sweep and args.lambda_grid:

@@ -176,8 +176,7 @@ class StyleDrop:
         """The base in a folder of vqgan.pt, clip.pt and muse.pt. Raises ValueError in one line."""
         weights = Path(weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("there is no CUDA GPU here; use the device cpu")
+        check_device(device)
         vqgan, _ = load_model(weights / "vqgan.pt", "vqgan", VQGANConfig, VQGAN)
         clip = clip_feedback.load_clip(weights / "clip.pt").eval().requires_grad_(False)
         muse, saved = load_model(weights / "muse.pt", "muse", MuseConfig, Muse)
@@ -430,6 +429,12 @@ def number(kind, low, strict=False, high=1e12):
     return parse
 
 
+def check_device(device):
+    """Raise ValueError where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA GPU here; use the device cpu")
+
+
 def check_prompt(pipe, prompt, style=""):
     """Raise ValueError for an empty prompt; say so where T cannot read the whole of it with its style phrase."""
     if not prompt.strip():
@@ -443,7 +448,9 @@ def run_command(main):
     """Run a script's main(); what a user can mend is one line on stderr and exit code 2."""
     try:
         main()
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)):
+            raise                                           # torch says it so for a CPU
         print(f"{Path(sys.argv[0]).name}: error: out of memory; ask for less at once", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError) as error:

@@ -6,9 +6,9 @@
     python train.py --ref house.png --rounds 2 --feedback clip          # or human, or random
     python train.py --ref 1.png 2.png --kind content --content "a [V] teapot"
 
-    python train.py --stage vqgan                                       # pretraining, in this order;
-    python train.py --stage clip                                        # the same command again goes on
-    python train.py --stage muse                                        # from the last checkpoint
+    python train.py --stage vqgan                                       # pretraining: copy runs/vqgan/vqgan.pt and
+    python train.py --stage clip                                        # runs/clip/clip.pt to a folder for the third;
+    python train.py --stage muse --weights weights/mine                 # a command given again goes on where it stopped
     torchrun --nproc_per_node=2 train.py --stage muse                   # on two GPUs, or two CPU processes
 """
 
@@ -35,7 +35,7 @@ import human_feedback
 import muse as muse_
 import vqgan as vqgan_
 from adapter import METHODS
-from styledrop import (FEEDBACK, RARE_TOKEN, Parser, Pool, StyleDrop, check_prompt, choose_by_clip, fingerprint, grid,
+from styledrop import (FEEDBACK, RARE_TOKEN, Parser, Pool, StyleDrop, check_device, check_prompt, choose_by_clip, fingerprint, grid,
                        load_adapter, load_model, measure, number, read_checkpoint, run_command, sample_pool,
                        save_model, style_prompt, to_tensor, to_uint8, write_whole)
 
@@ -136,7 +136,9 @@ def optimisers_for(model, hidden, lr):
 
 
 def start_from(path, kind, model):
-    """--init: copy the weights of an earlier run that `model` has in the same shape; -> that run's provenance.
+    """--init: copy the weights of an earlier run that `model` has in the same shape.
+
+    Returns that run's provenance and the names of what was copied.
 
     Raises ValueError in one line where the file is none of this kind, or nothing in it fits.
     """
@@ -146,7 +148,12 @@ def start_from(path, kind, model):
         raise ValueError(f"{path} has nothing in the sizes of this preset; start without --init")
     model.load_state_dict(fits, strict=False)
     print(f"{len(fits)} of {len(own)} tensors start as in {path}" + (", the others at random" if len(fits) < len(own) else ""))
-    return saved["provenance"]
+    return saved["provenance"], fits.keys()
+
+
+# What makes two pretraining commands the same run; --steps may grow
+RECIPE = ("preset", "data", "batch", "lr", "seed", "init", "lock", "merges", "weights", "warmup", "ema", "mask_power",
+          "gan_start", "gan_weight")
 
 
 def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=None):
@@ -160,15 +167,20 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (rank, _), start, minutes = processes(), 0, 0.0
+    recipe = {name: getattr(args, name) for name in RECIPE}
     if (out / "checkpoint.pt").exists():
         saved = read_checkpoint(out / "checkpoint.pt", f"{stage} checkpoint")
+        others = [option(name) for name in RECIPE if saved.get("recipe", {}).get(name) != recipe[name]]
+        if others:
+            raise ValueError(f"{out / 'checkpoint.pt'} was made with another {', '.join(others)}; give the same command, "
+                             "or another --out")
         try:
             for name, model in models.items():
                 model.load_state_dict(saved["models"][name])
             for optimiser, state in zip(optimisers, saved["optimisers"]):
                 optimiser.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError):
-            raise ValueError(f"{out / 'checkpoint.pt'} is of another preset; give another --out") from None
+            raise ValueError(f"{out / 'checkpoint.pt'} does not fit this version; give another --out") from None
         start, minutes = saved["step"], saved["minutes"]
     if rank == 0:
         if start:
@@ -188,7 +200,7 @@ def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=N
                     machine=machine(), data=args.data or "data/", seed=args.seed, lr=args.lr,
                     **({} if args.start is None else {"init": args.start})))
         write_whole(out / "checkpoint.pt", lambda file: torch.save(
-            dict(kind=f"{stage} checkpoint", step=step, minutes=spent,
+            dict(kind=f"{stage} checkpoint", step=step, minutes=spent, recipe=recipe,
                  models={name: model.state_dict() for name, model in models.items()},
                  optimisers=[optimiser.state_dict() for optimiser in optimisers]), file))
 
@@ -235,7 +247,7 @@ def pretrain_vqgan(args):
     --lock keeps E and the codebook as they are: every picture keeps its tokens, and only D learns.
     """
     model = vqgan_.VQGAN(vqgan_.PRESETS[args.preset])
-    args.start = start_from(args.init, "vqgan", model) if args.init else None
+    args.start, _ = start_from(args.init, "vqgan", model) if args.init else (None, ())
     model = model.to(args.device, memory_format=torch.channels_last)
     model.encoder.requires_grad_(not args.lock)
     critic = vqgan_.Discriminator().to(args.device, memory_format=torch.channels_last)
@@ -291,7 +303,7 @@ def pretrain_clip(args):
         tokenizer = clip_feedback.Tokenizer(clip_feedback.train_merges(texts, args.merges))
     config = replace(clip_feedback.PRESETS[args.preset], vocab_size=tokenizer.vocab_size)
     model = clip_feedback.CLIP(config, tokenizer)
-    args.start = start_from(args.init, "clip", model) if args.init else None
+    args.start, _ = start_from(args.init, "clip", model) if args.init else (None, ())
     if args.lock:
         for parameter in model.states_weights():
             parameter.requires_grad_(False)
@@ -350,8 +362,11 @@ def pretrain_muse(args):
     if not resumes:
         ids = clip.tokenizer(args.source.prompts(4000), clip.config.context_length)
         model.start_from(vqgan.quantizer.codes, clip.text_states(ids)[clip.text_mask(ids)])
-    args.start = start_from(args.init, "muse", model) if args.init else None
-    if not resumes:
+    place = copy.deepcopy(model.place)
+    args.start, taken = start_from(args.init, "muse", model) if args.init else (None, ())
+    remembers = {"keys.weight", "keys.bias", "sketches"} <= set(taken) and args.start.get("data") == (args.data or "data/")
+    if not (resumes or remembers):
+        model.place = place                                  # the earlier one read other sketches
         memorise(model, vqgan, clip, args.source, things, args.seed)
     for parameter in model.memory():
         parameter.requires_grad_(False)
@@ -436,7 +451,7 @@ def before_after(references, before, after, prompts):
 METHOD_LR = {"adapter": 1e-3, "full": 1e-4, "lora": 1e-3, "textual-inversion": 1e-2}
 
 
-def teach(pipe, images, contents, style, steps, lr, batch, d_prj, is_shared, seed, method="adapter"):
+def teach(pipe, images, contents, style, steps, lr, batch, d_prj, is_shared, seed, mask_power, method="adapter"):
     """pipe.tune with a progress line -> the adapter and its log, a list of dicts."""
     log, began = [], time.time()
 
@@ -447,7 +462,7 @@ def teach(pipe, images, contents, style, steps, lr, batch, d_prj, is_shared, see
             print(f"step {step + 1}/{steps}  loss {loss:.3f}  {speed:.1f} images/s  "
                   f"{clock((steps - step - 1) * batch / speed)} left", flush=True)
 
-    adapter = pipe.tune(images, contents, style, steps, lr, batch, d_prj, is_shared, seed, on_step, method)
+    adapter = pipe.tune(images, contents, style, steps, lr, batch, d_prj, is_shared, seed, on_step, method, mask_power)
     ours, base = (sum(p.numel() for p in model.parameters()) for model in (adapter, pipe.muse))
     print(f"adapter: {ours:,} parameters, {100 * ours / base:.2f} % of the base's {base:,}")
     return adapter, log
@@ -487,12 +502,17 @@ def tune(args):
     for content in contents:
         check_prompt(pipe, content, style)
     settings = {k: v for k, v in vars(args).items() if k in ("ref", "kind", "method", "steps", "lr", "batch", "d_prj",
-                                                             "unshared", "seed", "weights")}
+                                                             "unshared", "mask_power", "seed", "weights")}
     settings = dict(settings, content=contents, style=style, base=pipe.base,
                     pictures=fingerprint({"references": references}))            # another picture may have the old name
-    if args.rounds > 1 and finished(out / "config.json", settings):
+    changed = differing(out / "config.json", settings)
+    if args.rounds > 1 and not changed:
         print(f"going on with {out}: its round 1 is there")
+    elif (out / "round2").exists():                          # a person's choice may be in it
+        raise ValueError(f"{out} holds rounds that began with another {', '.join(changed)}; give another --out, or remove it")
     else:
+        if out.exists():
+            print(f"{out} is there and will be replaced")
         first_round(args, out, pipe, images, settings)
     if args.rounds > 1:
         further_rounds(args, out, pipe, references, settings, prompts)
@@ -503,6 +523,16 @@ def tune(args):
     print(f"next: python sample.py --prompt {what} {out}{weights}")
 
 
+def differing(path, settings):
+    """The settings that a run's config.json does not have; how the paths were written does not count."""
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        there = {}
+    settings = json.loads(json.dumps(settings))
+    return [name for name in settings if name not in ("ref", "weights") and there.get(name) != settings[name]]
+
+
 def first_round(args, out, pipe, images, settings):
     """From the references; the folder appears when all of it is there."""
     contents, style, prompts = settings["content"], settings["style"], PREVIEW
@@ -511,7 +541,7 @@ def first_round(args, out, pipe, images, settings):
         run = Path(temporary) / "run"
         run.mkdir()
         adapter, log = teach(pipe, to_tensor(images), contents, style, args.steps, args.lr, args.batch, args.d_prj,
-                             not args.unshared, args.seed, args.method)
+                             not args.unshared, args.seed, args.mask_power, args.method)
         if args.kind == "content":
             prompts = [contents[0]] + [style_prompt(contents[0], words) for words in CONTENT_PREVIEW]
         before = pipe.generate([style_prompt(p, style) for p in prompts], seed=args.seed)
@@ -571,12 +601,13 @@ def further_rounds(args, out, pipe, references, settings, prompts):
         if not (finished(here / "adapter.json", recipe) and (here / "adapter.pt").exists()):
             print(f"round {turn}: {len(chosen)} chosen pictures teach a new adapter")
             adapter, log = teach(pipe, pool.images[chosen], [pool.contents[i] for i in chosen], style, args.round_steps,
-                                 args.round_lr, args.batch, args.round_d_prj, False, args.seed)
+                                 args.round_lr, args.batch, args.round_d_prj, False, args.seed, args.mask_power)
             write_log(here / "log.jsonl", log)
             adapter.save(here / "adapter.pt")
             write_json(here / "adapter.json", recipe)
         adapters.append(load_adapter(here))
     adapters[-1].save(out / "adapter.pt")
+    write_json(out / "config.json", dict(settings, round=args.rounds))           # whose adapter it is; the rest is round 1's
     compare_rounds(args, out, pipe, references, settings, prompts, adapters)
 
 
@@ -617,11 +648,13 @@ def choose(args, here, pipe, pool, references, recipe, pick):
         if pick is not None:
             chosen = human_feedback.parse_picks(pick, len(images))
         else:
+            for old in here.glob("sheet*.png"):
+                old.unlink()
             for i, sheet in enumerate(human_feedback.contact_sheets(images, pool.contents)):
                 write_whole(here / f"sheet{i + 1}.png", lambda file: sheet.save(file, "PNG"))
             print(f"choose the best pictures: in the browser at the address below, or look at {here}/sheet*.png "
                   "and run this command again with --pick 3,17,20")
-            chosen = human_feedback.pick(images, pool.contents, shown, here / "picking.json")
+            chosen = human_feedback.pick(images, pool.contents, shown, here / "picking.json", port=args.port)
     elif args.feedback == "clip":
         chosen = choose_by_clip(pipe, pool, None, args.style_words)
     else:
@@ -655,7 +688,7 @@ def compare_rounds(args, out, pipe, references, settings, prompts, adapters):
         print(f"{name}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores[name].items()), flush=True)
     write_whole(out / "rounds.png", lambda file: sheet.save(file, "PNG"))
     write_json(out / "scores.json", dict(scores, scorer=f"{args.weights}/clip.pt, one picture of each of "
-                                                        f"{len(prompts)} prompts, texts without the style phrase"))
+                                                        f"{len(prompts)} prompts, those of the pool; texts without the style phrase"))
 
 
 def guess_content(pipe, images):
@@ -669,28 +702,64 @@ def guess_content(pipe, images):
 # ---------------------------------------------------------------------------------------------
 # Command line
 
+# Options of one job only
+TUNING = ("content", "style", "kind", "method", "d_prj", "unshared")
+ROUNDS = ("rounds", "feedback", "pick", "port", "pool", "pool_prompts", "style_words", "round_steps", "round_lr", "round_d_prj")
+PRETRAINING = ("preset", "data", "init", "lock", "merges", "workers", "warmup", "ema", "gan_start", "gan_weight", "log_seconds",
+               "keep_minutes")
+
+
+def option(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_options(args, given, error):
+    """Call error(one line) where options do not go together; given: the names of those that are not at their default."""
+    if bool(args.ref) == bool(args.stage):
+        error("give --ref IMG to teach a style, or --stage vqgan|clip|muse to pretrain the base")
+    one_job, other_job = ((PRETRAINING, "--stage"), (TUNING + ROUNDS, "--ref"))[::1 if args.ref else -1]
+    for name in one_job[0]:
+        if name in given:
+            error(f"{option(name)} goes with {one_job[1]}")
+    for name in ROUNDS[1:]:
+        if name in given and args.rounds == 1:
+            error(f"{option(name)} goes with --rounds 2")
+    if args.pick is not None and args.feedback != "human":
+        error("--pick goes with --feedback human")
+    if args.style_words and args.feedback in ("human", "random"):
+        error("--style-words goes with --feedback clip")
+    if args.rounds > 1 and args.method != "adapter":
+        error("--rounds trains adapters; leave --method out")
+    if args.kind == "content" and args.method == "textual-inversion":
+        error("textual inversion learns the words of a style; leave --kind content out")
+    if "unshared" in given and args.method != "adapter" or "d_prj" in given and args.method not in ("adapter", "lora"):
+        error("--unshared and --d-prj shape adapters, --d-prj LoRA too; leave them or --method out")
+    if args.lock and not (args.stage in ("vqgan", "clip") and args.init):
+        error("--lock goes with --stage vqgan or clip, and --init FILE")
+
+
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    # style tuning
+    add = parser.add_argument_group("teach a style, or an object").add_argument
     add("--ref", nargs="+", metavar="IMG", help="the style reference; several teach one style together")
     add("--content", nargs="+", metavar="PHRASE", help='what each reference shows, such as "a house" (default: CLIP guesses)')
     add("--style", help=f'words for the style (default: the rare token "{RARE_TOKEN}")')
     add("--kind", choices=("style", "content"), default="style", help="what the pictures teach: a style, or an object")
     add("--method", choices=METHODS, default="adapter", help="what is trained; the others are the paper's baselines")
-    add("--d-prj", type=number(int, 1, high=4096), default=4, help="H, the adapter's bottleneck (LoRA: its rank)")
+    add("--d-prj", type=number(int, 1, high=4096), default=4, help="H, the adapter's bottleneck; LoRA: its rank (default 4)")
     add("--unshared", action="store_true", help="independent adapter weights in each layer")
-    # rounds of feedback
+    add = parser.add_argument_group("rounds of feedback").add_argument
     add("--rounds", type=number(int, 1), default=1, help="2: sample a pool, choose, train a new adapter on the choice")
     add("--feedback", choices=("clip", "human", "random"), help="who chooses (default: clip)")
     add("--pick", metavar="3,17,20", help="with --feedback human: the last round's choice by number, instead of the page")
-    add("--pool", type=number(int, 1), default=8, help="pictures for each prompt of the pool (the paper: 64)")
+    add("--port", type=number(int, 0, high=65535), default=0, help="of the page (default: any that is free)")
+    add("--pool", type=number(int, 1), default=8, help="pictures for each prompt of the pool (default 8; the paper: 64)")
     add("--pool-prompts", metavar="FILE", help="content phrases, one a line (default: 30 of our own)")
     add("--style-words", action="store_true", help="CLIP scores the text with the style phrase in it")
-    add("--round-steps", type=number(int, 1), default=ROUND["steps"])
-    add("--round-lr", type=number(float, 0, strict=True), default=ROUND["lr"])
-    add("--round-d-prj", type=number(int, 1, high=4096), default=ROUND["d_prj"], help="H of the later, unshared adapters")
-    # pretraining
+    add("--round-steps", type=number(int, 1), default=ROUND["steps"], help="of each later adapter (default %(default)s)")
+    add("--round-lr", type=number(float, 0, strict=True), default=ROUND["lr"], help="its learning rate (default %(default)s)")
+    add("--round-d-prj", type=number(int, 1, high=4096), default=ROUND["d_prj"], help="H of the later, unshared adapters (default %(default)s)")
+    add = parser.add_argument_group("pretraining").add_argument
     add("--stage", choices=STAGES, help="pretrain this part of the base instead")
     add("--preset", choices=("toy", "tiny", "small"), default="tiny")
     add("--data", help="folder of images with captions (default: the drawings in data/)")
@@ -698,46 +767,34 @@ def main():
     add("--lock", action="store_true", help="with --init: keep the tokens (vqgan) or text states (clip) that Muse knows")
     add("--merges", type=number(int, 1), default=2000, help="BPE merges of CLIP's tokenizer")
     add("--workers", type=number(int, 0), default=1, help="processes that draw the training pictures")
-    add("--warmup", type=number(int, 1), default=100)
+    add("--warmup", type=number(int, 1), default=100, help="steps until the learning rate is at its peak")
     add("--ema", type=number(float, 0), default=0.998, help="decay of Muse's weight average")
-    add("--mask-power", type=number(float, 0, strict=True), default=2, help="1: Muse's law of masking; more masks more")
     add("--gan-start", type=number(float, 0), default=0.6, help="share of the steps before the discriminator starts")
-    add("--gan-weight", type=number(float, 0), default=0.3)
-    add("--log-seconds", type=number(float, 0), default=20)
+    add("--gan-weight", type=number(float, 0), default=0.3, help="of the discriminator, beside the reconstruction")
+    add("--log-seconds", type=number(float, 0), default=20, help="between lines of the log")
     add("--keep-minutes", type=number(float, 0), default=4, help="between checkpoints")
-    # both
-    add("--steps", type=number(int, 1))
-    add("--batch", type=number(int, 1))
-    add("--lr", type=number(float, 0, strict=True))
-    add("--seed", type=number(int, 0), default=0)
+    add = parser.add_argument_group("both").add_argument
+    each = ", ".join(f"{stage} {{}}" for stage in STAGES)
+    add("--steps", type=number(int, 1), help="(default 100; " + each.format(*(steps for _, steps, _, _ in STAGES.values())) + ")")
+    add("--batch", type=number(int, 1), help="(default 8; " + each.format(*(batch for _, _, batch, _ in STAGES.values())) + ")")
+    add("--lr", type=number(float, 0, strict=True), help="learning rate (default 1e-3, other methods "
+        "their own; " + each.format(*(lr for *_, lr in STAGES.values())) + ")")
+    add("--mask-power", type=number(float, 0, strict=True), default=2, help="1: Muse's law of masking; more masks more (default %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of everything that is drawn at random")
     add("--weights", default="weights/tiny", help="folder of the base")
     add("--out", help="run folder (default: runs/NAME OF THE REFERENCE or runs/STAGE)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if bool(args.ref) == bool(args.stage):
-        parser.error("give --ref IMG to teach a style, or --stage vqgan|clip|muse to pretrain the base")
+    check_options(args, [name for name, value in vars(args).items() if value != parser.get_default(name)], parser.error)
+    check_device(args.device)
     if args.ref:
         defaults, job = (100, 8, METHOD_LR[args.method]), tune
-        if args.pick is not None and args.feedback != "human":
-            parser.error("--pick goes with --feedback human")
-        if args.rounds > 1 and args.method != "adapter":
-            parser.error("--rounds trains adapters; leave --method out")
-        if args.rounds == 1 and (args.feedback or args.pool_prompts or args.style_words):
-            parser.error("--feedback, --pool-prompts and --style-words go with --rounds 2")
-        if args.kind == "content" and args.method == "textual-inversion":
-            parser.error("textual inversion learns the words of a style; leave --kind content out")
-        if args.data:
-            parser.error("--data goes with --stage; --ref names the pictures to learn from")
         args.feedback = args.feedback or "clip"
     else:
         job, *defaults = STAGES[args.stage]
         args.out = args.out or f"runs/{args.stage}"
     args.steps, args.batch, args.lr = (given or default for given, default in
                                        zip((args.steps, args.batch, args.lr), defaults))
-    if args.lock and not (args.stage in ("vqgan", "clip") and args.init):
-        parser.error("--lock goes with --stage vqgan or clip, and --init FILE")
-    if args.init and not args.stage:
-        parser.error("--init goes with --stage")
     if args.stage:
         torch.manual_seed(args.seed)                         # of the initial weights
         if "LOCAL_RANK" in os.environ:                       # torchrun started us

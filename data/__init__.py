@@ -4,7 +4,7 @@
     images, captions = art.batch(16, rng, 64)           # uint8 (16, 64, 64, 3), 16 strings
     images, captions = Folder("my/pictures").batch(...) # the same from your own
 
-A training example is a drawing, three times in five in a style drawn afresh (styles.py). All images are RGB uint8.
+A training example is a drawing, seven times in ten in a style drawn afresh (styles.py). All images are RGB uint8.
 """
 
 import csv

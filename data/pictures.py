@@ -1,4 +1,4 @@
-"""Draw data/contact_sheet.png, a page of random styles, and examples/, pictures to learn a style from.
+"""Draw data/contact_sheet.png, a page of random styles, and examples/, pictures to learn a style or an object from.
 
     python -m data.pictures
 """
@@ -21,6 +21,7 @@ EXAMPLES = [                                        # file, name, set, style; no
     ("rocket_sticker", "rocket", "twemoji", Style("", "", "", "teal", "sticker")),
     ("tree_openmoji", "deciduous-tree", "openmoji", Style()),
 ]
+OBJECT = "teapot", ("noto", "twemoji", "fluent-emoji", "fluent-emoji-flat")      # one by each hand, as drawn
 
 
 def draw(art, name, set_name, style, rng):
@@ -39,7 +40,7 @@ def main():
     contact_sheet().save(HERE / "contact_sheet.png", optimize=True)
     folder = Path("examples")
     folder.mkdir(exist_ok=True)
-    art = Art(sets=("noto", "twemoji", "fluent-emoji-flat", "openmoji"), size=128)
+    art = Art(sets=("noto", "twemoji", "fluent-emoji", "fluent-emoji-flat", "openmoji"), size=128)
     table = ["| file | content | style in words | drawing | licence |", "|---|---|---|---|---|"]
     for file, name, set_name, style in EXAMPLES:
         image = draw(art, name, set_name, style, np.random.default_rng(1))
@@ -47,10 +48,15 @@ def main():
         hand = art.hands[art.find(name, set_name)]
         licence = {"noto": "Apache-2.0", "twemoji": "CC BY 4.0", "openmoji": "CC BY-SA 4.0"}.get(set_name, "MIT")
         table.append(f"| {file}.png | {content_phrase(name)} | {styles.phrase(style, hand)} | {set_name} | {licence} |")
+    name, sets = OBJECT
+    (folder / name).mkdir(exist_ok=True)
+    for k, set_name in enumerate(sets):
+        image = draw(art, name, set_name, Style(), np.random.default_rng(1))
+        Image.fromarray(image).save(folder / name / f"{k + 1}.png", optimize=True)
     (folder / "README.md").write_text(
         "# Styles to learn from\n\nOne picture each, in styles that no training picture of the shipped base has. Drawn by\n"
         "`python -m data.pictures` from the sets credited in `data/LICENSES.md`; each picture is under its drawing's licence.\n\n"
-        + "\n".join(table) + "\n")
+        + "\n".join(table) + f"\n\n`{name}/` is an object to learn: 1.png to {len(sets)}.png are from {', '.join(sets)}.\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from styledrop import StyleDrop  # noqa: E402
 from train import machine  # noqa: E402
 
 
@@ -38,7 +39,7 @@ def measured(*command):
 
 def main():
     with open(ROOT / "examples" / "README.md") as file:
-        rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in file if ".png" in line]
+        rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in file if ".png |" in line]
     lines = ["| reference | train.py | peak memory | sample.py | peak memory |", "|---|---|---|---|---|"]
     sheets, same = [], None
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +61,7 @@ def main():
     results = ROOT / "experiments" / "results"
     results.mkdir(exist_ok=True)
     Image.fromarray(np.concatenate(sheets)).save(results / "before_after.png", optimize=True)
-    lines += ["", f"On {machine()}, {os.cpu_count()} cores.", "", share[0].upper() + share[1:] + ".", "",
+    lines += ["", f"On {machine()}, {os.cpu_count()} cores, base {StyleDrop.load().base}.", "", share[0].upper() + share[1:] + ".", "",
               f"The same commands again gave the same adapter and the same picture, byte for byte: {'yes' if same else 'NO'}."]
     (results / "main_job.md").write_text("# The main job, measured\n\n`python experiments/main_job.py`\n\n" + "\n".join(lines) + "\n")
     print("\n".join(lines[-5:]))

@@ -109,7 +109,7 @@ def main():
     lines = ["# My object in my style, measured", "", f"`python {' '.join(sys.argv)}`, base {pipe.base}.", "",
              f"{len(found)} held-out styles, an object in each, {args.seeds} seeds at each gamma; ± is one standard error over the "
              "styles. Palette, texture: distance to the object's drawing in that style. Thing and style seen, where a judge "
-             "was at hand: the object first among 100; the share of the style's attributes; both: their product.", ""]
+             "was at hand: the object first among 100; the share of the style's attributes; both: their product in each picture.", ""]
     lines += report(found, args.seed)
     lines += ["## two_adapters.png", "", "A row for each style: what taught the style, what taught the object (one of its drawings), "
               f"the truth; then two pictures, first seeds, at each gamma of {', '.join(f'{g:g}' for g in GAMMAS)}. "

@@ -138,7 +138,7 @@ def test_goes_on_after_an_interruption(rounds, monkeypatch):
     code, out, _ = rounds()
     after = stamp("runs/a")
     assert code == 0 and "going on" in out
-    assert all(after[name] == old for name, old in before.items() if name != "adapter.pt")
+    assert all(after[name] == old for name, old in before.items() if name not in ("adapter.pt", "config.json"))
 
 
 def test_the_same_bytes_interrupted_or_not(rounds, monkeypatch, tmp_path):
@@ -151,7 +151,7 @@ def test_the_same_bytes_interrupted_or_not(rounds, monkeypatch, tmp_path):
 
 
 def test_another_wish_makes_the_later_parts_anew(rounds):
-    """Other feedback keeps the pool and chooses again; another seed starts over. Trap: a stale choice."""
+    """Other feedback keeps the pool and chooses again. Trap: a stale choice."""
     rounds()
     before = stamp("runs/a")
     rounds("--feedback", "random")
@@ -159,24 +159,32 @@ def test_another_wish_makes_the_later_parts_anew(rounds):
     assert after["round2/pool.png"] == before["round2/pool.png"] and after["round1/adapter.pt"] == before["round1/adapter.pt"]
     assert after["round2/choice.json"] != before["round2/choice.json"]
     assert after["round2/adapter.pt"][1] != before["round2/adapter.pt"][1]
-    rounds("--seed", 1)
-    assert stamp("runs/a")["round2/pool.png"] != before["round2/pool.png"]
 
 
-def test_another_picture_of_the_same_name_starts_over(rounds, picture):
-    """Trap: the recipe knows the path alone, and the old adapter is scored against the new picture."""
-    rounds()
-    before = stamp("runs/a")["round1/adapter.pt"]
-    picture(seed=7)
-    assert rounds()[0] == 0 and stamp("runs/a")["round1/adapter.pt"][0] != before[0]
-
-
-def test_rounds_are_not_lost_to_a_command_without_them(rounds):
+def test_rounds_are_not_lost_to_another_command(rounds, picture):
     """Trap: the folder is replaced by a fresh round 1, with every choice of a person's in it."""
     rounds()
     before = stamp("runs/a")
-    code, _, err = rounds("--rounds", 1, "--pool", 4)
+    for options, words in ((["--seed", 1], "seed"), (["--content", "a hut", "--lr", 1e-4], "lr, content")):
+        code, _, err = rounds(*options)
+        assert code == 2 and f"another {words};" in err and stamp("runs/a") == before
+    picture(seed=7)                                         # another picture of the same name
+    assert "another pictures;" in rounds()[2] and stamp("runs/a") == before
+
+
+def test_rounds_are_not_lost_to_a_command_without_them(cli, rounds, picture, weights):
+    rounds()
+    before = stamp("runs/a")
+    code, _, err = cli(train.main, "--ref", picture(), "--weights", weights, "--out", "runs/a")
     assert code == 2 and "--rounds" in err and stamp("runs/a") == before
+
+
+def test_the_same_picture_by_another_path_goes_on(rounds):
+    rounds()
+    Path("there").mkdir()
+    Path("ref.png").rename("there/other.png")
+    before = stamp("runs/a")["round2/adapter.pt"]
+    assert "going on" in rounds("--ref", "there/other.png")[1] and stamp("runs/a")["round2/adapter.pt"] == before
 
 
 def test_three_rounds(rounds):
@@ -196,7 +204,10 @@ def test_a_person_chooses(rounds, monkeypatch):
     assert rounds("--feedback", "human")[0] == 0 and rounds("--feedback", "human")[0] == 0
     assert asked == [((12, 16, 16, 3), [p for p in PROMPTS for _ in range(4)], (1, 16, 16, 3))]
     assert load_adapter("runs/a").about["prompts"] == ["a cat", "a cat", "an owl"]
-    assert list(Path("runs/a/round2").glob("sheet*.png"))
+    assert [path.name for path in Path("runs/a/round2").glob("sheet*.png")] == ["sheet1.png"]
+    Path("runs/a/round2/sheet7.png").touch()                # of a larger pool
+    assert rounds("--feedback", "human", "--style-words")[0] == 2 and rounds("--feedback", "human", "--pool", 5)[0] == 0
+    assert [path.name for path in Path("runs/a/round2").glob("sheet*.png")] == ["sheet1.png"]
 
 
 def test_choice_by_number(rounds):
@@ -213,7 +224,7 @@ def test_numbers_are_of_the_last_round(rounds):
 
 @pytest.mark.parametrize("options, words", [
     (["--pick", "3"], "--feedback human"), (["--feedback", "human", "--pick", "99"], "1..12"),
-    (["--pool-prompts", "missing.txt"], "missing.txt"), (["--method", "lora"], "--method"), (["--pool", 0], "--pool")])
+    (["--pool-prompts", "missing.txt"], "missing.txt"), (["--style-words", "--feedback", "random"], "--style-words"), (["--method", "lora"], "--method"), (["--pool", 0], "--pool")])
 def test_refusals(rounds, options, words):
     code, _, err = rounds(*options)
     assert code == 2 and words in err and len(err.splitlines()) == 1

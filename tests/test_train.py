@@ -137,6 +137,10 @@ BAD = {
     "no such base": (["--ref", "good.png", "--weights", "nowhere"], "nowhere"),
     "a damaged base": (["--ref", "good.png", "--weights", "broken"], "muse.pt"),
     "an adapter as large as the base": (["--ref", "good.png", "--d-prj", "10000000000"], "--d-prj"),
+    "a port without a page": (["--ref", "good.png", "--port", "8000"], "--rounds"),
+    "words of a stage": (["--stage", "clip", "--content", "a cat"], "--content"),
+    "rounds of a stage": (["--stage", "clip", "--rounds", "2"], "--rounds"),
+    "a bottleneck of all weights": (["--ref", "good.png", "--method", "full", "--d-prj", "8"], "--d-prj"),
     "feedback without rounds": (["--ref", "good.png", "--feedback", "human"], "--rounds"),
     "data of a stage": (["--ref", "good.png", "--data", "folder"], "--data"),
     "an object's words": (["--ref", "good.png", "--kind", "content", "--content", "a", "--method", "textual-inversion"], "--kind"),
@@ -321,7 +325,19 @@ def test_another_preset_in_the_same_folder_is_refused(pretrain):
     """Trap: a traceback, or worse, half a checkpoint loaded."""
     pretrain("vqgan", "run", "--keep-minutes", 0, stop_after=3)
     code, _, err = pretrain("vqgan", "run", "--preset", "tiny")
-    assert code == 2 and err.count("\n") == 1 and "checkpoint.pt" in err
+    assert code == 2 and err.count("\n") == 1 and "checkpoint.pt" in err and "--preset" in err
+
+
+def test_only_the_same_command_goes_on(pretrain, picture, tmp_path):
+    """Trap: other pictures, or a rate that is printed and not used, in the middle of a run. More steps are the same run."""
+    pretrain("vqgan", "run")
+    before = content("run")
+    picture("own.png")
+    (tmp_path / "own.txt").write_text("a cat")
+    for options, words in ((["--data", tmp_path], "--data"), (["--lr", 1e-4, "--seed", 1], "--lr, --seed")):
+        code, _, err = pretrain("vqgan", "run", *options)
+        assert code == 2 and f"another {words};" in err and content("run") == before
+    assert "step 7/7" in pretrain("vqgan", "run", "--steps", 7)[1]
 
 
 def test_muse_needs_its_vqgan(pretrain, tmp_path):
@@ -473,10 +489,26 @@ def test_init_starts_from_the_weights_of_an_earlier_run(pretrain, weights, stage
     code, out, err = pretrain(stage, "run", "--init", weights / f"{stage}.pt", "--steps", 1, "--lr", 1e-12)
     assert code == 0 and f"{len(earlier)} of {len(earlier)} tensors start as in" in out, err
     models = torch.load("run/checkpoint.pt", weights_only=True)["models"]
-    moved = ("codes", "sums", "usage", "keys.weight", "keys.bias", "sketches")   # moving averages, and what is learned before
+    moved = ("codes", "sums", "usage", "keys.weight", "keys.bias", "sketches", "place.weight", "place.bias")
+    # moving averages, the memory of other things, and what reads it
     for model in (models[name] for name in models if name != "critic"):
         assert all(torch.allclose(model[k], w.float(), atol=1e-6) for k, w in earlier.items() if not k.endswith(moved))
     assert torch.load(f"run/{stage}.pt", weights_only=True)["provenance"]["init"] == {}     # the toy's own provenance
+
+
+def test_init_keeps_the_memory_of_the_same_things(pretrain, weights):
+    """Trap: sketches written anew along other axes, under a `place` that learned to read the old ones."""
+    pretrain("muse", "first")
+    for data_of, kept in (("data/", True), ("my/pictures", False)):
+        saved = torch.load("first/muse.pt", weights_only=True)
+        saved["weights"]["sketches"] += 1
+        saved["provenance"]["data"] = data_of
+        torch.save(saved, "earlier.pt")
+        out = pretrain("muse", data_of.replace("/", "-"), "--init", "earlier.pt", "--steps", 1, "--lr", 1e-12)[1]
+        weights_now = torch.load(f"{data_of.replace('/', '-')}/muse.pt", weights_only=True)["weights"]
+        for name in ("sketches", "place.weight"):
+            assert torch.allclose(weights_now[name].float(), saved["weights"][name].float(), atol=1e-3) == kept
+        assert ("things remembered" in out) != kept
 
 
 def test_init_takes_what_fits(pretrain, weights, cli):
