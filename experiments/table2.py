@@ -122,7 +122,7 @@ def run(task):
 
 def verdict(mean, low, high, sign):
     """What an interval of a difference says of a claim about its sign."""
-    if sign * mean <= 0:
+    if sign * mean < 1e-9:                                  # rounding is no difference
         return "does not hold" if low > 0 or high < 0 else "not seen"
     return "holds" if low > 0 or high < 0 else "its direction, within the error"
 

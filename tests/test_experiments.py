@@ -201,7 +201,8 @@ def test_the_oracle_takes_the_right_thing_first_then_the_nearest_style():
 
 @pytest.mark.parametrize("mean, low, high, sign, said", [
     (1, 0.5, 2, 1, "holds"), (-1, -2, -0.5, -1, "holds"), (1, -0.5, 2, 1, "its direction, within the error"),
-    (-1, -2, -0.5, 1, "does not hold"), (1, 0.5, 2, -1, "does not hold"), (-1, -2, 0.5, 1, "not seen"), (0, 0, 0, 1, "not seen")])
+    (-1, -2, -0.5, 1, "does not hold"), (1, 0.5, 2, -1, "does not hold"), (-1, -2, 0.5, 1, "not seen"), (0, 0, 0, 1, "not seen"),
+    (-1e-17, -1, 1, -1, "not seen")])
 def test_verdicts(mean, low, high, sign, said):
     assert table2.verdict(mean, low, high, sign) == said
 

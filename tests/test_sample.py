@@ -121,6 +121,19 @@ def test_the_style_phrase_counts_in_the_length(draw):
     assert "longer than 16 tokens" in draw("--prompt", "a cat", "--style-phrase", "gold " * 20)[2]
 
 
+@pytest.mark.parametrize("error, code", [(MemoryError(), 2), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2),
+                                         (torch.OutOfMemoryError("CUDA out of memory"), 2), (RuntimeError("a bug"), None)])
+def test_out_of_memory_is_one_line(cli, error, code):
+    """As Python, torch on a CPU and torch on a GPU say it. Trap: bugs of ours under the same line."""
+    def main():
+        raise error
+    if code is None:
+        with pytest.raises(RuntimeError, match="a bug"):
+            cli(main)
+    else:
+        assert cli(main)[0] == code and cli(main)[2].count("\n") == 1
+
+
 BAD = {                                                          # options besides a prompt, a word of the answer
     "an empty prompt": (["--prompt", ""], "empty"),
     "a blank prompt": (["--prompt", " \t"], "empty"),
@@ -128,6 +141,7 @@ BAD = {                                                          # options besid
     "half a step": (["--steps", "1.5"], "--steps"),
     "lambda nan": (["--lambda-a", "nan"], "--lambda-a"),
     "lambda inf": (["--lambda-b", "inf"], "--lambda-b"),
+    "a gamma of one adapter": (["--gamma", "0.6"], "--content"),
     "a gamma beyond 1": (["--gamma", "1.1"], "--gamma"),
     "no pictures": (["--num", "0"], "--num"),
     "a negative temperature": (["--temperature", "-1"], "--temperature"),
