@@ -525,11 +525,7 @@ def tune(args):
 
 def differing(path, settings):
     """The settings that a run's config.json does not have; how the paths were written does not count."""
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        there = {}
-    settings = json.loads(json.dumps(settings))
+    there, settings = read_json(path) or {}, as_json(settings)
     return [name for name in settings if name not in ("ref", "weights") and there.get(name) != settings[name]]
 
 
@@ -568,10 +564,20 @@ ROUND = dict(steps=200, lr=1e-3, d_prj=8)                    # of the adapters a
 
 def finished(path, recipe):
     """True if the part that `path` describes was made by the very same recipe."""
+    return read_json(path) == as_json(recipe)
+
+
+def read_json(path):
+    """What is in a file of ours; None where it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(recipe))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return None
+
+
+def as_json(value):
+    """As it comes back from a file: tuples are lists."""
+    return json.loads(json.dumps(value))
 
 
 def write_json(path, value):
@@ -717,10 +723,10 @@ def check_options(args, given, error):
     """Call error(one line) where options do not go together; given: the names of those that are not at their default."""
     if bool(args.ref) == bool(args.stage):
         error("give --ref IMG to teach a style, or --stage vqgan|clip|muse to pretrain the base")
-    one_job, other_job = ((PRETRAINING, "--stage"), (TUNING + ROUNDS, "--ref"))[::1 if args.ref else -1]
-    for name in one_job[0]:
+    of_the_other_job, its = (PRETRAINING, "--stage") if args.ref else (TUNING + ROUNDS, "--ref")
+    for name in of_the_other_job:
         if name in given:
-            error(f"{option(name)} goes with {one_job[1]}")
+            error(f"{option(name)} goes with {its}")
     for name in ROUNDS[1:]:
         if name in given and args.rounds == 1:
             error(f"{option(name)} goes with --rounds 2")
@@ -746,14 +752,14 @@ def main():
     add("--style", help=f'words for the style (default: the rare token "{RARE_TOKEN}")')
     add("--kind", choices=("style", "content"), default="style", help="what the pictures teach: a style, or an object")
     add("--method", choices=METHODS, default="adapter", help="what is trained; the others are the paper's baselines")
-    add("--d-prj", type=number(int, 1, high=4096), default=4, help="H, the adapter's bottleneck; LoRA: its rank (default 4)")
+    add("--d-prj", type=number(int, 1, high=4096), default=4, help="H, the adapter's bottleneck; LoRA: its rank (default %(default)s)")
     add("--unshared", action="store_true", help="independent adapter weights in each layer")
     add = parser.add_argument_group("rounds of feedback").add_argument
     add("--rounds", type=number(int, 1), default=1, help="2: sample a pool, choose, train a new adapter on the choice")
     add("--feedback", choices=("clip", "human", "random"), help="who chooses (default: clip)")
     add("--pick", metavar="3,17,20", help="with --feedback human: the last round's choice by number, instead of the page")
     add("--port", type=number(int, 0, high=65535), default=0, help="of the page (default: any that is free)")
-    add("--pool", type=number(int, 1), default=8, help="pictures for each prompt of the pool (default 8; the paper: 64)")
+    add("--pool", type=number(int, 1), default=8, help="pictures for each prompt of the pool (default %(default)s; the paper: 64)")
     add("--pool-prompts", metavar="FILE", help="content phrases, one a line (default: 30 of our own)")
     add("--style-words", action="store_true", help="CLIP scores the text with the style phrase in it")
     add("--round-steps", type=number(int, 1), default=ROUND["steps"], help="of each later adapter (default %(default)s)")
@@ -774,11 +780,10 @@ def main():
     add("--log-seconds", type=number(float, 0), default=20, help="between lines of the log")
     add("--keep-minutes", type=number(float, 0), default=4, help="between checkpoints")
     add = parser.add_argument_group("both").add_argument
-    each = ", ".join(f"{stage} {{}}" for stage in STAGES)
-    add("--steps", type=number(int, 1), help="(default 100; " + each.format(*(steps for _, steps, _, _ in STAGES.values())) + ")")
-    add("--batch", type=number(int, 1), help="(default 8; " + each.format(*(batch for _, _, batch, _ in STAGES.values())) + ")")
-    add("--lr", type=number(float, 0, strict=True), help="learning rate (default 1e-3, other methods "
-        "their own; " + each.format(*(lr for *_, lr in STAGES.values())) + ")")
+    of_stages = lambda column: ", ".join(f"{stage} {row[column]}" for stage, row in STAGES.items())
+    add("--steps", type=number(int, 1), help=f"(default 100; {of_stages(1)})")
+    add("--batch", type=number(int, 1), help=f"(default 8; {of_stages(2)})")
+    add("--lr", type=number(float, 0, strict=True), help=f"learning rate (default 1e-3, other methods their own; {of_stages(3)})")
     add("--mask-power", type=number(float, 0, strict=True), default=2, help="1: Muse's law of masking; more masks more (default %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of everything that is drawn at random")
     add("--weights", default="weights/tiny", help="folder of the base")
