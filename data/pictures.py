@@ -21,7 +21,8 @@ EXAMPLES = [                                        # file, name, set, style; no
     ("rocket_sticker", "rocket", "twemoji", Style("", "", "", "teal", "sticker")),
     ("tree_openmoji", "deciduous-tree", "openmoji", Style()),
 ]
-OBJECT = "teapot", ("noto", "twemoji", "fluent-emoji", "fluent-emoji-flat")      # one by each hand, as drawn
+# An object, one by each hand; each on a ground of its own, so that the object is all they share
+OBJECT = "teapot", {"noto": "cream", "twemoji": "teal", "fluent-emoji": "gold", "fluent-emoji-flat": "grey"}
 
 
 def draw(art, name, set_name, style, rng):
@@ -48,15 +49,15 @@ def main():
         hand = art.hands[art.find(name, set_name)]
         licence = {"noto": "Apache-2.0", "twemoji": "CC BY 4.0", "openmoji": "CC BY-SA 4.0"}.get(set_name, "MIT")
         table.append(f"| {file}.png | {content_phrase(name)} | {styles.phrase(style, hand)} | {set_name} | {licence} |")
-    name, sets = OBJECT
+    name, grounds = OBJECT
     (folder / name).mkdir(exist_ok=True)
-    for k, set_name in enumerate(sets):
-        image = draw(art, name, set_name, Style(), np.random.default_rng(1))
+    for k, (set_name, ground) in enumerate(grounds.items()):
+        image = draw(art, name, set_name, Style(ground=ground), np.random.default_rng(1))
         Image.fromarray(image).save(folder / name / f"{k + 1}.png", optimize=True)
     (folder / "README.md").write_text(
         "# Styles to learn from\n\nOne picture each, in styles that no training picture of the shipped base has. Drawn by\n"
         "`python -m data.pictures` from the sets credited in `data/LICENSES.md`; each picture is under its drawing's licence.\n\n"
-        + "\n".join(table) + f"\n\n`{name}/` is an object to learn: 1.png to {len(sets)}.png are from {', '.join(sets)}.\n")
+        + "\n".join(table) + f"\n\n`{name}/` is an object to learn: 1.png to {len(grounds)}.png are from {', '.join(grounds)}.\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python experiments/two_adapters.py --quick          # the same with numbers too small to mean anything
 
 A style adapter is taught by one drawing in a held-out style, a content adapter by several drawings of
-another thing. Both are mixed at some gammas, from the style alone (0) to the object alone (1), and
+another thing, each on a ground of its own, as photographs of an object are: what they share is the
+object, not white paper. Both are mixed at some gammas, from the style alone (0) to the object alone (1), and
 compared with the truth: the object's own drawing in that style.
 """
 
@@ -51,7 +52,8 @@ def one_style(pipe, judge, art, subject, name, args):
     example = draw(art, [reference], source, style, args.seed)
     taught = pipe.tune(example, [data.content_phrase(reference)], words, seed=args.seed)
     hands = [hand for hand in HANDS if (name, hand) in set(zip(art.names, art.sets))]
-    pictures = torch.cat([draw(art, [name], hand, styles.Style(), args.seed) for hand in hands])
+    grounds = np.random.default_rng(args.seed).choice(styles.GROUND_HUES, len(hands), replace=False)
+    pictures = torch.cat([draw(art, [name], hand, styles.Style(ground=str(ground)), args.seed) for hand, ground in zip(hands, grounds)])
     content = pipe.tune(pictures, [object_phrase(name)] * len(pictures), seed=args.seed)
     truth = draw(art, [name], source, style, args.seed).expand(args.seeds, -1, -1, -1)
     found, row = {}, [example, pictures[:1], truth[:1]]
