@@ -246,8 +246,11 @@ def main():
 
     lines = ["# The base, measured", "", f"`python {' '.join(sys.argv)}`", "", f"Base {pipe.base}, torch {torch.__version__}. "
              "± is one standard error, over pictures, for samples over things.", ""]
-    lines += ["## Tokenizer", ""]
-    lines += measure_tokenizer(pipe, sources | styled | {"training drawings in held-out styles": draw(art, True)}, generator)
+    many = min(4 * args.pictures, len(openmoji.names))       # codes in use: the more pictures, the more
+    lines += ["## Tokenizer", "", f"{many} pictures a row.", ""]
+    lines += measure_tokenizer(pipe, {name: pictures(source, many, rng, held_out) for name, source, held_out in (
+        ("training drawings", art, None), ("openmoji", openmoji, None), ("training drawings and styles", art, False),
+        ("openmoji in held-out styles", openmoji, True), ("training drawings in held-out styles", art, True))}, generator)
     print("\n".join(lines), flush=True)
     lines += [f"## CLIP: the name of a picture among {AMONG}", ""] + measure_clip(pipe, sources, generator)
     lines += ["## Muse: masked tokens", "", "Captions name content and style in full. Chance is the best constant guess.", ""]
