@@ -294,7 +294,8 @@ def pretrain_vqgan(args):
 def pretrain_clip(args):
     """T: both towers, contrastively. Identical captions in a batch are no negatives of each other.
 
-    --lock keeps the states that Muse reads as they are (LiT, Zhai et al. 2022, did so with a whole tower).
+    --lock keeps the states that Muse reads as they are (LiT, Zhai et al. 2022, did so with a whole tower);
+    the image tower starts anew, on text features that use their whole space.
     """
     if args.init:
         tokenizer = clip_feedback.Tokenizer(read_checkpoint(args.init, "clip")["merges"])
@@ -305,6 +306,8 @@ def pretrain_clip(args):
     model = clip_feedback.CLIP(config, tokenizer)
     args.start, _ = start_from(args.init, "clip", model) if args.init else (None, ())
     if args.lock:
+        model.start_images(tokenizer([c for step in range(32) for c in Steps(args.source, 128, 16, args.seed + 2)[step][1]],
+                                     config.context_length))
         for parameter in model.states_weights():
             parameter.requires_grad_(False)
     model = model.to(args.device)
@@ -412,6 +415,9 @@ def pretrain_muse(args):
              (average, model))
 
 
+# How each stage is shown the drawings. Muse has enough to learn with each thing in its place; CLIP, where style
+# words tell its pictures apart, need not look at what they show
+SHOWN = {"vqgan": dict(smallest=0.9), "clip": dict(smallest=0.72, bare=0.5), "muse": {}}
 STAGES = {                                                   # stage: (function, default steps, batch, lr)
     "vqgan": (pretrain_vqgan, 1600, 16, 1e-3),
     "clip": (pretrain_clip, 1080, 128, 1.5e-3),
@@ -770,7 +776,7 @@ def main():
     add("--preset", choices=("toy", "tiny", "small"), default="tiny")
     add("--data", help="folder of images with captions (default: the drawings in data/)")
     add("--init", metavar="FILE", help="start from this stage's weights of an earlier run instead of at random")
-    add("--lock", action="store_true", help="with --init: keep the tokens (vqgan) or text states (clip) that Muse knows")
+    add("--lock", action="store_true", help="with --init: keep the tokens (vqgan) or text states (clip) that Muse knows; CLIP's image tower starts anew")
     add("--merges", type=number(int, 1), default=2000, help="BPE merges of CLIP's tokenizer")
     add("--workers", type=number(int, 0), default=1, help="processes that draw the training pictures")
     add("--warmup", type=number(int, 1), default=100, help="steps until the learning rate is at its peak")
@@ -811,9 +817,8 @@ def main():
             if args.batch < dist.get_world_size():
                 parser.error(f"--batch {args.batch} is less than one picture for each of {dist.get_world_size()} processes")
         args.resolution = vqgan_.PRESETS[args.preset].resolution
-        move = args.stage != "muse"                          # Muse has enough to learn with each thing in its place
         args.source = (data.Folder(args.data, args.resolution) if args.data else
-                       data.Art(size=args.resolution, move=move))
+                       data.Art(size=args.resolution, **SHOWN[args.stage]))
     job(args)
     if dist.is_initialized():
         dist.destroy_process_group()

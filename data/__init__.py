@@ -79,12 +79,13 @@ class Art:
     """The drawings of some sets, as uint8 (n, size, size, 4) with straight alpha, in `.drawings`.
 
     sets: names from sets.tsv; by default all of a role ("training" or "held-out"). `.names`, `.sets`
-    and `.hands` (the set's style phrase) go along with them. move: whether batches place each drawing
-    a little differently (`jitter`).
+    and `.hands` (the set's style phrase) go along with them. smallest: batches place each drawing a
+    little differently (`jitter`); None: as it is. bare: share of the batches whose captions name no style
+    at all, so that only what they show tells their pictures apart.
     """
 
-    def __init__(self, sets=None, role="training", size=64, move=True):
-        self.move = move
+    def __init__(self, sets=None, role="training", size=64, smallest=None, bare=0.0):
+        self.smallest, self.bare = smallest, bare
         table = {row["set"]: row for row in read_table("sets.tsv")}
         sets = [s for s, row in table.items() if row["role"] == role] if sets is None else list(sets)
         for s in sets:
@@ -139,11 +140,12 @@ class Art:
         and n captions, one in four without a word of style.
         """
         images, captions = [], []
+        bare = self.bare > 0 and rng.random() < self.bare
         for i in rng.integers(len(self.names), size=n):
             style = styles.sample(rng)
-            drawing = jitter(self.drawings[i], resolution, rng) if self.move else self.drawings[i]
+            drawing = jitter(self.drawings[i], resolution, rng, self.smallest) if self.smallest else self.drawings[i]
             images.append(styles.apply(style, drawing, rng))
-            captions.append(caption(self.content(i, rng), styles.phrase(style, self.hands[i], rng)))
+            captions.append(caption(self.content(i, rng), "" if bare else styles.phrase(style, self.hands[i], rng)))
         return np.stack(images), captions
 
     def prompts(self, n):
@@ -219,9 +221,9 @@ def unknown(rng):
     return "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz0123456789*[]<>"), size=rng.integers(1, 7)))
 
 
-def jitter(rgba, size, rng):
-    """The drawing (h, h, 4) at 90 to 100 % of a transparent frame (size, size, 4), somewhere in it."""
-    side = round(size * rng.uniform(0.9, 1))
+def jitter(rgba, size, rng, smallest=0.9):
+    """The drawing (h, h, 4) at `smallest` to 1 times a transparent frame (size, size, 4), somewhere in it."""
+    side = round(size * rng.uniform(smallest, 1))
     tile = Image.fromarray(rgba).convert("RGBa").resize((side, side), Image.BICUBIC).convert("RGBA")
     frame = np.zeros((size, size, 4), np.uint8)
     x, y = rng.integers(size - side + 1, size=2)

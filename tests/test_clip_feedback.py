@@ -269,6 +269,21 @@ def test_text_feature_is_the_state_at_the_end_token(clip):
         assert clip.text_mask(ids)[i].tolist() == [j <= end for j in range(clip.config.context_length)]
 
 
+def test_a_new_image_tower_starts_on_features_that_use_their_space(clip):
+    """Whitened over the captions: no direction of the features is shorter than another. The states stay. Trap: the
+    smallest directions kept where E < D."""
+    texts = [f"{a} {b} {c}" for a in ("a", "the", "my") for b in ("red", "blue", "big", "old") for c in ("cat", "house", "owl", "tree")]
+    ids = clip.tokenizer(texts, clip.config.context_length)
+    states, image = clip.text_states(ids), torch.rand(2, 3, 16, 16)
+    features = clip.encode_image(image)
+    directions = torch.linalg.svd(clip.end_states(ids)).Vh[:clip.config.embed_dim]
+    clip.start_images(ids)
+    spread = torch.linalg.svdvals(clip.encode_text(ids)) / len(ids) ** 0.5
+    assert spread[0] <= 1.001 and spread[11] > 0.9                               # D = 32, E = 24; a dozen that vary at all
+    assert torch.allclose(clip.text_projection.T @ directions.T @ directions, clip.text_projection.T, atol=1e-2)
+    assert torch.equal(clip.text_states(ids), states) and not torch.allclose(clip.encode_image(image), features)
+
+
 def test_images_of_any_shape_are_cropped_and_resampled(clip):
     image = random_images(1)
     torch.testing.assert_close(clip.prepare(image), image)  # our weights read [-1, 1] as it is

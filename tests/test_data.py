@@ -244,13 +244,33 @@ def test_folder_takes_a_table_as_it_is_written(tmp_path):
 
 
 def test_plain_and_still_batches_are_the_drawings(monkeypatch):
-    """No style, move=False: every picture is a drawing on white, where the sheet has it. Moved ones differ."""
+    """No style, nothing moved: every picture is a drawing on white, where the sheet has it. Moved ones differ."""
     monkeypatch.setattr(data.styles, "sample", lambda rng: data.styles.Style())
-    still = data.Art(sets=("twemoji",), size=32, move=False)
+    still = data.Art(sets=("twemoji",), size=32)
     images, captions = still.batch(20, np.random.default_rng(0), 32)
     on_white = [np.asarray(Image.alpha_composite(Image.new("RGBA", (32, 32), "white"), Image.fromarray(d)).convert("RGB"), int)
                 for d in still.drawings]
     apart = lambda image: min(np.abs(image - drawing).max() for drawing in on_white)
     assert max(map(apart, images.astype(int))) <= 2
-    moved = data.Art(sets=("twemoji",), size=32).batch(20, np.random.default_rng(0), 32)[0].astype(int)
+    moved = data.Art(sets=("twemoji",), size=32, smallest=0.9).batch(20, np.random.default_rng(0), 32)[0].astype(int)
     assert np.median([apart(image) for image in moved]) > 50
+
+
+def test_bare_batches_name_no_style_and_others_do():
+    """Half the batches, whole ones; their pictures have styles all the same. By default there are none."""
+    phrases = {data.content_phrase(name) for name in data.names()} | {
+        data.content_phrase(word) for name in data.names() for word in data.synonyms().get(name, ())}
+    art = data.Art(sets=("twemoji",), size=16, bare=0.5)
+    bare = [set(art.batch(12, np.random.default_rng(seed), 16)[1]) <= phrases for seed in range(40)]
+    assert 10 < sum(bare) < 30
+    images, _ = art.batch(12, np.random.default_rng(bare.index(True)), 16)
+    assert sum((image[0, 0] < 250).any() for image in images) >= 3               # grounds
+    usual = data.Art(sets=("twemoji",), size=16)
+    assert not any(set(usual.batch(12, np.random.default_rng(seed), 16)[1]) <= phrases for seed in range(20))
+
+
+def test_jitter_keeps_to_its_sizes():
+    rng, square = np.random.default_rng(0), np.full((64, 64, 4), 255, np.uint8)
+    for smallest in (0.9, 0.72):
+        sides = [int((data.jitter(square, 64, rng, smallest)[..., 3] > 127).any(0).sum()) for _ in range(200)]
+        assert 64 * smallest - 1 <= min(sides) < 64 * smallest + 2 and 62 <= max(sides) <= 64

@@ -190,7 +190,7 @@ class Source:
     """Pictures and captions out of the given generator alone, as data.Art; raises Ctrl-C at batch `stop_at`."""
     stop_at, count = None, 0
 
-    def __init__(self, size=16, move=True):
+    def __init__(self, size=16, **shown):
         self.size = size
 
     def batch(self, n, rng, resolution):
