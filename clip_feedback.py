@@ -342,7 +342,7 @@ class GradientTower(nn.Module):
     """An image tower that learns in minutes: a fixed description of the picture (`describe`), then an MLP.
 
     A ViT has to find out from pixels what an edge is: after an hour of two cores it named 37 % of the training
-    drawings among 100. This, after 13 minutes of one core, names 76 %.
+    drawings among 100. This, after 9 minutes of one core, names 93 %.
     """
 
     def __init__(self, config):

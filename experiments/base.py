@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import styles  # noqa: E402
 from experiments.judge import AMONG, VALUES, ask, attributes, held_back, judge_or_none, rank_among, reconstruct  # noqa: E402
-from clip_feedback import image_features  # noqa: E402
+from clip_feedback import image_features, text_score  # noqa: E402
 from styledrop import Parser, StyleDrop, grid, number, run_command, sample_pool, to_tensor, to_uint8, write_whole  # noqa: E402
 from vqgan import codebook_health, psnr  # noqa: E402
 
@@ -51,7 +51,8 @@ def with_error(values, groups=None, scale=1, digits=1):
 
 
 def percent(values, groups=None):
-    return with_error(values, groups, 100) + " %"
+    words = with_error(values, groups, 100)
+    return words if words == "-" else words + " %"
 
 
 def resampled(function, rows, generator, draws=100):
@@ -68,14 +69,18 @@ def table(head, rows):
 # The parts of the base
 
 def pictures(art, count, rng, held_out):
-    """count drawings -> images (B, 3, 64, 64), full captions, names; held_out: None as drawn, else whose styles."""
-    images, captions, names = [], [], []
+    """count drawings -> images (B, 3, 64, 64), style phrases, names; held_out: None as drawn, else whose styles."""
+    images, phrases, names = [], [], []
     for i in rng.choice(len(art.names), count, replace=count > len(art.names)):
         style = styles.Style() if held_out is None else styles.sample(rng, held_out=held_out)
         images.append(styles.apply(style, data.jitter(art.drawings[i], 64, rng), rng))
-        captions.append(data.caption(art.content(i), styles.phrase(style, art.hands[i])))
+        phrases.append(styles.phrase(style, art.hands[i]))
         names.append(art.names[i])
-    return to_tensor(np.stack(images)), captions, names
+    return to_tensor(np.stack(images)), phrases, names
+
+
+def captions(names, phrases):
+    return [data.caption(data.content_phrase(name), phrase) for name, phrase in zip(names, phrases)]
 
 
 def measure_tokenizer(pipe, sources, generator):
@@ -98,12 +103,16 @@ def clip_scores(pipe, images):
 
 
 def measure_clip(pipe, sources, generator):
-    """The content phrase of a picture among its own and 99 others."""
+    """The content phrase of a picture among its own and 99 others; its caption against the same in the next one's style."""
     rows = []
-    for name, (images, _, names) in sources.items():
+    for name, (images, phrases, names) in sources.items():
         rank = rank_among(clip_scores(pipe, images), torch.tensor([data.names().index(n) for n in names]), generator)
-        rows.append([name, percent(rank < 1), percent(rank < 5)])
-    return table(["pictures", "top 1", "top 5"], rows + [["chance", f"{100 / AMONG:.1f} %", f"{500 / AMONG:.1f} %"]])
+        others = phrases[1:] + phrases[:1]
+        own, other = (text_score(pipe.clip, images, captions(names, words)) for words in (phrases, others))
+        better = torch.tensor([float(a > b) if p != q else math.nan for a, b, p, q in zip(own, other, phrases, others)])
+        rows.append([name, percent(rank < 1), percent(rank < 5), percent(better)])
+    return table(["pictures", "top 1", "top 5", "its style above another"],
+                 rows + [["chance", f"{100 / AMONG:.1f} %", f"{500 / AMONG:.1f} %", "50 %"]])
 
 
 @torch.no_grad()
@@ -123,13 +132,14 @@ def token_loss(pipe, ids, captions, ratio, generator):
 
 def measure_muse(pipe, sources, seed):
     lines = []
-    for name, (images, captions, _) in sources.items():
+    for name, (images, phrases, names) in sources.items():
+        texts = captions(names, phrases)
         ids = pipe.vqgan.encode(images.to(pipe.device)).cpu().flatten(1)
         p = torch.bincount(ids.flatten(), minlength=pipe.vqgan.config.codebook_size) / ids.numel()
         rows = []
         for ratio in RATIOS:
-            loss, right = token_loss(pipe, ids, captions, ratio, torch.Generator().manual_seed(seed))
-            mute, _ = token_loss(pipe, ids, [""] * len(captions), ratio, torch.Generator().manual_seed(seed))
+            loss, right = token_loss(pipe, ids, texts, ratio, torch.Generator().manual_seed(seed))
+            mute, _ = token_loss(pipe, ids, [""] * len(texts), ratio, torch.Generator().manual_seed(seed))
             rows.append([f"{ratio:.1f}", with_error(loss, digits=3), percent(right), with_error(mute, digits=3)])
         rows.append(["chance", f"{-(p * p.clamp_min(1e-12).log()).sum():.3f}", f"{100 * p.max():.1f} %", ""])
         lines += [f"{name}:", ""] + table(["share masked", "loss", "right", "loss with an empty prompt"], rows)
@@ -219,7 +229,7 @@ def main():
     parser.add_argument("--out", default="experiments/results", help="folder of base.md and base_grid.png")
     parser.add_argument("--names", type=number(int, 1), default=50, help="things asked for")
     parser.add_argument("--seeds", type=number(int, 1), default=4, help="pictures of each, for each question")
-    parser.add_argument("--pictures", type=number(int, 2), default=400, help="real ones, to measure the parts on")
+    parser.add_argument("--pictures", type=number(int, 2), default=400, help="real ones, to measure Muse on; four times as many for the other parts")
     parser.add_argument("--questions", nargs="+", choices=["a thing", *styles.ATTRIBUTES, "training style", "held-out style"],
                         default=["a thing", "palette", "ground", "medium", "training style", "held-out style"])
     parser.add_argument("--seed", type=number(int, 0), default=0)
@@ -240,19 +250,18 @@ def main():
         write_whole(Path(args.out) / "base_sweep.md", lambda file: file.write("\n".join(lines).encode()))
         return
     generator = torch.Generator().manual_seed(args.seed)
-    draw = lambda source, held_out: pictures(source, args.pictures, rng, held_out)
-    sources = {"training drawings": draw(art, None), "openmoji": draw(openmoji, None)}
-    styled = {"training drawings and styles": draw(art, False), "openmoji in held-out styles": draw(openmoji, True)}
+    many = min(4 * args.pictures, len(openmoji.names))       # codes in use: the more pictures, the more
+    drawn = {name: pictures(source, many, rng, held_out) for name, source, held_out in (
+        ("training drawings", art, None), ("openmoji", openmoji, None), ("training drawings and styles", art, False),
+        ("openmoji in held-out styles", openmoji, True), ("training drawings in held-out styles", art, True))}
+    styled = {name: [x[:args.pictures] for x in drawn[name]] for name in ("training drawings and styles", "openmoji in held-out styles")}
 
     lines = ["# The base, measured", "", f"`python {' '.join(sys.argv)}`", "", f"Base {pipe.base}, torch {torch.__version__}. "
              "± is one standard error, over pictures, for samples over things.", ""]
-    many = min(4 * args.pictures, len(openmoji.names))       # codes in use: the more pictures, the more
-    lines += ["## Tokenizer", "", f"{many} pictures a row.", ""]
-    lines += measure_tokenizer(pipe, {name: pictures(source, many, rng, held_out) for name, source, held_out in (
-        ("training drawings", art, None), ("openmoji", openmoji, None), ("training drawings and styles", art, False),
-        ("openmoji in held-out styles", openmoji, True), ("training drawings in held-out styles", art, True))}, generator)
+    lines += ["## Tokenizer", "", f"{many} pictures a row.", ""] + measure_tokenizer(pipe, drawn, generator)
     print("\n".join(lines), flush=True)
-    lines += [f"## CLIP: the name of a picture among {AMONG}", ""] + measure_clip(pipe, sources, generator)
+    lines += [f"## CLIP: the name of a picture among {AMONG}", "", f"{many} pictures a row. The last column: a picture's own caption above the same with another picture's style.", ""]
+    lines += measure_clip(pipe, drawn, generator)
     lines += ["## Muse: masked tokens", "", "Captions name content and style in full. Chance is the best constant guess.", ""]
     lines += measure_muse(pipe, styled, args.seed)
     if judge is not None:

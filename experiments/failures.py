@@ -31,7 +31,7 @@ def tokenizer(pipe, steps, drawings, **config):
     torch.manual_seed(0)
     model = vqgan_.VQGAN(replace(pipe.vqgan.config, **config))
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01)
-    batches = train.Steps(data.Art(), 16, pipe.vqgan.config.resolution, 0)
+    batches = train.Steps(data.Art(**train.SHOWN["vqgan"]), 16, pipe.vqgan.config.resolution, 0)
     for step in range(steps):
         images, generator = batches[step][0], torch.Generator().manual_seed(step)
         fake, z, ids, commitment = model(images)

@@ -57,8 +57,12 @@ def main():
         lines += [f"`--stage {stage}` ({chance})", "", "| minutes | images | " + " | ".join(names) + " |",
                   "|---" * (2 + len(names)) + "|"]
         for share in (0.02, 0.05, 0.2, 0.5, 1):
-            line = min(log, key=lambda line: abs(line["step"] - share * log[-1]["step"]))
-            lines.append(f"| {line['minutes']:.0f} | {line['images']:,} | " + " | ".join(f"{line[n]:.3g}" for n in names) + " |")
+            steps = log[-1]["step"]
+            at = lambda line: abs(line["step"] - share * steps)
+            line = min(log, key=at)
+            near = [other for other in log if at(other) <= 0.01 * steps] or [line]
+            lines.append(f"| {line['minutes']:.0f} | {line['images']:,} | " +
+                         " | ".join(f"{np.mean([other[n] for other in near]):.3g}" for n in names) + " |")
         lines.append("")
         x = [line["images"] for line in log]
         rows.append(np.concatenate([np.asarray(panel(f"{stage}: {name}", x, [line[name] for line in log]))
