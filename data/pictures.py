@@ -57,7 +57,7 @@ def main():
     (folder / "README.md").write_text(
         "# Styles to learn from\n\nOne picture each, in styles that no training picture of the shipped base has. Drawn by\n"
         "`python -m data.pictures` from the sets credited in `data/LICENSES.md`; each picture is under its drawing's licence.\n\n"
-        + "\n".join(table) + f"\n\n`{name}/` is an object to learn: 1.png to {len(grounds)}.png are from {', '.join(grounds)}.\n")
+        + "\n".join(table) + f"\n\n`{name}/` is an object to learn: 1.png to {len(grounds)}.png are from {', '.join(grounds)}, each on a ground of its own.\n")
 
 
 if __name__ == "__main__":

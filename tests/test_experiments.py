@@ -1,6 +1,7 @@
 """The experiments' own arithmetic: an experiment with a wrong ruler finds whatever it likes."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +65,26 @@ def test_content_correct_is_the_same_for_the_same_generator_and_counts_what_the_
     assert ask(top=100).all()
     right = np.mean([ask(seed=s)[5].item() for s in range(200)])                 # only where neither 8 nor 9 is a rival
     assert abs(right - 737 / 836 * 736 / 835) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------
+# CLIP
+
+def test_clip_is_asked_for_content_and_style_apart(monkeypatch):
+    """Half the names right; own style above the next picture's in two of three, where two neighbours share theirs."""
+    names, phrases = data.names()[:4], ["gold", "gold", "chalk", "sepia"]
+    scores = torch.zeros(4, len(data.names()))
+    scores[[0, 1, 2, 3], [0, 1, 5, 6]] = 1.0
+    monkeypatch.setattr(base, "clip_scores", lambda pipe, images: scores)
+
+    def text_score(clip, images, texts):
+        assert all(text.startswith(data.content_phrase(name)) for text, name in zip(texts, names))
+        return torch.tensor([float(phrase in text) for phrase, text in zip(["gold", "gold", "sepia", "sepia"], texts)])
+
+    monkeypatch.setattr(base, "text_score", text_score)
+    sources = {"drawings": (torch.zeros(4, 3, 8, 8), phrases, names)}
+    row = base.measure_clip(SimpleNamespace(clip=None), sources, torch.Generator().manual_seed(0))[2]
+    assert [cell.split(" ±")[0] for cell in row.strip("| ").split(" | ")] == ["drawings", "50.0", "50.0", "66.7"]
 
 
 # ---------------------------------------------------------------------------------------------
