@@ -306,8 +306,9 @@ def pretrain_clip(args):
     model = clip_feedback.CLIP(config, tokenizer)
     args.start, _ = start_from(args.init, "clip", model) if args.init else (None, ())
     if args.lock:
-        model.start_images(tokenizer([c for step in range(32) for c in Steps(args.source, 128, 16, args.seed + 2)[step][1]],
-                                     config.context_length))
+        if not (Path(args.out) / "checkpoint.pt").exists():  # else both come from there
+            texts = [caption for step in range(32) for caption in Steps(args.source, 128, 16, args.seed + 2)[step][1]]
+            model.start_images(tokenizer(texts, config.context_length))
         for parameter in model.states_weights():
             parameter.requires_grad_(False)
     model = model.to(args.device)
