@@ -3,7 +3,7 @@
     python sample.py --prompt "a cat"                                   # in the newest run's style
     python sample.py --prompt "a cat" --prompt "a house" --num 4 --out cats.png
     python sample.py --prompt "a cat" --style runs/house --lambda-a 1 --seed 7
-    python sample.py --prompt "a cat in flat vector style" --style none # the bare base
+    python sample.py --prompt "a cat" --style none --style-phrase "flat vector"     # the base, the style in words
     python sample.py --prompt "a cat" --trace cat.gif                   # the tokens filling in
     python sample.py --prompt "a [V] teapot" --style runs/glow --content runs/teapot --gamma 0.6
     python sample.py --prompt "a [V] teapot" --style runs/glow --content runs/teapot --gamma-sweep
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from styledrop import Parser, StyleDrop, check_prompt, grid, load_adapter, number, run_command, to_uint8, write_whole
+from styledrop import (LAMBDA_A, LAMBDA_A_WORDS, Parser, StyleDrop, check_prompt, grid, load_adapter, number, run_command,
+                       to_uint8, write_whole)
 
 AT_ONCE = 16                            # pictures in one batch: what bounds the memory
 GAMMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
@@ -73,12 +74,14 @@ def main():
     add("--style", metavar="RUN", help="a run folder, or none for the bare base (default: the newest run)")
     add("--content", metavar="RUN", help="a second run folder, of an object: my object in my style")
     add("--gamma", type=number(float, 0), default=0.5, help="0: style adapter alone, 1: content adapter alone")
-    add("--lambda-a", type=number(float, 0), default=1.0, help="strength of the learned style (Eq. 4)")
+    add("--lambda-a", type=number(float, 0), help=f"strength of the style (Eq. 4; default {LAMBDA_A:g}; of --style-phrase "
+                                                  f"without a run {LAMBDA_A_WORDS:g})")
     add("--lambda-b", type=number(float, 0), default=3.0, help="strength of the text (Eq. 4)")
     add("--gamma-sweep", action="store_true", help="a row from the style adapter alone to the content adapter alone")
     add("--lambda-grid", action="store_true", help="a sheet of lambda_A by lambda_B, one seed")
     add("--negative", default="", metavar="TEXT", help="what not to draw: the prompt n of Eq. 4 (default: empty)")
-    add("--style-phrase", metavar="WORDS", help="other words than the run's, say one of them left out (Section 4.4.2)")
+    add("--style-phrase", metavar="WORDS", help="other words than the run's, say one of them left out "
+                                                   "(Section 4.4.2); with --style none the style itself")
     add("--steps", type=number(int, 1), default=18, help="decoding steps")
     add("--temperature", type=number(float, 0), default=1.0, help="chance in which tokens are kept first")
     add("--num", type=number(int, 1), default=1, help="pictures for each prompt")
@@ -111,8 +114,8 @@ def main():
         print(f"style: {run}, the newest run" if run else "style: none, there is no run yet; the bare base draws")
     style = load_adapter(run) if run is not None else None
     content = load_adapter(args.content) if args.content is not None else None
-    if args.gamma_sweep and style is None:
-        parser.error("--gamma-sweep mixes two adapters: give --style RUN too")
+    if args.gamma_sweep and style is None and not args.style_phrase:
+        parser.error("--gamma-sweep mixes a style and an object: give --style RUN or --style-phrase WORDS too")
     phrase = args.style_phrase if args.style_phrase is not None else style.about["style"] if style else ""
     for prompt in args.prompt:
         check_prompt(pipe, prompt, phrase)

@@ -41,6 +41,9 @@ def style_prompt(content, style):
     return f"{content} in {style} style" if style else content
 
 
+LAMBDA_A, LAMBDA_A_WORDS = 1.0, 5.0     # the strength of a style: of an adapter's, and of one that stands in words
+
+
 def guided_logits(tuned, base, null, lambda_a, lambda_b):
     """Eq. 4: l = G^(t) + lambda_A (G^(t) - G(t)) + lambda_B (G(t) - G(n)).
 
@@ -221,48 +224,59 @@ class StyleDrop:
         return adapter.to(self.device)
 
     @torch.no_grad()
-    def generate(self, prompts, style=None, content=None, lambda_a=1.0, lambda_b=3.0, gamma=0.5, steps=18,
+    def generate(self, prompts, style=None, content=None, lambda_a=None, lambda_b=3.0, gamma=0.5, steps=18,
                  temperature=1.0, seed=0, negative="", style_phrase=None, on_step=None):
         """Sample one image for each prompt: (B, 3, H, W) in [-1, 1].
 
         prompts: strings. With a style adapter they are content phrases and its style phrase (or
-        `style_phrase`) is appended: t. The content adapter sees them as they are: c.
+        `style_phrase`: one, or one for each prompt) is appended: t. The content adapter sees them as they are: c.
         style only: Eq. 4. content only: Eq. 6, that is gamma 1. Both: (1 - gamma) Eq. 5 + gamma Eq. 6.
-        Neither: Eq. 1, the base. Every distinct forward pass of a step is one part of one batch.
+        Neither: Eq. 1, the base; with a style phrase, Eq. 4 with the phrase in the adapter's place, so that
+        lambda_a is the strength of its words: G(t) + lambda_a (G(t) - G(c)) + lambda_b (G(c) - G(n)).
+        lambda_a: None for LAMBDA_A, or LAMBDA_A_WORDS where the style is in words.
+        Every distinct forward pass of a step is one part of one batch.
         seed: an int, or a generator to go on from; the same seed on the same machine gives the same
-        images. Raises ValueError for an adapter of another base.
+        images. Raises ValueError for an adapter of another base, and for more or fewer phrases than prompts.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         B = len(prompts)
         phrase = style_phrase if style_phrase is not None else (style.about.get("style", "") if style else "")
-        texts_s = [style_prompt(p, phrase) for p in prompts]
+        phrases = [phrase] * B if isinstance(phrase, str) else list(phrase)
+        if len(phrases) != B:
+            raise ValueError(f"{len(phrases)} style phrases for {B} prompts; give one, or one for each")
+        texts_s = [style_prompt(p, words) for p, words in zip(prompts, phrases)]
         theta_s = self.check_adapter(style, "style") if style is not None else None
         theta_c = self.check_adapter(content, "content") if content is not None else None
-        gamma = 1.0 if style is None and content is not None else gamma if content is not None else 0.0
+        in_words = style is None and any(phrases)
+        gamma = 0.0 if content is None else gamma if style is not None or in_words else 1.0
 
         branches = {}                                       # name -> (texts, theta); n comes last
         if gamma < 1:
             branches["G(t)"] = texts_s, None
             if theta_s is not None:
                 branches["G^(t)"] = texts_s, theta_s
-        if gamma > 0:
+        if gamma > 0 or in_words:
             branches["G(c)"] = prompts, None
+        if gamma > 0:
             branches["G^(c)"] = prompts, theta_c
         branches["G(n)"] = [negative] * B, None
         calls = self.forward_passes(branches)
+        strength = lambda default: default if lambda_a is None else lambda_a
+        tuned = "G(t)" if theta_s is None else "G^(t)"
+        in_style = ("G(t)", "G(c)", strength(LAMBDA_A_WORDS)) if in_words else (tuned, "G(t)", strength(LAMBDA_A))
+        of_object = "G^(c)", "G(c)", strength(LAMBDA_A)
 
         def logits_fn(ids, step):
             out = {}
             for names, weights, inputs in calls:
                 logits = functional_call(self.muse, weights, (ids.repeat(len(names), 1), *inputs))
                 out.update(zip(names, logits.split(B)))
-            guided = lambda x: guided_logits(out.get(f"G^({x})", out[f"G({x})"]), out[f"G({x})"], out["G(n)"],
-                                             lambda_a, lambda_b)
+            guided = lambda tuned, base, a: guided_logits(out[tuned], out[base], out["G(n)"], a, lambda_b)
             if gamma == 0:
-                return guided("t")
+                return guided(*in_style)
             if gamma == 1:
-                return guided("c")
-            return mix_logits(guided("t"), guided("c"), gamma)
+                return guided(*of_object)
+            return mix_logits(guided(*in_style), guided(*of_object), gamma)
 
         c = self.muse.config
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator(self.device).manual_seed(seed)
@@ -355,15 +369,18 @@ class Pool:
         return [prompt for prompt in self.prompts for _ in range(len(self.images) // len(self.prompts))]
 
 
-def sample_pool(pipe, prompts, count, style=None, seed=0, at_once=16, on_batch=None, **sampling):
+def sample_pool(pipe, prompts, count, style=None, seed=0, at_once=16, on_batch=None, style_phrase=None, **sampling):
     """`count` pictures for each prompt in the style of an adapter (None: of the base) -> Pool.
 
-    sampling: what `generate` takes. on_batch(done) is called as the pictures come.
+    style_phrase, sampling: what `generate` takes. on_batch(done) is called as the pictures come.
     """
-    wanted = [prompt for prompt in prompts for _ in range(count)]
+    repeat = lambda words: [each for each in words for _ in range(count)]
+    shared = style_phrase is None or isinstance(style_phrase, str)
+    wanted, phrases = repeat(prompts), style_phrase if shared else repeat(style_phrase)
     generator, images = torch.Generator(pipe.device).manual_seed(seed), []
     for i in range(0, len(wanted), at_once):
-        images.append(pipe.generate(wanted[i:i + at_once], style, seed=generator, **sampling).cpu())
+        words = phrases if shared else phrases[i:i + at_once]
+        images.append(pipe.generate(wanted[i:i + at_once], style, seed=generator, style_phrase=words, **sampling).cpu())
         if on_batch is not None:
             on_batch(min(i + at_once, len(wanted)))
     return Pool(torch.cat(images), list(prompts), style.about["style"] if style is not None else "")

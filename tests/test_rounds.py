@@ -56,6 +56,21 @@ def test_pool_is_ordered_by_prompt(pipe, make_adapter):
     assert torch.equal(pool.images[:5], first)
 
 
+def test_pool_gives_each_prompt_its_style_phrase(pipe, monkeypatch):
+    """Trap: phrases out of step with the pictures where a batch ends in the middle of a prompt."""
+    seen = []
+    monkeypatch.setattr(type(pipe), "generate", lambda self, prompts, style, seed, style_phrase:
+                        seen.extend(zip(prompts, style_phrase)) or torch.zeros(len(prompts), 3, 16, 16))
+    phrases = ["gold", "", "blue"]
+    sample_pool(pipe, PROMPTS, 4, at_once=5, style_phrase=phrases)
+    assert seen == [pair for pair in zip(PROMPTS, phrases) for _ in range(4)]
+    seen.clear()
+    monkeypatch.setattr(type(pipe), "generate", lambda self, prompts, style, seed, style_phrase:
+                        seen.append(style_phrase) or torch.zeros(len(prompts), 3, 16, 16))
+    sample_pool(pipe, PROMPTS, 4, at_once=5, style_phrase="gold")
+    assert seen == ["gold"] * 3
+
+
 @pytest.mark.parametrize("style_words", [False, True])
 def test_clip_chooses_each_prompts_best(pipe, pool, style_words):
     """Against a plain loop over pictures. Traps: the best of the whole pool, or the text with the wrong words."""

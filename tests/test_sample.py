@@ -241,6 +241,16 @@ def test_negative_and_style_phrase_reach_the_model(cli, weights, two_runs, spied
     assert spied[0]["negative"] == "blurry" and spied[0]["style_phrase"] == "painting"
 
 
+def test_a_style_in_words(cli, weights, two_runs, spied):
+    """--style none: the words are the style, with a strength of their own, alone or beside an object."""
+    command = ["--prompt", "a cat", "--style", "none", "--style-phrase", "painting", "--weights", weights, "--steps", 2]
+    assert cli(sample.main, *command)[0] == 0 and cli(sample.main, *command, "--lambda-a", 2, "--out", "other.png")[0] == 0
+    assert [c["style_phrase"] for c in spied] == ["painting"] * 2 and [c["lambda_a"] for c in spied] == [None, 2]
+    assert Path("sample.png").read_bytes() != Path("other.png").read_bytes()
+    assert cli(sample.main, *command, "--content", "runs/teapot", "--gamma-sweep")[0] == 0
+    assert len(spied) == 2 + len(sample.GAMMAS) and Path("sample.png").exists()
+
+
 @pytest.mark.parametrize("options, words", [
     (["--gamma-sweep"], "--content"), (["--gamma-sweep", "--content", "runs/teapot", "--style", "none"], "--style"),
     (["--lambda-grid", "--num", 2], "one seed"), (["--lambda-grid", "--trace", "a.gif"], "--trace"),

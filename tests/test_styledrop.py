@@ -9,7 +9,7 @@ from conftest import noise_images, toy_muse
 
 import muse as muse_
 from muse import Muse
-from styledrop import (StyleDrop, fingerprint, grid, guided_logits, load_adapter, load_model, mix_logits, save_model,
+from styledrop import (LAMBDA_A, LAMBDA_A_WORDS, StyleDrop, fingerprint, grid, guided_logits, load_adapter, load_model, mix_logits, save_model,
                        style_prompt, to_tensor, to_uint8, write_whole)
 from vqgan import VQGAN, VQGANConfig
 
@@ -106,6 +106,28 @@ def test_base_is_eq1(pipe, monkeypatch):
     """G(t) + lambda (G(t) - G(n)) whatever lambda_a is; two branches."""
     ours, G, calls = logits_of(pipe, monkeypatch, lambda_a=3, lambda_b=2)
     assert close(ours, 3 * G(PROMPTS) - 2 * G(null)) and calls == [4]
+
+
+def test_eq4_with_the_style_in_words(pipe, make_adapter, monkeypatch):
+    """The phrase stands in the adapter's place: 3 G(t) - 2 G(c) + 5 (G(c) - G(n)), three branches.
+
+    A phrase for each prompt, or none; lambda_a = lambda_b is Eq. 1 on the whole prompt; beside a content adapter
+    Eq. 5 is of the words, and each side has the lambda_a of its kind.
+    """
+    ours, G, calls = logits_of(pipe, monkeypatch, style_phrase=PHRASE, lambda_a=2, lambda_b=5)
+    assert close(ours, 3 * G(styled) - 2 * G(PROMPTS) + 5 * (G(PROMPTS) - G(null))) and calls == [6]
+    ours, G, _ = logits_of(pipe, monkeypatch, style_phrase=PHRASE, lambda_a=5, lambda_b=5)
+    assert close(ours, 6 * G(styled) - 5 * G(null))
+    mixed, G, _ = logits_of(pipe, monkeypatch, style_phrase=["", PHRASE], lambda_a=2, lambda_b=5)
+    assert close(mixed[:1], (6 * G(PROMPTS) - 5 * G(null))[:1])
+    assert close(mixed[1:], (3 * G(styled) - 2 * G(PROMPTS) + 5 * (G(PROMPTS) - G(null)))[1:])
+    content, a, w = make_adapter(2, style="teapot"), LAMBDA_A, LAMBDA_A_WORDS
+    ours, G, calls = logits_of(pipe, monkeypatch, style_phrase=PHRASE, content=content, gamma=0.3, lambda_b=5)
+    l_s = (1 + w) * G(styled) - w * G(PROMPTS) + 5 * (G(PROMPTS) - G(null))
+    l_c = (1 + a) * G(PROMPTS, content) - a * G(PROMPTS) + 5 * (G(PROMPTS) - G(null))
+    assert close(ours, 0.7 * l_s + 0.3 * l_c) and calls == [8]
+    with pytest.raises(ValueError, match="1 style phrases for 2 prompts"):
+        pipe.generate(PROMPTS, style_phrase=[PHRASE], steps=1)
 
 
 def test_eq5_and_eq6_from_separate_passes(pipe, make_adapter, monkeypatch):
