@@ -30,7 +30,8 @@ from vqgan import codebook_health, psnr  # noqa: E402
 THINGS = ("cat", "house", "deciduous-tree", "automobile", "red-apple", "rocket", "fish", "owl", "teapot", "guitar")
 IN_WORDS = ("", "flat vector", "watercolor", "gold and purple", "pixel art on teal", "line drawing", "neon halftone on purple",
             "stained glass")                                # the last medium is held out
-LAMBDAS, TEMPERATURES = (1, 2, 3, 5), (1, 2, 4.5, 8)
+LAMBDAS_A, LAMBDAS_B, TEMPERATURES = (1, 3, 5, 7), (1, 2, 3, 5), (1, 2, 4.5, 8)
+WHOLE = ("training style", "held-out style", "held-out combination")            # questions of whole styles
 RATIOS = [r / 10 for r in range(1, 11)]
 
 
@@ -150,15 +151,20 @@ def measure_muse(pipe, sources, seed):
 # The judge's questions
 
 def draw_style(question, rng):
-    """The style that a question names: nothing, one attribute, or a whole style that is or is not held out."""
+    """The style that a question names: nothing, one attribute, or a whole style that is or is not held out.
+
+    Held-out combination: the base has met each of its words, and never these together.
+    """
     if question == "a thing":
         return styles.Style()
+    held_out = question.startswith("held-out")
     while True:
         if question in styles.ATTRIBUTES:
             style = styles.Style(**{question: str(rng.choice(styles.ATTRIBUTES[question]))})
         else:
-            style = styles.sample(rng, held_out=question == "held-out style")
-        if styles.named(style) and styles.is_held_out(style) == (question == "held-out style"):
+            style = styles.sample(rng, held_out=held_out)
+        new_words = any(value in styles.HELD_OUT.get(k, ()) for k, value in styles.named(style).items())
+        if styles.named(style) and styles.is_held_out(style) == held_out and not (new_words and "combination" in question):
             return style
 
 
@@ -172,7 +178,7 @@ def verdicts(judge, images, names, chosen, generator):
     return right
 
 
-def measure_samples(pipe, judge, questions, count, seeds, seed):
+def measure_samples(pipe, judge, questions, count, seeds, seed, lambda_a=None):
     """Each question asked of count x seeds samples, and of as many real drawings; errors are over the things."""
     art, rows = data.Art(), []
     order = np.random.default_rng(seed).permutation(held_back(art))
@@ -184,8 +190,8 @@ def measure_samples(pipe, judge, questions, count, seeds, seed):
     for number_, question in enumerate(questions):
         rng, began = np.random.default_rng((seed, number_)), time.time()
         chosen = [draw_style(question, rng) for _ in picks]
-        prompts = [data.caption(data.content_phrase(n), styles.phrase(s)) for n, s in zip(names, chosen)]
-        samples = sample_pool(pipe, prompts, 1, seed=seed).images
+        contents, phrases = [data.content_phrase(n) for n in names], [styles.phrase(s) for s in chosen]
+        samples = sample_pool(pipe, contents, 1, seed=seed, style_phrase=phrases, lambda_a=lambda_a).images
         real = to_tensor(np.stack([styles.apply(s, data.jitter(art.drawings[i], 64, rng), rng) for i, s in zip(picks, chosen)]))
         say = lambda images, names=names, chosen=chosen: verdicts(judge, images, names, chosen,
                                                                   torch.Generator().manual_seed(seed))
@@ -193,7 +199,7 @@ def measure_samples(pipe, judge, questions, count, seeds, seed):
         control = say(samples, np.roll(names, turn), chosen[-turn:] + chosen[:-turn])
         columns = say(samples), control, say(reconstruct(pipe.vqgan, real)), say(real)
         for asked in columns[0]:
-            if asked.startswith("thing") or asked == question or "style" in question:
+            if asked.startswith("thing") or asked == question or question in WHOLE:
                 rows.append([question, asked, str(int((~columns[0][asked].isnan()).sum())),
                              *(percent(column[asked], picks) for column in columns)])
         print(f"{question}: {len(picks)} pictures, {time.time() - began:.0f} s", flush=True)
@@ -201,7 +207,7 @@ def measure_samples(pipe, judge, questions, count, seeds, seed):
 
 
 def sweep(pipe, scores, names, lambdas, temperatures, seed):
-    """The sampler's two knobs: how often the thing is recognised, one picture of each name. scores(images) -> (B, K)."""
+    """temperature by lambda_B: how often the thing is recognised, one picture of each name. scores(images) -> (B, K)."""
     rows, prompts = [], [data.content_phrase(name) for name in names]
     wanted = torch.tensor([data.names().index(name) for name in names])
     for temperature in temperatures:
@@ -215,10 +221,26 @@ def sweep(pipe, scores, names, lambdas, temperatures, seed):
     return table(["temperature", *(f"lambda_B {value:g}" for value in lambdas)], rows)
 
 
+def sweep_words(pipe, judge, names, lambdas_a, lambdas_b, seed):
+    """lambda_A by lambda_B with a palette in words: how often palette and thing are recognised, one picture of each name."""
+    rng, rows = np.random.default_rng(seed), []
+    chosen, contents = [draw_style("palette", rng) for _ in names], [data.content_phrase(name) for name in names]
+    for lambda_a in lambdas_a:
+        cells = []
+        for lambda_b in lambdas_b:
+            images = sample_pool(pipe, contents, 1, seed=seed, style_phrase=[styles.phrase(style) for style in chosen],
+                                 lambda_a=lambda_a, lambda_b=lambda_b).images
+            right = verdicts(judge, images, names, chosen, torch.Generator().manual_seed(seed))
+            cells.append(f"{100 * right['palette'].mean():.0f} / {100 * right['thing, top 1'].mean():.0f}")
+            print(f"lambda_A {lambda_a:g}, lambda_B {lambda_b:g}: {cells[-1]} %", flush=True)
+        rows.append([f"{lambda_a:g}", *cells])
+    return table(["lambda_A", *(f"lambda_B {value:g}" for value in lambdas_b)], rows)
+
+
 def sheet(pipe, seed, things):
     """The first samples of some things (columns) in some styles (rows)."""
-    rows = [to_uint8(sample_pool(pipe, [data.caption(data.content_phrase(t), s) for t in things], 1, seed=seed).images)
-            for s in IN_WORDS]
+    contents = [data.content_phrase(thing) for thing in things]
+    rows = [to_uint8(sample_pool(pipe, contents, 1, seed=seed, style_phrase=words).images) for words in IN_WORDS]
     return grid(np.concatenate(rows), len(things), scale=2)
 
 
@@ -230,9 +252,10 @@ def main():
     parser.add_argument("--names", type=number(int, 1), default=50, help="things asked for")
     parser.add_argument("--seeds", type=number(int, 1), default=4, help="pictures of each, for each question")
     parser.add_argument("--pictures", type=number(int, 2), default=400, help="real ones, to measure Muse on; four times as many for the other parts")
-    parser.add_argument("--questions", nargs="+", choices=["a thing", *styles.ATTRIBUTES, "training style", "held-out style"],
-                        default=["a thing", "palette", "ground", "medium", "training style", "held-out style"])
+    parser.add_argument("--questions", nargs="+", choices=["a thing", *styles.ATTRIBUTES, *WHOLE],
+                        default=["a thing", "palette", "ground", "medium", *WHOLE])
     parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--lambda-a", type=number(float, 0), help="of style words (default: the pipeline's; 3, lambda_B's, is Eq. 1)")
     parser.add_argument("--sweep", action="store_true", help="only lambda_B by temperature: base_sweep.md")
     parser.add_argument("--quick", action="store_true", help="4 names, 2 seeds, 16 pictures, 2 columns of the sheet")
     args = parser.parse_args()
@@ -246,7 +269,11 @@ def main():
                       ("the judge", lambda x: ask(judge, x, "content")))
         lines = ["# The sampler's knobs", "", f"`python {' '.join(sys.argv)}`, base {pipe.base}: the thing recognised by {by} "
                  f"among {AMONG}, top 1 / top 5 in percent, {args.names} names, one picture of each.", ""]
-        lines += sweep(pipe, scores, names, *(((2, 5), (4.5,)) if args.quick else (LAMBDAS, TEMPERATURES)), args.seed)
+        lines += sweep(pipe, scores, names, *(((2, 5), (4.5,)) if args.quick else (LAMBDAS_B, TEMPERATURES)), args.seed)
+        if judge is not None:
+            lines += ["The same things in a palette that stands in words; palette / thing recognised, in percent. Where the two lambdas "
+                      "are equal, Eq. 4 with words in the adapter's place is Eq. 1 with the whole prompt.", ""]
+            lines += sweep_words(pipe, judge, names, *(((2,), (2, 5)) if args.quick else (LAMBDAS_A, LAMBDAS_B)), args.seed)
         write_whole(Path(args.out) / "base_sweep.md", lambda file: file.write("\n".join(lines).encode()))
         return
     generator = torch.Generator().manual_seed(args.seed)
@@ -266,10 +293,11 @@ def main():
     lines += measure_muse(pipe, styled, args.seed)
     if judge is not None:
         lines += ["## Samples, as the judge sees them", "",
-                  f"{args.names} things x {args.seeds} seeds for each question, sampled at the defaults; a thing is recognised among "
+                  f"{args.names} things x {args.seeds} seeds for each question, sampled at the defaults, style words guided by lambda_A; a thing is recognised among "
                   f"{AMONG}, an attribute among {', '.join(f'{len(set(VALUES[k]) - set(styles.UNNAMED))} ({k})' for k in styles.ATTRIBUTES)}. Control: the same "
-                  "samples asked for another one's thing and style. Ceiling: drawings that the judge has never seen.", ""]
-        lines += measure_samples(pipe, judge, args.questions, args.names, args.seeds, args.seed)
+                  "samples asked for another one's thing and style. Ceiling: drawings that the judge has never seen. Held-out "
+                  "combination: words that the base knows, together for the first time; held-out style: some words are new too.", ""]
+        lines += measure_samples(pipe, judge, args.questions, args.names, args.seeds, args.seed, args.lambda_a)
     things = THINGS[:2] if args.quick else THINGS
     lines += ["## base_grid.png", "", f"First samples, none chosen. Columns: {', '.join(map(data.content_phrase, things))}. "
               f"Rows: {', '.join(s or 'no style' for s in IN_WORDS)}."]

@@ -22,8 +22,8 @@ import data  # noqa: E402
 from data import styles  # noqa: E402
 from experiments.base import table, with_error  # noqa: E402
 from experiments.judge import attributes, content_correct, held_back, judge_or_none, reconstruct, style_features  # noqa: E402
-from styledrop import (RARE_TOKEN, Parser, StyleDrop, grid, number, run_command, sample_pool, to_tensor, to_uint8,  # noqa: E402
-                       write_whole)
+from styledrop import (RARE_TOKEN, Parser, StyleDrop, grid, number, run_command, sample_pool, style_prompt,  # noqa: E402
+                       to_tensor, to_uint8, write_whole)
 
 ALL_METRICS = {"palette": 4, "texture": 4, "judge's distance": 3, "style seen": 1, "thing seen": 1, "leakage": 1}   # digits
 SHARES = ("style seen", "thing seen", "leakage")            # in percent
@@ -114,8 +114,9 @@ def one_style(pipe, judge, art, style, source, reference, things, other, args):
     example = draw(art, [reference], source, style, args.seed)
     adapter = pipe.tune(example, [data.content_phrase(reference)], style=RARE_TOKEN, seed=args.seed, **tuning)
     prompts = [data.content_phrase(name) for name in things]
-    sample = lambda style=None, **more: sample_pool(pipe, prompts, args.seeds, style, seed=args.seed, **sampling, **more).images
-    pictures = dict(zip(MADE, (sample(style_phrase=RARE_TOKEN), sample(style_phrase=words), sample(adapter))))
+    sample = lambda prompts, style=None, **more: sample_pool(pipe, prompts, args.seeds, style, args.seed, **sampling, **more).images
+    with_token = [style_prompt(prompt, RARE_TOKEN) for prompt in prompts]        # what no adapter knows is not to be guided by
+    pictures = dict(zip(MADE, (sample(with_token), sample(prompts, style_phrase=words), sample(prompts, adapter))))
     again = lambda images: images.repeat_interleave(args.seeds, 0)               # as many as there are samples
     truth = draw(art, things, source, style, args.seed)
     pictures |= {FLOOR: again(reconstruct(pipe.vqgan, truth)),

@@ -32,15 +32,17 @@ from styledrop import (FEEDBACK, RARE_TOKEN, Parser, Pool, StyleDrop, grid, load
                        sample_pool, style_prompt, to_tensor, to_uint8, write_whole)
 from train import METHOD_LR, POOL_PROMPTS, ROUND, machine, peak_memory, write_json  # noqa: E402
 
-BASE, ROUNDS = "base, style in words", ("R2-CLIP", "R2-CLIP, style in the text", "R2-CLIP, its ten best", "R2-random", "R2-oracle")
+BASE, WORDS = "base, style in words", "base, its words guided"
+ROUNDS = ("R2-CLIP", "R2-CLIP, style in the text", "R2-CLIP, its ten best", "R2-random", "R2-oracle")
 METHODS = {"full fine-tuning": "full", "LoRA": "lora", "textual inversion": "textual-inversion"}
-ARMS = (BASE, "R1", *ROUNDS, *METHODS)
+ARMS = (BASE, WORDS, "R1", *ROUNDS, *METHODS)
 METRICS = {"text": 3, "style": 3, "thing": 1, "leakage": 1, "leakage by CLIP": 1, "distance": 3}        # digits
 SHARES = ("thing", "leakage", "leakage by CLIP")                                 # in percent
 PICKS = 10                                                                       # of the oracle, as of the paper's people
 CLAIMS = (                              # (what the paper reports, arm, against, metric, sign)
     ("one round raises the style score (Table 2)", "R1", BASE, "style", 1),
     ("one round costs some text score (Table 2)", "R1", BASE, "text", -1),
+    ("and more style than words do, however guided", "R1", WORDS, "style", 1),
     ("CLIP feedback raises the text score (4.4.3)", "R2-CLIP", "R1", "text", 1),
     ("CLIP feedback lowers the style score (4.4.3)", "R2-CLIP", "R1", "style", -1),
     ("CLIP feedback: the thing is seen more often", "R2-CLIP", "R1", "thing", 1),
@@ -78,10 +80,9 @@ def run(task):
     words = styles.phrase(style) or art.hands[art.sets.index(source)]
     example, prompts = draw(art, [reference], source, style, args.seed), [data.content_phrase(name) for name in things]
     content, began, adapter = [data.content_phrase(reference)], time.time(), None
-    draw_all = lambda prompts, count, adapter, seed: sample_pool(pipe, prompts, count, adapter, seed)
     file = folder / f"{part.replace(' ', '_')}.pt"
     if part == "pool":
-        pool = draw_all(POOL_PROMPTS, args.pool, load_adapter(folder / "R1.pt"), args.seed + 1)
+        pool = sample_pool(pipe, POOL_PROMPTS, args.pool, load_adapter(folder / "R1.pt"), args.seed + 1)
         write_whole(folder / "pool.npy", lambda file: np.save(file, to_uint8(pool.images)))
     elif part == "R1":
         adapter = pipe.tune(example, content, words, seed=args.seed)
@@ -104,8 +105,8 @@ def run(task):
     if part != "pool":
         if adapter is not None:
             adapter.save(file)
-        texts = prompts if adapter else [style_prompt(prompt, words) for prompt in prompts]
-        images = draw_all(texts, args.seeds, adapter, args.seed).images
+        texts = [style_prompt(prompt, words) for prompt in prompts] if part == BASE else prompts
+        images = sample_pool(pipe, texts, args.seeds, adapter, args.seed, style_phrase=words if part == WORDS else None).images
         again = lambda values: [value for value in values for _ in range(args.seeds)]
         truth = draw(art, things, source, style, args.seed).repeat_interleave(args.seeds, 0)
         judged = measure(judge, images, truth, again(things), reference, style, source)
@@ -188,7 +189,7 @@ def main():
     if kept.exists() and json.loads(kept.read_text()) != settings:
         raise ValueError(f"{args.work} holds parts of other settings; give another --work")
     write_json(kept, settings)
-    parts = (BASE, "R1", "pool", *ROUNDS, *METHODS)
+    parts = (BASE, WORDS, "R1", "pool", *ROUNDS, *METHODS)
 
     def one_style(index, pool):
         """The parts of one style in their order, what is finished from its file: {part: its numbers}."""
@@ -208,7 +209,7 @@ def main():
     lines = ["# Table 2 at this scale", "", f"`python {' '.join(sys.argv)}` on {machine()}, base {settings['base']}.", "",
              f"{args.styles + 1} styles, one reference each, {args.things} prompts x {args.seeds} seeds; ± is one standard error over "
              f"the styles. Pools: {args.pool} pictures for each of 30 prompts. Every prompt names the style in words, except for "
-             "textual inversion, which learns a word of its own. Text: cosine with the content phrase; style: cosine with the "
+             "textual inversion, which learns a word of its own; the first row samples them by Eq. 1, the second by Eq. 4 with the words in the adapter's place. Text: cosine with the content phrase; style: cosine with the "
              "reference, both by the shipped CLIP. Thing, leakage: how often the judge sees the thing, and the reference's "
              "thing, first among 100. Leakage by CLIP: how often CLIP finds the reference's phrase nearer than the prompt. Distance: of the judge's style features to the true drawing. Who chose also "
              "scores: CLIP the texts of R2-CLIP, which learns 30 pictures, the judge things and distances of R2-oracle, which learns ten. To teach: R1 and the pool "

@@ -58,7 +58,8 @@ def one_style(pipe, judge, art, subject, name, args):
     truth = draw(art, [name], source, style, args.seed).expand(args.seeds, -1, -1, -1)
     found, row = {}, [example, pictures[:1], truth[:1]]
     for gamma in GAMMAS:
-        images = sample_pool(pipe, [object_phrase(name)], args.seeds, taught, args.seed, content=content, gamma=gamma).images
+        images = sample_pool(pipe, [object_phrase(name)], args.seeds, taught, args.seed, content=content, gamma=gamma,
+                             lambda_a=args.lambda_a).images
         values = measure_both(judge, images, truth, name, reference, style, source)
         found[gamma] = {m: values[m].mean().item() for m in METRICS if m in values}
         row.append(images[:2])
@@ -92,6 +93,7 @@ def main():
     parser.add_argument("--styles", type=number(int, 1), default=5, help="held-out styles, openmoji not counted")
     parser.add_argument("--seeds", type=number(int, 2), default=8, help="pictures at each gamma")
     parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--lambda-a", type=number(float, 0), help="strength of both adapters (default: the pipeline's)")
     parser.add_argument("--quick", action="store_true", help="1 style and openmoji, 2 seeds")
     args = parser.parse_args()
     if args.quick:

@@ -158,12 +158,14 @@ def test_no_batch_holds_what_is_held_back():
     assert 0.03 < len(unseen) / len(art.names) < 0.07
 
 
-@pytest.mark.parametrize("question", ["a thing", *styles.ATTRIBUTES, "training style", "held-out style"])
+@pytest.mark.parametrize("question", ["a thing", *styles.ATTRIBUTES, *base.WHOLE])
 def test_questions_name_what_they_ask(question):
     rng = np.random.default_rng(0)
     for _ in range(20):
         style = base.draw_style(question, rng)
-        assert styles.is_held_out(style) == (question == "held-out style")
+        assert styles.is_held_out(style) == question.startswith("held-out")
+        if question == "held-out combination":
+            assert all(value not in styles.HELD_OUT.get(k, ()) for k, value in styles.named(style).items())
         if question in styles.ATTRIBUTES:
             assert list(styles.named(style)) == [question]
         else:
