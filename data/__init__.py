@@ -81,11 +81,12 @@ class Art:
     sets: names from sets.tsv; by default all of a role ("training" or "held-out"). `.names`, `.sets`
     and `.hands` (the set's style phrase) go along with them. smallest: batches place each drawing a
     little differently (`jitter`); None: as it is. bare: share of the batches whose captions name no style
-    at all, so that only what they show tells their pictures apart.
+    at all, so that only what they show tells their pictures apart. plain: share of drawings that keep their own.
+    bent: how much each drawing is bent as well (`bend`).
     """
 
-    def __init__(self, sets=None, role="training", size=64, smallest=None, bare=0.0):
-        self.smallest, self.bare = smallest, bare
+    def __init__(self, sets=None, role="training", size=64, smallest=None, bare=0.0, plain=styles.PLAIN, bent=0.0):
+        self.smallest, self.bare, self.plain, self.bent = smallest, bare, plain, bent
         table = {row["set"]: row for row in read_table("sets.tsv")}
         sets = [s for s, row in table.items() if row["role"] == role] if sets is None else list(sets)
         for s in sets:
@@ -142,8 +143,9 @@ class Art:
         images, captions = [], []
         bare = self.bare > 0 and rng.random() < self.bare
         for i in rng.integers(len(self.names), size=n):
-            style = styles.sample(rng)
-            drawing = jitter(self.drawings[i], resolution, rng, self.smallest) if self.smallest else self.drawings[i]
+            style = styles.sample(rng, plain=self.plain)
+            drawing = bend(self.drawings[i], rng, self.bent) if self.bent else self.drawings[i]
+            drawing = jitter(drawing, resolution, rng, self.smallest) if self.smallest else drawing
             images.append(styles.apply(style, drawing, rng))
             captions.append(caption(self.content(i, rng), "" if bare else styles.phrase(style, self.hands[i], rng)))
         return np.stack(images), captions
@@ -229,6 +231,20 @@ def jitter(rgba, size, rng, smallest=0.9):
     x, y = rng.integers(size - side + 1, size=2)
     frame[y:y + side, x:x + side] = np.asarray(tile)
     return frame
+
+
+def bend(rgba, rng, amount):
+    """The drawing (h, h, 4) turned, sheared and stretched, each by `amount` (radians, or a share) as one standard
+    deviation, and mirrored half the time; made smaller where its frame would stick out by more than a tenth."""
+    turn, shear, *stretch = rng.normal(0, amount, 4)
+    matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    matrix = matrix @ [[1, shear], [0, 1]] @ np.diag(np.exp(stretch)) @ np.diag([rng.choice([-1, 1]), 1])
+    matrix /= max(1, 0.9 * np.abs(matrix).sum(1).max())
+    back, centre = np.linalg.inv(matrix), len(rgba) / 2                          # where each pixel comes from
+    (a, b), (c, d) = back
+    x, y = centre - back @ [centre, centre]
+    image = Image.fromarray(rgba).convert("RGBa").transform(rgba.shape[:2], Image.AFFINE, (a, b, x, c, d, y), Image.BICUBIC)
+    return np.asarray(image.convert("RGBA"))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -243,17 +243,35 @@ def test_folder_takes_a_table_as_it_is_written(tmp_path):
     assert data.Folder(tmp_path, 4).captions == ['a "big" cat', '"a dog']
 
 
-def test_plain_and_still_batches_are_the_drawings(monkeypatch):
+def test_plain_and_still_batches_are_the_drawings():
     """No style, nothing moved: every picture is a drawing on white, where the sheet has it. Moved ones differ."""
-    monkeypatch.setattr(data.styles, "sample", lambda rng: data.styles.Style())
-    still = data.Art(sets=("twemoji",), size=32)
+    still = data.Art(sets=("twemoji",), size=32, plain=1)
     images, captions = still.batch(20, np.random.default_rng(0), 32)
     on_white = [np.asarray(Image.alpha_composite(Image.new("RGBA", (32, 32), "white"), Image.fromarray(d)).convert("RGB"), int)
                 for d in still.drawings]
     apart = lambda image: min(np.abs(image - drawing).max() for drawing in on_white)
     assert max(map(apart, images.astype(int))) <= 2
-    moved = data.Art(sets=("twemoji",), size=32, smallest=0.9).batch(20, np.random.default_rng(0), 32)[0].astype(int)
+    moved = data.Art(sets=("twemoji",), size=32, smallest=0.9, plain=1).batch(20, np.random.default_rng(0), 32)[0].astype(int)
     assert np.median([apart(image) for image in moved]) > 50
+    styled = data.Art(sets=("twemoji",), size=32, plain=0).batch(20, np.random.default_rng(0), 32)[0].astype(int)
+    assert sum(apart(image) > 50 for image in styled) > 10
+
+
+def test_bent_drawings_stay_themselves():
+    """Half are mirrored; none is cut by much; nothing of the invisible colour comes in; amount 0 is a mirror or nothing."""
+    art, rng = data.Art(sets=("twemoji",), size=32), np.random.default_rng(0)
+    same = [np.abs(data.bend(d, rng, 0)[..., 3].astype(int) - d[..., 3]).max() < 3 or
+            np.abs(data.bend(d, rng, 0)[..., 3].astype(int) - d[:, ::-1, 3]).max() < 3 for d in art.drawings[:20]]
+    lopsided = [d for d in art.drawings if np.abs(d[..., 3].astype(int) - d[:, ::-1, 3]).mean() > 20]
+    mirrored = [np.abs(data.bend(d, rng, 0)[..., 3].astype(int) - d[..., 3]).mean() > 10 for d in lopsided[:100]]
+    assert any(same) and 30 < sum(mirrored) < 70
+    frame = np.full((32, 32, 4), 255, np.uint8)
+    kept = [data.bend(frame, rng, 0.1)[..., 3].astype(float).mean() / 255 for _ in range(50)]
+    assert min(kept) > 0.5 and max(kept) <= 1 and len(set(kept)) > 20
+    hidden = np.zeros((32, 32, 4), np.uint8)
+    hidden[8:24, 8:24] = 255                                 # white on invisible black
+    out = data.bend(hidden, rng, 0.1)
+    assert (out[out[..., 3] > 0][:, :3] > 240).all()
 
 
 def test_bare_batches_name_no_style_and_others_do():
