@@ -178,7 +178,7 @@ def verdicts(judge, images, names, chosen, generator):
     return right
 
 
-def measure_samples(pipe, judge, questions, count, seeds, seed, lambda_a=None):
+def measure_samples(pipe, judge, questions, count, seeds, seed, **sampling):
     """Each question asked of count x seeds samples, and of as many real drawings; errors are over the things."""
     art, rows = data.Art(), []
     order = np.random.default_rng(seed).permutation(held_back(art))
@@ -191,7 +191,7 @@ def measure_samples(pipe, judge, questions, count, seeds, seed, lambda_a=None):
         rng, began = np.random.default_rng((seed, number_)), time.time()
         chosen = [draw_style(question, rng) for _ in picks]
         contents, phrases = [data.content_phrase(n) for n in names], [styles.phrase(s) for s in chosen]
-        samples = sample_pool(pipe, contents, 1, seed=seed, style_phrase=phrases, lambda_a=lambda_a).images
+        samples = sample_pool(pipe, contents, 1, seed=seed, style_phrase=phrases, **sampling).images
         real = to_tensor(np.stack([styles.apply(s, data.jitter(art.drawings[i], 64, rng), rng) for i, s in zip(picks, chosen)]))
         say = lambda images, names=names, chosen=chosen: verdicts(judge, images, names, chosen,
                                                                   torch.Generator().manual_seed(seed))
@@ -255,7 +255,8 @@ def main():
     parser.add_argument("--questions", nargs="+", choices=["a thing", *styles.ATTRIBUTES, *WHOLE],
                         default=["a thing", "palette", "ground", "medium", *WHOLE])
     parser.add_argument("--seed", type=number(int, 0), default=0)
-    parser.add_argument("--lambda-a", type=number(float, 0), help="of style words (default: the pipeline's; 3, lambda_B's, is Eq. 1)")
+    parser.add_argument("--lambda-a", type=number(float, 0), help="of style words (default: the pipeline's; lambda_B's is Eq. 1)")
+    parser.add_argument("--lambda-b", type=number(float, 0), help="of the thing's (default: the pipeline's)")
     parser.add_argument("--sweep", action="store_true", help="only lambda_B by temperature: base_sweep.md")
     parser.add_argument("--quick", action="store_true", help="4 names, 2 seeds, 16 pictures, 2 columns of the sheet")
     args = parser.parse_args()
@@ -292,12 +293,14 @@ def main():
     lines += ["## Muse: masked tokens", "", "Captions name content and style in full. Chance is the best constant guess.", ""]
     lines += measure_muse(pipe, styled, args.seed)
     if judge is not None:
+        sampling = {k: v for k, v in dict(lambda_a=args.lambda_a, lambda_b=args.lambda_b).items() if v is not None}
         lines += ["## Samples, as the judge sees them", "",
-                  f"{args.names} things x {args.seeds} seeds for each question, sampled at the defaults, style words guided by lambda_A; a thing is recognised among "
+                  f"{args.names} things x {args.seeds} seeds for each question, style words guided by lambda_A, sampled at "
+                  f"{', '.join(f'{k} {v:g}' for k, v in sampling.items()) or 'the defaults'}; a thing is recognised among "
                   f"{AMONG}, an attribute among {', '.join(f'{len(set(VALUES[k]) - set(styles.UNNAMED))} ({k})' for k in styles.ATTRIBUTES)}. Control: the same "
                   "samples asked for another one's thing and style. Ceiling: drawings that the judge has never seen. Held-out "
                   "combination: words that the base knows, together for the first time; held-out style: some words are new too.", ""]
-        lines += measure_samples(pipe, judge, args.questions, args.names, args.seeds, args.seed, args.lambda_a)
+        lines += measure_samples(pipe, judge, args.questions, args.names, args.seeds, args.seed, **sampling)
     things = THINGS[:2] if args.quick else THINGS
     lines += ["## base_grid.png", "", f"First samples, none chosen. Columns: {', '.join(map(data.content_phrase, things))}. "
               f"Rows: {', '.join(s or 'no style' for s in IN_WORDS)}."]

@@ -26,7 +26,7 @@ import data  # noqa: E402
 import styledrop  # noqa: E402
 from data import styles  # noqa: E402
 from experiments.base import table, with_error  # noqa: E402
-from experiments.judge import ask, load_judge, rank_among, style_features  # noqa: E402
+from experiments.judge import AMONG, ask, load_judge, rank_among, style_features  # noqa: E402
 from experiments.one_shot import choose_subjects, draw, measure, paired_bootstrap  # noqa: E402
 from styledrop import (FEEDBACK, RARE_TOKEN, Parser, Pool, StyleDrop, grid, load_adapter, number, run_command,  # noqa: E402
                        sample_pool, style_prompt, to_tensor, to_uint8, write_whole)
@@ -36,8 +36,8 @@ BASE, WORDS = "base, style in words", "base, its words guided"
 ROUNDS = ("R2-CLIP", "R2-CLIP, style in the text", "R2-CLIP, its ten best", "R2-random", "R2-oracle")
 METHODS = {"full fine-tuning": "full", "LoRA": "lora", "textual inversion": "textual-inversion"}
 ARMS = (BASE, WORDS, "R1", *ROUNDS, *METHODS)
-METRICS = {"text": 3, "style": 3, "thing": 1, "leakage": 1, "leakage by CLIP": 1, "distance": 3}        # digits
-SHARES = ("thing", "leakage", "leakage by CLIP")                                 # in percent
+METRICS = {"text": 3, "style": 3, "thing": 1, "leakage": 1, "leakage by rank": 1, "leakage by CLIP": 1, "distance": 3}    # digits
+SHARES = ("thing", "leakage", "leakage by rank", "leakage by CLIP")              # in percent
 PICKS = 10                                                                       # of the oracle, as of the paper's people
 CLAIMS = (                              # (what the paper reports, arm, against, metric, sign)
     ("one round raises the style score (Table 2)", "R1", BASE, "style", 1),
@@ -47,6 +47,7 @@ CLAIMS = (                              # (what the paper reports, arm, against,
     ("CLIP feedback lowers the style score (4.4.3)", "R2-CLIP", "R1", "style", -1),
     ("CLIP feedback: the thing is seen more often", "R2-CLIP", "R1", "thing", 1),
     ("CLIP feedback: less leakage (3.3)", "R2-CLIP", "R1", "leakage", -1),
+    ("the same, by how near the reference's thing comes", "R2-CLIP", "R1", "leakage by rank", -1),
     ("the same by CLIP, which chose", "R2-CLIP", "R1", "leakage by CLIP", -1),
     ("CLIP chooses better than chance, by text", "R2-CLIP", "R2-random", "text", 1),
     ("even a random choice raises the text score (4.4.3)", "R2-random", "R1", "text", 1),
@@ -111,8 +112,10 @@ def run(task):
         truth = draw(art, things, source, style, args.seed).repeat_interleave(args.seeds, 0)
         judged = measure(judge, images, truth, again(things), reference, style, source)
         scores = styledrop.measure(pipe, images, again(prompts), example, content)
+        above = rank_among(ask(judge, images, "content"), torch.full((len(images),), data.names().index(reference)),
+                           torch.Generator().manual_seed(args.seed))
         found = {"text": scores["text"], "style": scores["style"], "thing": judged["thing seen"], "leakage": judged["leakage"],
-                 "leakage by CLIP": scores["leakage"], "distance": judged["judge's distance"]}
+                 "leakage by rank": 1 - above / (AMONG - 1), "leakage by CLIP": scores["leakage"], "distance": judged["judge's distance"]}
         numbers |= {m: values.mean().item() for m, values in found.items()}
         numbers["pictures"] = {m: [round(x, 4) for x in values.tolist()] for m, values in found.items()}
         first = torch.cat([example, images[::args.seeds][:8]])
@@ -211,7 +214,8 @@ def main():
              f"the styles. Pools: {args.pool} pictures for each of 30 prompts. Every prompt names the style in words, except for "
              "textual inversion, which learns a word of its own; the first row samples them by Eq. 1, the second by Eq. 4 with the words in the adapter's place. Text: cosine with the content phrase; style: cosine with the "
              "reference, both by the shipped CLIP. Thing, leakage: how often the judge sees the thing, and the reference's "
-             "thing, first among 100. Leakage by CLIP: how often CLIP finds the reference's phrase nearer than the prompt. Distance: of the judge's style features to the true drawing. Who chose also "
+             f"thing, first among {AMONG}, which chance does in 1 %. Leakage by rank: how many of the {AMONG - 1} others look less like the picture to "
+             "the judge than the reference's thing does; 50 % where nothing leaks. Leakage by CLIP: how often CLIP finds the reference's phrase nearer than the prompt. Distance: of the judge's style features to the true drawing. Who chose also "
              "scores: CLIP the texts of R2-CLIP, which learns 30 pictures, the judge things and distances of R2-oracle, which learns ten. To teach: R1 and the pool "
              f"included where they are needed{f', {args.jobs} styles at a time' if args.jobs > 1 else ''}.", ""]
     lines += report(found, args.seed)
