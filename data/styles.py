@@ -61,16 +61,20 @@ def named(style):
     return {k: v for k, v in zip(ATTRIBUTES, astuple(style)) if v not in UNNAMED}
 
 
+def has_new_words(style):
+    """True where a value is named that the base never sees, in whatever company."""
+    return any(v in HELD_OUT.get(k, ()) for k, v in named(style).items())
+
+
 def is_held_out(style):
     """True for what the base never sees: two media, one light, and about a fifth of all attribute pairs.
 
     Two named values are a held-out pair where the CRC-32 of their words divides by 5, whatever the
     other attributes are. A white ground is everywhere and counts in no pair.
     """
-    words = named(style)
-    if any(v in HELD_OUT.get(k, ()) for k, v in words.items()):
+    if has_new_words(style):
         return True
-    values = [f"{k}={v}" for k, v in words.items()]
+    values = [f"{k}={v}" for k, v in named(style).items()]
     return any(zlib.crc32(f"{a}|{b}".encode()) % 5 == 0 for i, a in enumerate(values) for b in values[i + 1:])
 
 

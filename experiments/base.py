@@ -163,8 +163,8 @@ def draw_style(question, rng):
             style = styles.Style(**{question: str(rng.choice(styles.ATTRIBUTES[question]))})
         else:
             style = styles.sample(rng, held_out=held_out)
-        new_words = any(value in styles.HELD_OUT.get(k, ()) for k, value in styles.named(style).items())
-        if styles.named(style) and styles.is_held_out(style) == held_out and not (new_words and "combination" in question):
+        known = question != "held-out combination" or not styles.has_new_words(style)
+        if styles.named(style) and styles.is_held_out(style) == held_out and known:
             return style
 
 
@@ -225,11 +225,11 @@ def sweep_words(pipe, judge, names, lambdas_a, lambdas_b, seed):
     """lambda_A by lambda_B with a palette in words: how often palette and thing are recognised, one picture of each name."""
     rng, rows = np.random.default_rng(seed), []
     chosen, contents = [draw_style("palette", rng) for _ in names], [data.content_phrase(name) for name in names]
+    phrases = [styles.phrase(style) for style in chosen]
     for lambda_a in lambdas_a:
         cells = []
         for lambda_b in lambdas_b:
-            images = sample_pool(pipe, contents, 1, seed=seed, style_phrase=[styles.phrase(style) for style in chosen],
-                                 lambda_a=lambda_a, lambda_b=lambda_b).images
+            images = sample_pool(pipe, contents, 1, seed=seed, style_phrase=phrases, lambda_a=lambda_a, lambda_b=lambda_b).images
             right = verdicts(judge, images, names, chosen, torch.Generator().manual_seed(seed))
             cells.append(f"{100 * right['palette'].mean():.0f} / {100 * right['thing, top 1'].mean():.0f}")
             print(f"lambda_A {lambda_a:g}, lambda_B {lambda_b:g}: {cells[-1]} %", flush=True)

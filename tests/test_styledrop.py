@@ -9,8 +9,8 @@ from conftest import noise_images, toy_muse
 
 import muse as muse_
 from muse import Muse
-from styledrop import (LAMBDA_A, LAMBDA_A_WORDS, StyleDrop, fingerprint, grid, guided_logits, load_adapter, load_model, mix_logits, save_model,
-                       style_prompt, to_tensor, to_uint8, write_whole)
+from styledrop import (LAMBDA_A, LAMBDA_A_WORDS, StyleDrop, fingerprint, grid, guided_logits, load_adapter, load_model,
+                       mix_logits, save_model, style_prompt, to_tensor, to_uint8, write_whole)
 from vqgan import VQGAN, VQGANConfig
 
 PROMPTS = ["a cat", "a house"]
