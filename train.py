@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn     # before there is a group: imported later, its defaults keep the group from ending
 from PIL import Image, ImageDraw
 
 import clip_feedback
