@@ -60,6 +60,20 @@ def mix_logits(style, content, gamma):
 
 
 # ---------------------------------------------------------------------------------------------
+# Arithmetic
+
+def fast_bf16(device):
+    """Does it multiply in bf16 several times as fast as in fp32? CUDA; CPUs with AMX or AVX-512 BF16."""
+    cpu_has = lambda what: getattr(torch.cpu, f"_is_{what}_supported", lambda: False)()
+    return device == "cuda" or device == "cpu" and (cpu_has("amx_tile") or cpu_has("avx512_bf16"))
+
+
+def autocast(device):
+    """G's products in bf16 where that is fast; elsewhere fp32. device: "cpu", "cuda", ..."""
+    return torch.autocast(device, torch.bfloat16, enabled=fast_bf16(device))
+
+
+# ---------------------------------------------------------------------------------------------
 # Files: written whole or not at all, read with weights_only=True
 
 def write_whole(path, write):
@@ -269,7 +283,8 @@ class StyleDrop:
         def logits_fn(ids, step):
             out = {}
             for names, weights, inputs in calls:
-                logits = functional_call(self.muse, weights, (ids.repeat(len(names), 1), *inputs))
+                with autocast(self.device.type):
+                    logits = functional_call(self.muse, weights, (ids.repeat(len(names), 1), *inputs))
                 out.update(zip(names, logits.split(B)))
             guided = lambda tuned, base, a: guided_logits(out[tuned], out[base], out["G(n)"], a, lambda_b)
             if gamma == 0:
@@ -344,7 +359,8 @@ class StyleDrop:
             if method == "textual-inversion":               # its theta is in the text
                 text, _ = self.embed(texts, adapter)
             inputs = ids.masked_fill(mask, c.mask_id), text[rows], text_mask[rows], adapter()
-            logits = functional_call(self.muse, adapter.weights(self.muse), inputs)
+            with autocast(self.device.type):
+                logits = functional_call(self.muse, adapter.weights(self.muse), inputs)
             loss = muse_.masked_loss(logits, ids, mask)
             optimiser.zero_grad()
             loss.backward()

@@ -10,6 +10,8 @@ from PIL import Image
 
 import clip_feedback
 import muse as muse_
+import styledrop
+import train
 import vqgan as vqgan_
 from adapter import Adapter
 from clip_feedback import CLIP, Tokenizer, train_merges
@@ -55,6 +57,13 @@ def toy_clip(seed=0):
 
 def toy_muse(seed=0, **changes):
     return shake(Muse(replace(muse_.PRESETS["toy"], **changes)), seed=seed).eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """fp32, also where bf16 is fast: a test says the same on every machine."""
+    for module in (styledrop, train):
+        monkeypatch.setattr(module, "fast_bf16", lambda device: False)
 
 
 @pytest.fixture(scope="session")

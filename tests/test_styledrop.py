@@ -1,6 +1,7 @@
 """styledrop.py: guidance against separate forward passes, Eq. 3 tuning, and files that are whole or not there."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import noise_images, toy_muse
 
 import muse as muse_
+import styledrop
 from muse import Muse
 from styledrop import (LAMBDA_A, LAMBDA_A_WORDS, StyleDrop, fingerprint, grid, guided_logits, load_adapter, load_model,
                        mix_logits, save_model, style_prompt, to_tensor, to_uint8, write_whole)
@@ -72,6 +74,30 @@ def logits_of(pipe, monkeypatch, prompts=PROMPTS, **options):
 close = lambda x, y: torch.allclose(x, y, atol=1e-4, rtol=1e-4)
 styled = [style_prompt(p, PHRASE) for p in PROMPTS]
 null = ["", ""]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_g_runs_in_bf16_where_that_is_fast(pipe, make_adapter, monkeypatch, fast):
+    """Sampling and tuning alike; the logits come out in fp32 and stay near."""
+    style, seen, forward = make_adapter(), [], Muse.forward
+    exact, *_ = logits_of(pipe, monkeypatch, style=style)
+    monkeypatch.setattr(styledrop, "fast_bf16", lambda device: fast)
+    monkeypatch.setattr(Muse, "forward", lambda self, *a: seen.append(torch.is_autocast_enabled("cpu")) or forward(self, *a))
+    ours, *_ = logits_of(pipe, monkeypatch, style=style)
+    assert ours.dtype == torch.float32 and seen == [fast]
+    assert (ours - exact).norm() < 0.05 * exact.norm() and torch.equal(ours, exact) == (not fast)
+    losses = []
+    pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=3, on_step=lambda step, loss: losses.append(loss))
+    assert seen[1:] == [fast] * 3 and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize("device, able, fast", [
+    ("cuda", (), True), ("mps", ("amx_tile",), False), ("cpu", (), False), ("cpu", ("amx_tile",), True), ("cpu", ("avx512_bf16",), True)])
+def test_which_machines_are_fast_in_bf16(monkeypatch, device, able, fast):
+    monkeypatch.undo()
+    for what in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{what}_supported", lambda what=what: what in able)
+    assert styledrop.fast_bf16(device) == fast
 
 
 def test_eq4_from_separate_passes(pipe, make_adapter, monkeypatch):
