@@ -76,6 +76,7 @@ def main():
     add("--gamma", type=number(float, 0), default=0.5, help="0: style adapter alone, 1: content adapter alone")
     add("--lambda-a", type=number(float, 0), help=f"strength of the style (Eq. 4; default {LAMBDA_A:g}; of --style-phrase "
                                                   f"without a run {LAMBDA_A_WORDS:g})")
+    add("--lambda-a-content", type=number(float, 0), help="the same of the object, beside a style (default: --lambda-a's)")
     add("--lambda-b", type=number(float, 0), default=3.0, help="strength of the text (Eq. 4)")
     add("--gamma-sweep", action="store_true", help="a row from the style adapter alone to the content adapter alone")
     add("--lambda-grid", action="store_true", help="a sheet of lambda_A by lambda_B, one seed")
@@ -98,6 +99,8 @@ def main():
         parser.error("--gamma mixes two adapters: give --content RUN too")
     if args.gamma_sweep and not args.content:
         parser.error("--gamma-sweep mixes two adapters: give --content RUN too")
+    if args.lambda_a_content is not None and not args.content:
+        parser.error("--lambda-a-content is an object's: give --content RUN too")
     if args.gamma_sweep and args.lambda_grid:
         parser.error("give --gamma-sweep or --lambda-grid, not both")
     if (args.gamma_sweep or args.lambda_grid) and args.trace:
@@ -127,7 +130,7 @@ def main():
 
     def draw(prompts, seed, lambda_a=args.lambda_a, lambda_b=args.lambda_b, gamma=args.gamma, on_step=None):
         return to_uint8(pipe.generate(prompts, style, content, lambda_a, lambda_b, gamma, args.steps, args.temperature,
-                                      seed, args.negative, args.style_phrase, on_step))
+                                      seed, args.negative, args.style_phrase, on_step, args.lambda_a_content))
 
     trace = []                                              # of the first batch
     if args.gamma_sweep:                                    # the same seed all along a row

@@ -239,7 +239,7 @@ class StyleDrop:
 
     @torch.no_grad()
     def generate(self, prompts, style=None, content=None, lambda_a=None, lambda_b=3.0, gamma=0.5, steps=18,
-                 temperature=1.0, seed=0, negative="", style_phrase=None, on_step=None):
+                 temperature=1.0, seed=0, negative="", style_phrase=None, on_step=None, lambda_a_content=None):
         """Sample one image for each prompt: (B, 3, H, W) in [-1, 1].
 
         prompts: strings. With a style adapter they are content phrases and its style phrase (or
@@ -247,7 +247,8 @@ class StyleDrop:
         style only: Eq. 4. content only: Eq. 6, that is gamma 1. Both: (1 - gamma) Eq. 5 + gamma Eq. 6.
         Neither: Eq. 1, the base; with a style phrase, Eq. 4 with the phrase in the adapter's place, so that
         lambda_a is the strength of its words: G(t) + lambda_a (G(t) - G(c)) + lambda_b (G(c) - G(n)).
-        lambda_a: None for LAMBDA_A, or LAMBDA_A_WORDS where the style is in words.
+        lambda_a: None for LAMBDA_A, or LAMBDA_A_WORDS where the style is in words. lambda_a_content: of the
+        content adapter; None for lambda_a, where that is given, else LAMBDA_A.
         Every distinct forward pass of a step is one part of one batch.
         seed: an int, or a generator to go on from; the same seed on the same machine gives the same
         images. Raises ValueError for an adapter of another base, and for more or fewer phrases than prompts.
@@ -275,10 +276,10 @@ class StyleDrop:
             branches["G^(c)"] = prompts, theta_c
         branches["G(n)"] = [negative] * B, None
         calls = self.forward_passes(branches)
-        strength = lambda default: default if lambda_a is None else lambda_a
+        first = lambda *values: next(value for value in values if value is not None)
         tuned = "G(t)" if theta_s is None else "G^(t)"
-        in_style = ("G(t)", "G(c)", strength(LAMBDA_A_WORDS)) if in_words else (tuned, "G(t)", strength(LAMBDA_A))
-        of_object = "G^(c)", "G(c)", strength(LAMBDA_A)
+        in_style = ("G(t)", "G(c)", first(lambda_a, LAMBDA_A_WORDS)) if in_words else (tuned, "G(t)", first(lambda_a, LAMBDA_A))
+        of_object = "G^(c)", "G(c)", first(lambda_a_content, lambda_a, LAMBDA_A)
 
         def logits_fn(ids, step):
             out = {}

@@ -67,15 +67,17 @@ def test_grids(draw, options, rows, columns):
 def test_options_reach_the_sampler(draw, monkeypatch):
     """Trap: positional arguments in the wrong order."""
     seen, real = [], StyleDrop.generate
-    names = ["prompts", "style", "content", "lambda_a", "lambda_b", "gamma", "steps", "temperature", "seed"]
+    names = ["prompts", "style", "content", "lambda_a", "lambda_b", "gamma", "steps", "temperature", "seed", "negative",
+             "style_phrase", "on_step", "lambda_a_content"]
     monkeypatch.setattr(StyleDrop, "generate",
                         lambda self, *a, **k: seen.append(dict(zip(names, a), **k)) or real(self, *a, **k))
     assert draw("--prompt", "a cat", "--style", "runs/new", "--content", "runs/old", "--lambda-a", 1.5, "--lambda-b", 4,
-                "--gamma", 0.25, "--temperature", 3, "--steps", 2, "--seed", 9)[0] == 0
+                "--lambda-a-content", 0, "--gamma", 0.25, "--temperature", 3, "--steps", 2, "--seed", 9)[0] == 0
     call, = seen
     for role, run in (("style", "runs/new"), ("content", "runs/old")):
         assert torch.equal(call[role].generators["mlp"].up, load_adapter(run).generators["mlp"].up)
     assert [call[name] for name in names[3:8]] == [1.5, 4, 0.25, 2, 3] and call["seed"].initial_seed() == 9
+    assert call["lambda_a_content"] == 0
 
 
 def test_the_same_command_gives_the_same_bytes(draw):
@@ -142,6 +144,7 @@ BAD = {                                                          # options besid
     "lambda nan": (["--lambda-a", "nan"], "--lambda-a"),
     "lambda inf": (["--lambda-b", "inf"], "--lambda-b"),
     "a gamma of one adapter": (["--gamma", "0.6"], "--content"),
+    "an object's lambda without one": (["--lambda-a-content", "0"], "--content"),
     "a gamma beyond 1": (["--gamma", "1.1"], "--gamma"),
     "no pictures": (["--num", "0"], "--num"),
     "a negative temperature": (["--temperature", "-1"], "--temperature"),

@@ -165,6 +165,9 @@ def test_eq5_and_eq6_from_separate_passes(pipe, make_adapter, monkeypatch):
     assert close(ours, 0.7 * l_s + 0.3 * l_c) and calls == [10]
     alone, _, calls = logits_of(pipe, monkeypatch, content=content, lambda_a=2, lambda_b=5)
     assert close(alone, l_c) and calls == [6]
+    ours, G, _ = logits_of(pipe, monkeypatch, style=style, content=content, gamma=0.3, lambda_a=2, lambda_b=5, lambda_a_content=0)
+    l_c = G(PROMPTS, content) + 5 * (G(PROMPTS) - G(null))
+    assert close(ours, 0.7 * l_s + 0.3 * l_c)
 
 
 @pytest.mark.parametrize("gamma, kept", [(0.0, "style"), (1.0, "content")])
