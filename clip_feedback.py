@@ -212,7 +212,7 @@ OPENAI_PIXELS = dict(image_mean=(0.48145466, 0.4578275, 0.40821073), image_std=(
 PRESETS = {
     "toy": CLIPConfig(resolution=16, vision_width=32, vision_layers=2, vision_heads=2, text_width=32, text_layers=2,
                       text_heads=2, context_length=16, embed_dim=24),
-    "tiny": CLIPConfig(vision_width=768, vision_layers=0),
+    "tiny": CLIPConfig(vision_width=1536, vision_layers=0),
     "small": CLIPConfig(resolution=128, patch=16, vision_width=512, vision_layers=8, vision_heads=8, text_width=512,
                         text_layers=8, text_heads=8, context_length=48, embed_dim=512),
     "paper": CLIPConfig(resolution=224, patch=14, vision_width=1024, vision_layers=24, vision_heads=16,  # ViT-L/14

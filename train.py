@@ -413,7 +413,7 @@ def pretrain_muse(args):
 
 # How each stage is shown the drawings. Muse has enough to learn with each thing in its place; CLIP, where style
 # words tell its pictures apart, need not look at what they show, and has to know drawings of hands it never saw
-SHOWN = {"vqgan": dict(smallest=0.9), "clip": dict(smallest=0.8, bare=0.5, bent=0.1), "muse": dict(plain=0.1)}
+SHOWN = {"vqgan": dict(smallest=0.9), "clip": dict(smallest=0.8, bare=0.5, bent=0.13), "muse": dict(plain=0.1)}
 STAGES = {                                                   # stage: (function, default steps, batch, lr)
     "vqgan": (pretrain_vqgan, 1600, 16, 1e-3),
     "clip": (pretrain_clip, 1080, 128, 1.5e-3),
