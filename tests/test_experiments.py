@@ -263,7 +263,7 @@ def test_table2_says_each_claim_with_its_own_numbers():
 @pytest.mark.parametrize("name, phrase", [("teapot", "a [V] teapot"), ("owl", "a [V] owl"), ("glasses", "[V] glasses"),
                                           ("hot-air-balloon", "a [V] hot air balloon")])
 def test_the_rare_token_stands_before_the_name(name, phrase):
-    assert two_adapters.object_phrase(name) == phrase
+    assert two_adapters.object_phrase(name) == phrase and two_adapters.object_phrase(name, "by its adapter alone") == "a [V]"
 
 
 def test_both_means_the_thing_in_the_style():
