@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn     # before there is a group: imported later, its defaults keep the group from ending
 from PIL import Image, ImageDraw
 
 import clip_feedback
@@ -809,6 +808,7 @@ def main():
                 parser.error("torchrun is for --stage muse; the other stages run in one process")
             if args.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            from torch.distributed import nn as _            # imported when a group is there, its defaults keep it from ending
             dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
             if args.batch < dist.get_world_size():
                 parser.error(f"--batch {args.batch} is less than one picture for each of {dist.get_world_size()} processes")

@@ -32,6 +32,7 @@ IN_WORDS = ("", "flat vector", "watercolor", "gold and purple", "pixel art on te
             "stained glass")                                # the last medium is held out
 LAMBDAS_A, LAMBDAS_B, TEMPERATURES = (1, 3, 5, 7), (1, 2, 3, 5), (1, 2, 4.5, 8)
 WHOLE = ("training style", "held-out style", "held-out combination")            # questions of whole styles
+TOGETHER = "palette + ground + medium"                                          # each named one counts once
 RATIOS = [r / 10 for r in range(1, 11)]
 
 
@@ -198,10 +199,13 @@ def measure_samples(pipe, judge, questions, count, seeds, seed, **sampling):
         turn = seeds + 1                                    # the control asks each sample for another's thing and style
         control = say(samples, np.roll(names, turn), chosen[-turn:] + chosen[:-turn])
         columns = say(samples), control, say(reconstruct(pipe.vqgan, real)), say(real)
+        if question in WHOLE:
+            for column in columns:
+                column[TOGETHER] = torch.cat([column[k] for k in TOGETHER.split(" + ")])
         for asked in columns[0]:
             if asked.startswith("thing") or asked == question or question in WHOLE:
                 rows.append([question, asked, str(int((~columns[0][asked].isnan()).sum())),
-                             *(percent(column[asked], picks) for column in columns)])
+                             *(percent(column[asked], picks * (len(column[asked]) // len(picks))) for column in columns)])
         print(f"{question}: {len(picks)} pictures, {time.time() - began:.0f} s", flush=True)
     return table(["in words", "recognised", "pictures", "samples", "control", "ceiling: reconstructed", "ceiling: real"], rows)
 

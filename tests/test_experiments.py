@@ -266,6 +266,22 @@ def test_the_rare_token_stands_before_the_name(name, phrase):
     assert two_adapters.object_phrase(name) == phrase and two_adapters.object_phrase(name, "by its adapter alone") == "a [V]"
 
 
+def test_each_way_has_its_own_adapter_and_strengths(monkeypatch):
+    """Each mixture with its way's lambdas, an adapter alone with none. Trap: "a [V]" taught or sampled by the name."""
+    tuned, drawn, art = [], [], data.Art([*two_adapters.HANDS, "openmoji"])
+    pipe = SimpleNamespace(tune=lambda images, prompts, style="", **how: tuned.append((prompts, how)) or len(tuned))
+    monkeypatch.setattr(two_adapters, "sample_pool", lambda pipe, prompts, count, style, seed, **how: drawn.append((prompts, how)) or
+                        SimpleNamespace(images=torch.zeros(count, 3, 64, 64)))
+    subject = styles.Style(palette="sepia"), "noto", "owl", None
+    _, found, row = two_adapters.one_style(pipe, None, art, subject, "teapot", SimpleNamespace(seed=0, seeds=2))
+    assert len(row) == 3 + 2 * len(two_adapters.GAMMAS) and all(list(of_way) == list(two_adapters.GAMMAS) for of_way in found.values())
+    for k, (phrase, (tuning, strengths)) in enumerate(zip(("a [V] teapot", "a [V]"), two_adapters.WAYS.values())):
+        prompts, how = tuned[1 + k]
+        assert set(prompts) == {phrase} and len(prompts) > 1 and how == dict(tuning, seed=0)
+        for gamma, (prompts, how) in zip(two_adapters.GAMMAS, drawn[5 * k:]):
+            assert prompts == [phrase] and how == dict({} if gamma in (0, 1) else strengths, content=2 + k, gamma=gamma)
+
+
 def test_both_means_the_thing_in_the_style():
     """Counted picture by picture. Trap: the product of two means, where half with the thing and half in the style give a quarter."""
     style, number = styles.Style(palette="sepia", medium="chalk"), 5
