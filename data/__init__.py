@@ -4,10 +4,11 @@
     images, captions = art.batch(16, rng, 64)           # uint8 (16, 64, 64, 3), 16 strings
     images, captions = Folder("my/pictures").batch(...) # the same from your own
 
-A training example is a drawing, seven times in ten in a style drawn afresh (styles.py). All images are RGB uint8.
+A training example is a scene (scenes.py): one drawing, several, or two side by side, perhaps in a
+colour; three times in five in a style drawn afresh (styles.py). The same seed gives the same
+examples at every size. All images are RGB uint8.
 """
 
-import csv
 import functools
 import warnings
 from pathlib import Path
@@ -15,61 +16,39 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from . import styles
+from . import drawing, scenes, styles
+from .english import HERE, caption, content_phrase, names, noun, plural, read_table, synonyms
+from .drawing import bend, place_one
+from .scenes import Scene
 
-HERE = Path(__file__).parent
-TILE, COLUMNS = 128, 30                                 # pixels a side of a tile, tiles in a row of a sheet
-MAX_PIXELS = 64_000_000                                 # of a picture we agree to open
-
-
-# ---------------------------------------------------------------------------------------------
-# Words
-
-NO_ARTICLE = set("""bacon broccoli cheese chocolate corn fire flame fog garlic ginger honey ice jeans lightning milk
-    money oil popcorn rice sake salt sushi sunshine tempura thread water wood yarn tea butter sheep-wool luggage
-    spaghetti sashimi curry-rice cooked-rice bread wc badminton bowling camping construction cooking coral dna ice-hockey
-    field-hockey lacrosse ping-pong tennis high-voltage soap skis oden""".split())
-IRREGULAR = {"foggy": "a foggy city", "headphone": "headphones",
-             "hourglass-done": "an hourglass", "hourglass-not-done": "an hourglass with flowing sand",
-             "locked": "a padlock", "locked-with-key": "a padlock with key", "locked-with-pen": "a padlock with pen",
-             "money-with-wings": "money with wings", "mount-fuji": "mount fuji", "pouring-liquid": "pouring liquid",
-             "unlocked": "an open padlock", "x-ray": "an x ray"}
-SINGULAR = ("ss", "us", "is", "rhinoceros", "tennis", "abacus", "lens", "chess", "dice", "gas")          # end in s, yet are one thing
-
-
-def content_phrase(name):
-    """A tile's name as a content phrase: "hot-air-balloon" -> "a hot air balloon", "glasses" -> "glasses"."""
-    if name in IRREGULAR:
-        return IRREGULAR[name]
-    words = name.replace("-", " ")
-    head = words.split(" with ")[0].split(" of ")[0].split(" in ")[0].split(" on ")[0].split(" and ")[0]
-    if words in NO_ARTICLE or name in NO_ARTICLE or (head.endswith("s") and not head.endswith(SINGULAR)):
-        return words
-    vowel = words[0] in "aeiou" and not words.startswith(("uni", "us", "one ", "ufo", "eu", "ewe"))
-    return f"{'an' if vowel else 'a'} {words}"
-
-
-def read_table(name):
-    with open(HERE / name, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
+TILE, COLUMNS = 128, 30                 # pixels a side of a tile, tiles in a row of a sheet
+MAX_PIXELS = 64_000_000                 # of a picture we agree to open
+RARE = 0.06                             # share of the captions that hold a rare token
 
 
 @functools.lru_cache(None)
-def names():
-    """All names the base may have met, sorted."""
-    held_out = {row["set"] for row in read_table("sets.tsv") if row["role"] != "training"}
-    return sorted({row["name"] for row in read_table("names.tsv") if row["set"] not in held_out})
+def words():
+    """All words that captions of the training sets can hold, sorted: the base's vocabulary."""
+    said = ["a an the and in style with on ground", *scenes.COLOURS, *scenes.NUMBERS.values()]
+    for name in names():
+        for word in (noun(name), *synonyms().get(name, ())):
+            counted = scenes.takes_number(name) and scenes.english_phrase(word) != word
+            said += [word, plural(word)] if counted else [word]
+    for attribute, values in styles.ATTRIBUTES.items():
+        said += [value for value in values if value not in styles.HELD_OUT.get(attribute, ())]
+    said += [row["style"] for row in read_table("sets.tsv") if row["role"] == "training"]
+    said += ["[V] [V*]"]
+    return sorted({word for phrase in said for word in phrase.split()})
 
 
-@functools.lru_cache(None)
-def synonyms():
-    """name -> other words for it, from keywords.tsv."""
-    return {row["name"]: row["synonyms"].split(", ") for row in read_table("keywords.tsv")}
+def with_rare_token(content, style):
+    """A caption's parts with a word that means nothing: "a [V] cat", or the style [V*] if it has none.
 
-
-def caption(content, style):
-    """The paper's template (Section 3.2.1): "{content} in {style} style"; content alone without a style."""
-    return f"{content} in {style} style" if style else content
+    StyleDrop's users write such words (4.4.1); the base should not stumble over them.
+    """
+    if not style:
+        return content, "[V*]"
+    return (content.replace("a ", "a [V] ", 1) if content.startswith("a ") else content), style
 
 
 # ---------------------------------------------------------------------------------------------
@@ -78,84 +57,98 @@ def caption(content, style):
 class Art:
     """The drawings of some sets, as uint8 (n, size, size, 4) with straight alpha, in `.drawings`.
 
-    sets: names from sets.tsv; by default all of a role ("training" or "held-out"). `.names`, `.sets`
-    and `.hands` (the set's style phrase) go along with them. smallest: batches place each drawing a
-    little differently (`jitter`); None: as it is. bare: share of the batches whose captions name no style
-    at all, so that only what they show tells their pictures apart. plain: share of drawings that keep their own.
-    bent: how much each drawing is bent as well (`bend`).
+    sets: names from sets.tsv; by default all of a role ("training", "held-out"). `.names`, `.sets`
+    and `.hands` (the set's style phrase) go along with the drawings, and so do `.boxes` (what each
+    covers of its tile) and `.middles` (its luminance); `.index` is {set: {name: i}}.
+    compose: batches show colours, several and two things too (scenes.py); else one thing as drawn.
+    smallest: single things are this to 1 times the frame, and somewhere in it; None: as they are.
+    bare: share of the batches whose captions name no style at all, so that only what they show
+    tells their pictures apart. plain: share of pictures that keep the style of their drawings.
+    bent: how much each drawing is bent (`bend`).
     """
 
-    def __init__(self, sets=None, role="training", size=64, smallest=None, bare=0.0, plain=styles.PLAIN, bent=0.0):
-        self.smallest, self.bare, self.plain, self.bent = smallest, bare, plain, bent
+    def __init__(self, sets=None, role="training", size=64, smallest=None, bare=0.0,
+                 plain=styles.PLAIN, bent=0.0, compose=True):
+        self.smallest, self.bare, self.plain = smallest, bare, plain
+        self.bent, self.compose = bent, compose
         table = {row["set"]: row for row in read_table("sets.tsv")}
-        sets = [s for s, row in table.items() if row["role"] == role] if sets is None else list(sets)
+        if sets is None:
+            sets = [s for s, row in table.items() if row["role"] == role]
         for s in sets:
             if s not in table:
                 raise ValueError(f"no set {s!r} in data/sets.tsv; there are {', '.join(table)}")
         rows = [row for row in read_table("names.tsv") if row["set"] in sets]
         self.names, self.sets = [row["name"] for row in rows], [row["set"] for row in rows]
         self.hands = [table[s]["style"] for s in self.sets]
-        sheets = {s: Image.open(HERE / "sheets" / f"{s}.webp").convert("RGBa") for s in sets}   # premultiplied
-        self.drawings = np.stack([self.tile(sheets[row["set"]], int(row["tile"]), size) for row in rows])
+        sheets = {s: Image.open(HERE / "sheets" / f"{s}.webp").convert("RGBa")      # premultiplied
+                  for s in sets}
+        tiles = [(sheets[row["set"]], int(row["tile"])) for row in rows]
+        self.drawings = np.stack([self.tile(*tile, size) for tile in tiles])
+        self.boxes = [drawing.inked(self.cut(*tile)) for tile in tiles]
+        self.middles = [drawing.middle(rgba) for rgba in self.drawings]
+        self.index = {s: {} for s in sets}
+        for i, (name, s) in enumerate(zip(self.names, self.sets)):
+            self.index[s][name] = i
+        self.names_of = {s: tuple(found) for s, found in self.index.items()}
 
     @staticmethod
-    def tile(sheet, index, size):
-        """Scaled while its colour is multiplied by alpha: the invisible colour around it cannot leak in."""
+    def cut(sheet, index):
+        """A tile at its full size, as a Pillow image."""
         x, y = index % COLUMNS * TILE, index // COLUMNS * TILE
-        tile = sheet.crop((x, y, x + TILE, y + TILE)).resize((size, size), Image.BOX if size < TILE else Image.BICUBIC)
+        return sheet.crop((x, y, x + TILE, y + TILE))
+
+    @classmethod
+    def tile(cls, sheet, index, size):
+        """Scaled while its colour is multiplied by alpha: no invisible colour can leak in."""
+        how = Image.BOX if size < TILE else Image.BICUBIC
+        tile = cls.cut(sheet, index).resize((size, size), how)
         return np.asarray(tile.convert("RGBA"))
 
     def find(self, name, set_name):
         """Index of a drawing. Raises ValueError if the set does not have that name."""
-        for i, pair in enumerate(zip(self.names, self.sets)):
-            if pair == (name, set_name):
-                return i
-        raise ValueError(f"no drawing {name!r} in {set_name}")
+        if name not in self.index.get(set_name, ()):
+            raise ValueError(f"no drawing {name!r} in {set_name}")
+        return self.index[set_name][name]
 
     def content(self, i, rng=None):
-        """Content phrase of drawing i; with rng, one time in five by another word for it."""
-        others = synonyms().get(self.names[i])
-        return content_phrase(str(rng.choice(others)) if others and rng is not None and rng.random() < 0.2 else self.names[i])
-
-    def things(self):
-        """{name: its drawings as they are, uint8 (k, size, size, 3)}, and under "" one blank sheet."""
-        found = {"": [np.full_like(self.drawings[0, ..., :3], 255)]}
-        for name, drawing in zip(self.names, self.drawings):
-            found.setdefault(name, []).append(styles.apply(styles.Style(), drawing, np.random.default_rng(0)))
-        return {name: np.stack(pictures) for name, pictures in found.items()}
-
-    def wording(self, name, rng):
-        """One of many ways to ask for a thing: articles, adjectives, unknown words, any style. "" asks for nothing."""
-        content = self.content(self.names.index(name), rng) if name else ""
-        bare = content.split(" ", 1)[-1] if content.startswith(("a ", "an ")) else content
-        article, adjective = rng.choice(["a", "the", "my", "one", "[V]"]), rng.choice([*styles.HUES, "small", "big", "old", unknown(rng)])
-        content = rng.choice([content] * 4 + [bare, f"{article} {bare}", f"a {adjective} {bare}"]) if name else ""
-        style = styles.phrase(styles.sample(rng, plain=0), rng.choice(["", *self.hands]))
-        style = rng.choice(["", style, style, "[V*]", f"{unknown(rng)} {unknown(rng)}"])
-        return (f"a {style} of {content}" if style and rng.random() < 0.1 else str(caption(content, style))).strip()
+        """Content phrase of drawing i; with rng, sometimes a synonym, "the", no article."""
+        return scenes.phrase(Scene((self.names[i],)), rng)
 
     def batch(self, n, rng, resolution):
-        """n drawings, each in a style of its own.
+        """n scenes, each in a style of its own.
 
-        rng: numpy Generator, the only source of chance. Returns uint8 (n, resolution, resolution, 3)
-        and n captions, one in four without a word of style.
+        rng: numpy Generator, the only source of chance. Returns uint8 (n, resolution, resolution,
+        3) and n captions, two in five without a word of style.
         """
         images, captions = [], []
         bare = self.bare > 0 and rng.random() < self.bare
-        for i in rng.integers(len(self.names), size=n):
+        for _ in range(n):
+            i = int(rng.random() * len(self.names))          # the thing, or only whose drawings
+            scene = Scene((self.names[i],))
+            if self.compose:
+                scene = scenes.sample(rng, names=self.names_of[self.sets[i]])
             style = styles.sample(rng, plain=self.plain)
-            drawing = bend(self.drawings[i], rng, self.bent) if self.bent else self.drawings[i]
-            drawing = jitter(drawing, resolution, rng, self.smallest) if self.smallest else drawing
-            images.append(styles.apply(style, drawing, rng))
-            captions.append(caption(self.content(i, rng), "" if bare else styles.phrase(style, self.hands[i], rng)))
+            if scene.colours:
+                style = styles.keep_colours(style, scene.colours)
+            rgba = scenes.draw(scene, self, rng, resolution, self.sets[i])
+            images.append(styles.apply(style, rgba, rng))
+            content, manner = scenes.phrase(scene, rng), styles.phrase(style, self.hands[i], rng)
+            if self.compose and rng.random() < RARE:
+                content, manner = with_rare_token(content, manner)
+            captions.append(caption(content, "" if bare else manner))
         return np.stack(images), captions
+
+    def words(self):
+        """All words of the captions, sorted."""
+        return words()
 
     def prompts(self, n):
         """n captions to draw samples for, always the same: half without, half with style words."""
         rng = np.random.default_rng(0)
         picks = rng.integers(len(self.names), size=n)
-        return [caption(self.content(i), styles.phrase(styles.sample(rng), self.hands[i]) if k % 2 else "")
-                for k, i in enumerate(picks)]
+        manners = [styles.phrase(styles.sample(rng), self.hands[i]) for i in picks]
+        return [caption(self.content(i), manner if k % 2 else "")
+                for k, (i, manner) in enumerate(zip(picks, manners))]
 
 
 class Folder:
@@ -188,23 +181,15 @@ class Folder:
         self.images = np.stack([read_image(file, size) for file, _ in pairs])
         self.captions = [words for _, words in pairs]
 
-    def things(self):
-        """As Art.things; what has the same caption is one thing, and the first 2,000 captions are known by heart."""
-        found = {"": [np.full_like(self.images[0], 255)]}
-        for image, words in zip(self.images, self.captions):
-            if words in found or len(found) <= 2000:
-                found.setdefault(words, []).append(image)
-        return {words: np.stack(pictures) for words, pictures in found.items()}
-
-    def wording(self, words, rng):
-        """The caption, or the caption in a style without words."""
-        return str(caption(words, rng.choice(["", "[V*]", unknown(rng)]))).strip()
-
     def batch(self, n, rng, resolution):
         """As Art.batch; the pictures keep the style they have."""
         picks = rng.integers(len(self.images), size=n)
         images = [np.asarray(Image.fromarray(self.images[i]).resize((resolution,) * 2, Image.BICUBIC)) for i in picks]
         return np.stack(images), [self.captions[i] for i in picks]
+
+    def words(self):
+        """All words of the captions, sorted."""
+        return sorted({word for line in self.captions for word in line.lower().split()})
 
     def prompts(self, n):
         return [self.captions[i % len(self.captions)] for i in range(n)]
@@ -218,33 +203,9 @@ def read_words(path):
         raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
 
 
-def unknown(rng):
-    """A word that nobody knows."""
-    return "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz0123456789*[]<>"), size=rng.integers(1, 7)))
-
-
 def jitter(rgba, size, rng, smallest=0.9):
-    """The drawing (h, h, 4) at `smallest` to 1 times a transparent frame (size, size, 4), somewhere in it."""
-    side = round(size * rng.uniform(smallest, 1))
-    tile = Image.fromarray(rgba).convert("RGBa").resize((side, side), Image.BICUBIC).convert("RGBA")
-    frame = np.zeros((size, size, 4), np.uint8)
-    x, y = rng.integers(size - side + 1, size=2)
-    frame[y:y + side, x:x + side] = np.asarray(tile)
-    return frame
-
-
-def bend(rgba, rng, amount):
-    """The drawing (h, h, 4) turned, sheared and stretched, each by `amount` (radians, or a share) as one standard
-    deviation, and mirrored half the time; made smaller where its frame would stick out by more than a tenth."""
-    turn, shear, *stretch = rng.normal(0, amount, 4)
-    matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    matrix = matrix @ [[1, shear], [0, 1]] @ np.diag(np.exp(stretch)) @ np.diag([rng.choice([-1, 1]), 1])
-    matrix /= max(1, 0.9 * np.abs(matrix).sum(1).max())
-    back, centre = np.linalg.inv(matrix), len(rgba) / 2                          # where each pixel comes from
-    (a, b), (c, d) = back
-    x, y = centre - back @ [centre, centre]
-    image = Image.fromarray(rgba).convert("RGBa").transform(rgba.shape[:2], Image.AFFINE, (a, b, x, c, d, y), Image.BICUBIC)
-    return np.asarray(image.convert("RGBA"))
+    """The drawing at `smallest` to 1 times a frame (size, size, 4), somewhere in it."""
+    return place_one(rgba, size, rng, smallest)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""Draw data/contact_sheet.png, a page of random styles, and examples/, pictures to learn a style or an object from.
+"""Draw data/contact_sheet.png, training examples with their captions, and examples/, pictures to learn
+a style or an object from.
 
     python -m data.pictures
 """
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from . import HERE, Art, content_phrase, styles
 from .styles import Style
@@ -30,11 +32,25 @@ def draw(art, name, set_name, style, rng):
     return styles.apply(style, art.drawings[art.find(name, set_name)], rng)
 
 
-def contact_sheet(columns=12, rows=8):
-    art, rng = Art(size=64), np.random.default_rng(3)
-    tiles = [styles.apply(styles.sample(rng, held_out=k % 4 == 0), art.drawings[rng.integers(len(art.names))], rng)
-             for k in range(columns * rows)]
-    return Image.fromarray(np.concatenate([np.concatenate(tiles[r * columns:][:columns], 1) for r in range(rows)]))
+def captioned(images, captions, columns, width=124, lines=4):
+    """A page of pictures (B, H, W, 3), each with its caption printed under it."""
+    side, font = images.shape[1], ImageFont.load_default(10)
+    high = side + 11 * lines + 8
+    page = Image.new("RGB", (columns * width, -(-len(images) // columns) * high), "white")
+    pen = ImageDraw.Draw(page)
+    for k, (image, words) in enumerate(zip(images, captions)):
+        x, y = k % columns * width, k // columns * high
+        page.paste(Image.fromarray(image), (x + (width - side) // 2, y + 2))
+        for row, line in enumerate(textwrap.wrap(words, 24)[:lines]):
+            place = x + width // 2, y + side + 3 + 11 * row
+            pen.text(place, line, fill="black", font=font, anchor="ma")
+    return page
+
+
+def contact_sheet(columns=10, rows=6):
+    """What the base is trained on, captions and all."""
+    art = Art(size=64, smallest=0.9)
+    return captioned(*art.batch(columns * rows, np.random.default_rng(3), 64), columns)
 
 
 def main():

@@ -15,7 +15,7 @@ pixels of a 64 px picture and grow with the picture.
 
 import functools
 import zlib
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -58,7 +58,7 @@ UNNAMED = ("", "white")      # no attribute, and the ground that goes without sa
 
 def named(style):
     """{attribute: value} of what the style names."""
-    return {k: v for k, v in zip(ATTRIBUTES, astuple(style)) if v not in UNNAMED}
+    return {k: v for k, v in vars(style).items() if v not in UNNAMED}
 
 
 def has_new_words(style):
@@ -74,11 +74,18 @@ def is_held_out(style):
     """
     if has_new_words(style):
         return True
-    values = [f"{k}={v}" for k, v in named(style).items()]
-    return any(zlib.crc32(f"{a}|{b}".encode()) % 5 == 0 for i, a in enumerate(values) for b in values[i + 1:])
+    values = list(named(style).items())
+    return any(is_pair_held_out(a, b) for i, a in enumerate(values) for b in values[i + 1:])
 
 
-PLAIN = 0.25                 # share of the drawings that stay as they are, on white
+@functools.lru_cache(None)
+def is_pair_held_out(a, b):
+    """a, b: (attribute, value), in the order of ATTRIBUTES."""
+    return zlib.crc32(f"{a[0]}={a[1]}|{b[0]}={b[1]}".encode()) % 5 == 0
+
+
+PLAIN = 0.35                 # share of the drawings that stay as they are, on white
+SILENT = 0.8, 1 / 7          # chance that a caption names no style: of a drawing as it is, of the others
 CHANCE = {"palette": 0.45, "line": 0.25, "medium": 0.45, "ground": 0.6, "light": 0.2}       # that an attribute is named
 
 
@@ -89,18 +96,27 @@ def sample(rng, held_out=False, plain=PLAIN):
     while True:
         chosen = [k for k in ATTRIBUTES if rng.random() < CHANCE[k]]
         for _ in range(50):             # only the values are drawn again: else rejection would favour plain styles
-            style = Style(**{k: str(rng.choice(ATTRIBUTES[k])) for k in chosen})
+            style = Style(**{k: ATTRIBUTES[k][int(rng.random() * len(ATTRIBUTES[k]))] for k in chosen})
             if is_held_out(style) == held_out:
                 return style
+
+
+def keep_colours(style, colours=()):
+    """The style without what hides the colours of a drawing: palettes, lines alone, woodcut, wood and
+    gold, and a ground in one of the `colours`, on which the drawing would not be seen."""
+    colours = {"gold" if colour == "yellow" else colour for colour in colours}
+    return replace(style, palette="", line="" if style.line == "line drawing" else style.line,
+                   medium="" if style.medium in ("woodcut", "wooden", "golden") else style.medium,
+                   ground="white" if colours & set(style.ground.split(" ")) else style.ground)
 
 
 def phrase(style, hand="", rng=None):
     """The style in words; `hand` names the drawing's own manner and stands where no medium does.
 
-    With rng, as captions have it: "" for half of the drawings as they are and one in seven of the others,
-    else each attribute is left out one time in seven. The white ground goes without saying.
+    With rng, as captions have it: "" for four in five of the drawings as they are and one in seven
+    of the others, else each attribute is left out one time in seven. The white ground goes without saying.
     """
-    if rng is not None and rng.random() < (0.5 if style == Style() else 1 / 7):
+    if rng is not None and rng.random() < SILENT[style != Style()]:
         return ""
     said = lambda words: words if words and (rng is None or rng.random() > 1 / 7) else ""
     outline = style.line if style.line != "line drawing" else ""
@@ -118,7 +134,7 @@ def phrase(style, hand="", rng=None):
 def blur(x, radius):
     """Gaussian blur of (H, W) or (H, W, C) in [0, 1]."""
     image = Image.fromarray((np.squeeze(x) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius))
-    return np.asarray(image, np.float32).reshape(x.shape) / 255
+    return planes(np.asarray(image).reshape(x.shape))
 
 
 def spread(a, pixels):
@@ -127,8 +143,14 @@ def spread(a, pixels):
     return np.asarray(image.filter(ImageFilter.GaussianBlur(0.4)), np.float32)[..., None] / 255
 
 
+def planes(x):
+    """uint8 (H, W, C) -> float32 (H, W, C) in [0, 1], one channel after the other in memory: what numpy then
+    makes of it lies the same way, and its inner loops run along rows, not over three colours."""
+    return np.ascontiguousarray(x.transpose(2, 0, 1), np.float32).transpose(1, 2, 0) / np.float32(255)
+
+
 def light_of(p):                                    # luminance (H, W, 1)
-    return p @ np.array([[0.3], [0.59], [0.11]], np.float32)
+    return np.float32(0.3) * p[..., :1] + np.float32(0.59) * p[..., 1:2] + np.float32(0.11) * p[..., 2:]
 
 
 def mix(p, q, t):
@@ -138,8 +160,8 @@ def mix(p, q, t):
 @functools.lru_cache(None)
 def noise(size, scale, kind):
     """A fixed noise (size, size, 1) in [0, 1] with features of `scale` / 64 of the side."""
-    rng = np.random.default_rng((kind, size, int(scale * 10)))
-    n = max(2, round(64 / scale))
+    rng = np.random.default_rng((kind, int(scale * 10)))
+    n = max(2, round(64 / scale))                                                # of every size
     x = Image.fromarray((rng.random((n, n)) * 255).astype(np.uint8)).resize((size, size), Image.BICUBIC)
     x = np.asarray(x, np.float32)
     return ((x - x.min()) / (x.max() - x.min()))[..., None]
@@ -147,8 +169,8 @@ def noise(size, scale, kind):
 
 @functools.lru_cache(None)
 def coordinates(size):
-    """x, y (size, size, 1) in 64ths of the side."""
-    y, x = np.mgrid[:size, :size].astype(np.float32)[..., None] * (64 / size)
+    """x, y (size, size, 1) of the pixels' middles, in 64ths of the side: patterns lie alike at every size."""
+    y, x = (np.mgrid[:size, :size].astype(np.float32)[..., None] + 0.5) * (64 / size)
     return x, y
 
 
@@ -165,10 +187,19 @@ def cells(size, kind):
     return distance.argmin(-1), (near[..., 1:2] - near[..., :1]) < 1.0
 
 
+def slopes(x, step=1):
+    """Half the differences of x (H, W, C) down and across, `step` pixels to either side; 0 at the rim."""
+    dy, dx = np.zeros_like(x), np.zeros_like(x)
+    dy[step:-step] = (x[2 * step:] - x[:-2 * step]) / 2
+    dx[:, step:-step] = (x[:, 2 * step:] - x[:, :-2 * step]) / 2
+    return dy, dx
+
+
 def ramp(t, colours):
     """t (H, W, 1) in [0, 1] along a list of colours -> (H, W, 3)."""
     stops = np.linspace(0, 1, len(colours))
-    return np.stack([np.interp(t[..., 0], stops, [c[i] for c in colours]) for i in range(3)], -1).astype(np.float32)
+    channels = [np.interp(t[..., 0], stops, [c[i] for c in colours]) for i in range(3)]
+    return np.stack(channels).astype(np.float32).transpose(1, 2, 0)              # as `planes`
 
 
 # ---------------------------------------------------------------------------------------------
@@ -187,11 +218,13 @@ def watercolor(p, a, size, kind):
 def oil_painting(p, a, size, kind):
     x, y = coordinates(size)
     angle = noise(size, 20, kind) * 4
-    daubs = np.asarray(Image.fromarray((p * 255).astype(np.uint8)).filter(ImageFilter.MedianFilter(5)), np.float32) / 255
+    small = Image.fromarray((p * 255).astype(np.uint8))                          # daubs of 5 / 64 of the side
+    small = small.resize((min(64, size),) * 2, Image.BOX).filter(ImageFilter.MedianFilter(5))
+    daubs = planes(np.asarray(small.resize((size, size), Image.BICUBIC)))
     bristle = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 1.6) * noise(size, 4, kind)
     thick = noise(size, 5, kind + 1)                                             # ridges of paint, lit from one side
-    dy, dx = np.gradient(thick[..., 0] * (size / 64))
-    return mix(light_of(daubs), daubs, 1.25) * (0.95 + 0.12 * bristle) + 0.8 * (dx + dy)[..., None]
+    dy, dx = slopes(thick * np.float32(size / 64))
+    return mix(light_of(daubs), daubs, 1.25) * (0.95 + 0.12 * bristle) + 0.8 * (dx + dy)
 
 
 def kid_crayon(p, a, size, kind):
@@ -302,7 +335,9 @@ def recolour(p, palette):
     return ramp(np.clip((grey - low) / max(high - low, 0.15), 0, 1), [HUES[dark], HUES[light]])
 
 
+@functools.lru_cache(256)
 def make_ground(ground, size, kind):
+    """float32 (size, size, 3); kept, so never write into it."""
     if ground == "paper":
         return np.float32([0.93, 0.88, 0.78]) * (0.88 + 0.16 * noise(size, 1.5, kind) + 0.06 * noise(size, 20, kind))
     if ground in HUES:
@@ -311,21 +346,22 @@ def make_ground(ground, size, kind):
     x, y = coordinates(size)
     t = {"gradient": y / 64, "stripes": (np.sin((x + y) * 0.55) > 0) * 1.0,
          "dots": (np.hypot(x % 10 - 5, y % 10 - 5) < 2.8) * 1.0}[kind_of]
-    return mix(HUES[first], HUES[second], t * (1 if kind_of == "gradient" else 0.6)).astype(np.float32)
+    t = np.moveaxis(np.repeat(np.moveaxis(t, -1, 0), 3, 0), 0, -1)               # lies as `planes` has it
+    return mix(HUES[first], HUES[second], t * np.float32(1 if kind_of == "gradient" else 0.6)).astype(np.float32)
 
 
 def edges(p, a, strength=5):
     """Where colour or alpha change: (H, W, 1) in [0, 1]."""
     x = np.concatenate([p * a, a], -1)
-    dy, dx = np.gradient(x, axis=(0, 1))
-    return np.clip(np.sqrt((dx ** 2 + dy ** 2).sum(-1, keepdims=True)) * strength - 0.6, 0, 1)
+    dy, dx = slopes(x, max(1, len(x) // 64))
+    return np.clip(np.sqrt((dx * dx + dy * dy).sum(-1, keepdims=True)) * strength - 0.6, 0, 1)
 
 
 def apply(style, rgba, rng):
     """Draw `rgba` (H, W, 4) uint8, a drawing with its alpha mask, in a style -> (H, W, 3) uint8."""
     size, kind = len(rgba), int(rng.integers(6))
     u = size / 64
-    drawing = rgba.astype(np.float32) / 255
+    drawing = planes(rgba)
     p, a = drawing[..., :3], drawing[..., 3:]
     inner = edges(p, a) if style.line == "line drawing" else None
     if style.palette:
@@ -333,9 +369,9 @@ def apply(style, rgba, rng):
         p = recolour(inside, style.palette)
     if style.light == "bevelled 3d":
         height = blur(a, 2.5 * u) + 0.25 * light_of(blur(p, u))
-        dy, dx = np.gradient(height[..., 0])
-        p = np.clip(p * 0.95 - 1.6 * u * (dx + dy)[..., None] * -1, 0, 1)
-    ground = make_ground(style.ground, size, kind)
+        dy, dx = slopes(height)
+        p = np.clip(p * 0.95 + 1.6 * u * (dx + dy), 0, 1)
+    ground = make_ground(style.ground, size, kind if style.ground == "paper" else 0)
     if style.light == "drop shadow":
         down, right = round(4 * u), round(3 * u)
         shadow = np.pad(blur(a, 1.5 * u), ((down, 0), (right, 0), (0, 0)))[:size, :size]

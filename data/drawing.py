@@ -1,0 +1,138 @@
+"""What scenes do with a drawing: place it, bend it, paint it in one colour.
+
+Drawings are uint8 (h, h, 4) with straight alpha. Places and sizes are whole 64ths of the side, and
+no draw from a generator depends on the size.
+"""
+
+import functools
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {"red": (206, 38, 42), "orange": (244, 128, 32), "yellow": (250, 205, 40),
+           "green": (52, 150, 62), "blue": (50, 108, 220), "purple": (116, 54, 156),
+           "pink": (250, 150, 190), "brown": (112, 68, 36), "black": (40, 40, 44),
+           "white": (250, 250, 250), "grey": (140, 140, 145)}
+LUMINANCE = np.float32([0.3, 0.59, 0.11])
+
+
+# ---------------------------------------------------------------------------------------------
+# Places
+
+def scaled(rgba, sides, box=None):
+    """A drawing, or its part `box` (left, top, right, bottom, in shares of its side), at (w, h).
+
+    Scaled while its colour is multiplied by alpha: the invisible colour around it cannot leak in.
+    """
+    box = None if box is None else tuple(v * len(rgba) for v in box)
+    image = Image.fromarray(rgba).convert("RGBa").resize(sides, Image.BICUBIC, box)
+    return np.asarray(image.convert("RGBA"))
+
+
+def inked(image):
+    """What a Pillow image with alpha covers: left, top, right, bottom as shares of its side."""
+    ink = np.asarray(image.getchannel(3)) > 23
+    if not ink.any():
+        return 0.0, 0.0, 1.0, 1.0
+    (top, bottom), (left, right) = (np.flatnonzero(ink.any(axis))[[0, -1]] for axis in (1, 0))
+    return tuple(float(v) / len(ink) for v in (left, top, right + 1, bottom + 1))
+
+
+def place_one(rgba, size, rng, smallest=None):
+    """The drawing at `smallest` to 1 times a transparent frame (size, size, 4), somewhere in it.
+
+    smallest None: as it is.
+    """
+    if not smallest:
+        return rgba if len(rgba) == size else scaled(rgba, (size, size))
+    side = round(64 * (smallest + (1 - smallest) * rng.random()))
+    x, y = (int(rng.random() * (65 - side)) * size // 64 for _ in range(2))
+    side = max(1, side * size // 64)
+    frame = np.zeros((size, size, 4), np.uint8)
+    frame[y:y + side, x:x + side] = scaled(rgba, (side, side))
+    return frame
+
+
+CELLS = {2: [(1, 12), (33, 12)], 3: [(17, 1), (1, 33), (33, 33)],         # left, top in 64ths
+         4: [(1, 1), (33, 1), (1, 33), (33, 33)]}
+
+
+def layout(boxes, rng):
+    """Where two to four drawings go that cover `boxes` of their tiles: [(x, y, w, h)] in 64ths.
+
+    Two stand side by side, three in a triangle, four in a square; each keeps to a cell of its own,
+    in which its size and place vary a little.
+    """
+    n, upside = len(boxes), rng.random() < 0.5
+    wide, high = 30, 40 if n == 2 else 30                    # of a cell
+    places = []
+    for (left, top), (x0, y0, x1, y1) in zip(CELLS[n], boxes):
+        scale = min(wide / (x1 - x0), high / (y1 - y0)) * (0.88 + 0.12 * rng.random())
+        w, h = max(1, int((x1 - x0) * scale)), max(1, int((y1 - y0) * scale))
+        x = left + round((wide - w) * rng.random())
+        y = 34 - top if n == 3 and upside else top
+        y += round((high - h) * (0.3 + 0.4 * rng.random()))
+        places.append((x, y, w, h))
+    return places
+
+
+def bend(rgba, rng, amount):
+    """The drawing turned, sheared and stretched, each by `amount` (radians, or a share) as one
+    standard deviation, and mirrored half the time; made smaller where its frame would stick out by
+    more than a tenth."""
+    turn, shear, *stretch = rng.normal(0, amount, 4)
+    mirror = -1 if rng.random() < 0.5 else 1
+    matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    matrix = matrix @ [[1, shear], [0, 1]] @ np.diag(np.exp(stretch)) @ np.diag([mirror, 1])
+    matrix /= max(1, 0.9 * np.abs(matrix).sum(1).max())
+    back, centre = np.linalg.inv(matrix), len(rgba) / 2      # where each pixel comes from
+    (a, b), (c, d) = back
+    x, y = centre - back @ [centre, centre]
+    image = Image.fromarray(rgba).convert("RGBa")
+    image = image.transform(image.size, Image.AFFINE, (a, b, x, c, d, y), Image.BICUBIC)
+    return np.asarray(image.convert("RGBA"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Colours
+
+@functools.lru_cache(None)
+def ramp(colour, middle):
+    """A colour for each luminance from 0 to 255: uint8 (256, 3).
+
+    `middle`, the drawing's own, becomes the hue itself or nearly; what is darker goes to black and
+    what is lighter to a tint, so that white walls take colour too.
+    """
+    hue = np.float32(COLOURS[colour])
+    own = hue @ LUMINANCE
+    if colour == "black":
+        tones = 0, 40, 110
+    elif colour == "white":
+        tones = 50, 228, 252
+    else:
+        tone = min(200, 0.7 * own + 0.3 * middle)
+        tones = 0, tone, max(tone + 30, min(235, tone + 90))
+    grey = np.interp(np.arange(256), [0, middle, 255], tones)[:, None]
+    if colour in ("black", "white"):
+        return np.repeat(grey, 3, 1).round().astype(np.uint8)
+    tint = hue + (255 - hue) * ((grey - own) / (255 - own))
+    return np.where(grey <= own, hue * (grey / own), tint).round().clip(0, 255).astype(np.uint8)
+
+
+def middle(rgba):
+    """The luminance, 30 to 235, that half of a drawing is darker than.
+
+    Black lines have no say in it, unless black is most of what is drawn.
+    """
+    grey = np.asarray(Image.fromarray(rgba).convert("L"))[rgba[..., 3] > 128]
+    light = grey[grey > 50]
+    grey = np.sort(light if 2 * len(light) > len(grey) else grey)
+    return min(235, max(30, int(grey[len(grey) // 2]))) if len(grey) else 128
+
+
+def recolour(rgba, colour, middle):
+    """The drawing in shades of one colour, its lights and darks kept. middle: of `middle(rgba)`."""
+    painted = np.empty_like(rgba)
+    painted[..., :3] = ramp(colour, middle)[np.asarray(Image.fromarray(rgba).convert("L"))]
+    painted[..., 3] = rgba[..., 3]
+    return painted

@@ -1,0 +1,114 @@
+"""The words for the drawings: a tile's name as a noun, its article, its plural, its synonyms.
+
+    content_phrase("hot-air-balloon")      "a hot air balloon"
+    plural("glass of milk")                "glasses of milk"
+    meanings()["tree"]                     ("deciduous-tree", "evergreen-tree", "leafless-tree")
+"""
+
+import csv
+import functools
+import re
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+NO_ARTICLE = set("""bacon broccoli cheese chocolate corn fire fog garlic ginger honey ice jeans
+    lightning milk money oil popcorn rice sake salt sushi sunshine tempura thread water wood yarn tea butter
+    sheep-wool luggage spaghetti sashimi curry-rice cooked-rice bread wc badminton bowling
+    camping construction cooking coral dna ice-hockey field-hockey lacrosse ping-pong tennis
+    high-voltage soap skis oden beer coffee confetti champagne curry cutlery earth fruit-juice
+    lettuce mail maize meat medicine music pasta planet-earth rain ramen saturn snow
+    table-tennis toilet-paper treasure whiskey wine green-tea french-bread ginger-root
+    performing-arts""".split())
+IRREGULAR = {"foggy": "a foggy city", "headphone": "headphones",
+             "hourglass-done": "an hourglass",
+             "hourglass-not-done": "an hourglass with flowing sand",
+             "locked": "a padlock", "locked-with-key": "a padlock with key",
+             "locked-with-pen": "a padlock with pen", "money-with-wings": "money with wings",
+             "mount-fuji": "mount fuji", "pouring-liquid": "pouring liquid",
+             "unlocked": "an open padlock", "x-ray": "an x ray"}
+SINGULAR = ("ss", "us", "is", "rhinoceros", "tennis", "abacus", "lens", "chess", "dice", "gas")
+AFTER_HEAD = re.compile(" (with|without|of|in|on|and|at|from|to|showing|facing up|behind|tilted|"
+                        r"fluttering|increasing|decreasing)\b")
+PLURALS = {word: word for word in """fish sheep deer moose bison squid shrimp dice blowfish
+    jellyfish angelfish""".split()} | dict(pair.split(":") for pair in """mouse:mice goose:geese ox:oxen
+    snowman:snowmen leaf:leaves knife:knives wolf:wolves loaf:loaves scarf:scarves sheaf:sheaves
+    cactus:cacti potato:potatoes tomato:tomatoes mosquito:mosquitoes volcano:volcanoes die:dice
+    mango:mangoes tornado:tornadoes buffalo:buffaloes""".split())
+
+
+def head(words):
+    """The part of a noun phrase that takes the plural: "glass of milk" -> "glass"."""
+    return AFTER_HEAD.split(words)[0]
+
+
+def content_phrase(name):
+    """A tile's name as a content phrase: "hot-air-balloon" -> "a hot air balloon"."""
+    if name in IRREGULAR:
+        return IRREGULAR[name]
+    words = name.replace("-", " ")
+    main = head(words)
+    if main.replace(" ", "-") in NO_ARTICLE or (main.endswith("s") and not main.endswith(SINGULAR)):
+        return words
+    vowel = words[0] in "aeiou" or words == "suv"
+    vowel &= not words.startswith(("uni", "us", "one ", "ufo", "eu", "ewe"))
+    return f"{'an' if vowel else 'a'} {words}"
+
+
+def noun(name):
+    """The content phrase without its article."""
+    return content_phrase(name).removeprefix("a ").removeprefix("an ")
+
+
+def is_countable(name):
+    """False for what is plural or a mass as it is: "glasses", "broccoli"."""
+    return noun(name) != content_phrase(name)
+
+
+def plural(words):
+    """A noun phrase in the plural: "house with garden" -> "houses with garden"."""
+    first = head(words)
+    before, space, last = first.rpartition(" ")
+    if last in PLURALS:
+        many = PLURALS[last]
+    elif last.endswith(("s", "x", "z", "ch", "sh")):
+        many = last + "es"
+    elif last.endswith("y") and last[-2] not in "aeiou":
+        many = last[:-1] + "ies"
+    else:
+        many = last + "s"
+    return before + space + many + words[len(first):]
+
+
+def read_table(name):
+    """Rows of a table of this folder, as dicts."""
+    with open(HERE / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+@functools.lru_cache(None)
+def names():
+    """All names the base may have met, sorted."""
+    held_out = {row["set"] for row in read_table("sets.tsv") if row["role"] != "training"}
+    return sorted({row["name"] for row in read_table("names.tsv") if row["set"] not in held_out})
+
+
+@functools.lru_cache(None)
+def synonyms():
+    """name -> other words for it, from keywords.tsv."""
+    return {row["name"]: row["synonyms"].split(", ") for row in read_table("keywords.tsv")}
+
+
+@functools.lru_cache(None)
+def meanings():
+    """noun -> all names that it can mean, "book" for one: a synonym may belong to several."""
+    found = {}
+    for name in names():
+        for word in (name, *synonyms().get(name, ())):
+            found.setdefault(noun(word), []).append(name)
+    return {word: tuple(dict.fromkeys(meant)) for word, meant in found.items()}
+
+
+def caption(content, style):
+    """The paper's template (Section 3.2.1): "{content} in {style} style"; or the content alone."""
+    return f"{content} in {style} style" if style else content
