@@ -1,0 +1,169 @@
+"""Pretrain CLIP, which judges pictures: both towers, contrastively (Radford et al. 2021).
+
+    python train.py --stage clip                                # -> runs/clip/clip.pt
+    python train.py --stage clip --batch 1024 --reuse 16 --workers 15 --steps 15000   # on one GPU
+
+The same command goes on where it was stopped.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+from clip_feedback import (CLIP, MAX_LOGIT_SCALE, PRESETS, Tokenizer, contrastive_loss,
+                           image_features, train_merges)
+from data import styles
+from pretrain.common import (Replay, Run, Steps, batches, optimisers_for, pictures, set_rate,
+                             stage_parser, start, to_float)
+from styledrop import autocast, run_command, save_model, to_tensor
+
+
+class InTurn(torch.utils.data.Dataset):
+    """Batches of several kinds in turn, the same kind in each of its captions.
+
+    A batch asks only for what tells its pictures apart. Where captions name thing and style, either
+    one is nearly enough. So half of the batches name no styles: only what a picture shows counts.
+    And a quarter name nothing else: features that differ by style are what the style score needs.
+    """
+
+    def __init__(self, *kinds):
+        self.kinds = kinds
+
+    def __len__(self):
+        return 2 ** 31
+
+    def __getitem__(self, step):
+        return self.kinds[step % len(self.kinds)][step]
+
+
+class StyleWords:
+    """The pictures of a source; "a cat in watercolor style" becomes "watercolor style"."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def batch(self, n, rng, resolution):
+        images, captions = self.source.batch(n, rng, resolution)
+        return images, [words.rpartition(" in ")[2] if words.endswith(" style") else words
+                        for words in captions]
+
+
+def augment(images, generator):
+    """Images (B, 3, H, W) in [-1, 1] -> seen anew: a picture that is used again is another one.
+
+    Turned, sheared, scaled and shifted a little, the edge continued, mirrored half the time, and
+    lighter or darker by less than a colour's name allows. Three in ten only mirrored or not: their
+    texture is as sharp as in the pictures that will be judged.
+    """
+    B, device = len(images), images.device
+    normal = lambda *shape: torch.randn(B, *shape, generator=generator, device=device)
+    chance = lambda p: (torch.rand(B, 1, 1, generator=generator, device=device) < p).float()
+    moved = chance(0.7)                                                      # (B, 1, 1)
+    matrix = torch.eye(2, device=device) + 0.08 * moved * normal(2, 2)       # (B, 2, 2)
+    mirror = torch.cat([1 - 2 * chance(0.5), torch.ones_like(moved)], dim=2)  # (B, 1, 2)
+    shift = 0.05 * moved * normal(2, 1)
+    grid = F.affine_grid(torch.cat([matrix * mirror, shift], 2), images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, "bicubic", padding_mode="border", align_corners=False)
+    gain = 1 + 0.06 * moved[..., None] * normal(1, 1, 1)
+    tint = 0.04 * moved[..., None] * normal(3, 1, 1)
+    return (images * gain + tint).clamp(-1, 1)
+
+
+def main(argv=None):
+    parser = stage_parser("clip", __doc__, steps=9000, batch=128, lr=1.5e-3)
+    args = parser.parse_args(argv)
+    start(args)
+
+    # data and models
+    size = PRESETS[args.preset].resolution
+    how = dict(compose=False, smallest=0.75, bent=0.13)
+    styled, bare = (pictures(args, size, bare=share, **how) for share in (0.0, 1.0))
+    tokenizer = Tokenizer(train_merges(styled.words(), 2000))
+    config = replace(PRESETS[args.preset], vocab_size=tokenizer.vocab_size)
+    model = CLIP(config, tokenizer).to(args.device)
+    if args.device == "cuda":
+        model.visual.to(memory_format=torch.channels_last)                   # faster there
+    muon, adamw = optimisers_for(model, model.transformer.resblocks, args.lr)
+    run = Run("clip", args, model=model, muon=muon, adamw=adamw)
+    kinds = styled, bare, StyleWords(styled), bare
+    replays = [Replay(args.batch, args.reuse) for _ in kinds]
+    for replay in replays:
+        replay.WINDOW //= len(kinds)                         # they share the steps of `batches`
+    steps = InTurn(*(Steps([source], [size], replays[0].fresh, args.seed, tokenizer,
+                           config.context_length) for source in kinds))
+
+    for step, item, generator in batches(args, steps, run.step):
+        # the batch: pictures, some new, some seen before, and their captions
+        images, ids = replays[step % len(kinds)](item, generator)  # (B, H, W, 3), (B, L)
+        if step < run.step:                                  # only to fill them
+            continue
+        images = augment(to_float(images), generator)        # (B, 3, H, W)
+        same = (ids[:, None] == ids[None]).all(-1)           # (B, B): one caption
+
+        # the loss: find each picture's caption in the batch, and each caption's picture
+        with autocast(args.device):
+            image = model.encode_image(images)               # (B, E)
+            text = model.encode_text(ids)                    # (B, E)
+        loss = contrastive_loss(image, text, model.logit_scale, same)
+        set_rate((muon, adamw), step, args)
+        muon.zero_grad()
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        muon.step()
+        adamw.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+            nearest = (image.float() @ F.normalize(text.float(), dim=-1).T).argmax(1, keepdim=True)
+            accuracy = same.gather(1, nearest).float().mean()
+
+        run.log(step + 1, loss=loss.detach(), accuracy=accuracy,
+                scale=model.logit_scale.detach().exp())
+        if run.due(step + 1):
+            provenance = run.provenance(step + 1)
+            if not args.data:
+                model.eval()
+                provenance["held_out"] = measure(model)
+                model.train()
+                said = "  ".join(f"{k} {v:.1%}" for k, v in provenance["held_out"].items())
+                print(f"held-out drawings:  {said}", flush=True)
+            save_model(run.out / "clip.pt", "clip", model, provenance,
+                       merges=[" ".join(pair) for pair in tokenizer.merges])
+            run.keep(step + 1)
+
+
+@torch.no_grad()
+def measure(clip, count=400, among=100):
+    """How well it judges drawings of the held-out set, in random styles of the training ones.
+
+    top1, top5: the drawing's name is the nearest, or one of five, among it and 99 random others.
+    style: another drawing in the same style is nearer than that drawing in another style.
+    """
+    art, rng = data.Art(role="held-out", size=clip.config.resolution), np.random.default_rng(0)
+    picks, others = rng.integers(len(art.names), size=(2, count))
+    usual = [styles.sample(rng) for _ in range(count)]       # some of them as drawn
+    looks = [styles.sample(rng, plain=0.0) for _ in range(count)]
+    draw = lambda which, looks: to_tensor(np.stack(
+        [styles.apply(look, art.drawings[i], rng) for i, look in zip(which, looks)]))
+    pairs = (picks, usual), (picks, looks), (others, looks), (others, looks[1:] + looks[:1])
+    shown, reference, own, rival = (image_features(clip, draw(*pair)).cpu() for pair in pairs)
+    prefers = (reference * own).sum(1) > (reference * rival).sum(1)
+
+    names = sorted(set(art.names))
+    phrases = clip.tokenize([data.content_phrase(name) for name in names])
+    texts = torch.cat([clip.encode_text(part) for part in phrases.split(128)]).cpu()
+    scores = shown @ F.normalize(texts.float(), dim=-1).T    # (count, names)
+    wanted = torch.tensor([names.index(art.names[i]) for i in picks])[:, None]
+    order = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
+    order = order.scatter(1, wanted, 2.0)                    # the right name always takes part
+    asked = order.topk(min(among, len(names)), dim=1).indices                # (count, among)
+    rank = (scores.gather(1, asked) > scores.gather(1, wanted)).sum(1)
+    return dict(top1=(rank < 1).float().mean().item(), top5=(rank < 5).float().mean().item(),
+                style=prefers.float().mean().item())
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,359 @@
+"""What the stages share: options, batches, optimisers, the schedule, log and checkpoint.
+
+A stage is a script that reads top to bottom; it takes from here what would distract from its step.
+All randomness of a step follows from (seed, step), so a resumed run equals an unbroken one.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import data
+import vqgan
+from styledrop import (Parser, check_device, fast_bf16, load_model, number, read_checkpoint,
+                       write_whole)
+
+
+# ---------------------------------------------------------------------------------------------
+# Options
+
+def stage_parser(stage, description, steps, batch, lr):
+    """The options that all stages have; a stage adds its own."""
+    parser = Parser(prog=f"train.py --stage {stage}", description=description,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=("toy", "tiny", "small"), default="tiny")
+    add("--data", help="folder of images with captions (default: the drawings in data/)")
+    add("--steps", type=number(int, 1, high=10**8), default=steps, help="(default %(default)s)")
+    add("--batch", type=number(int, 1, high=65536), default=batch, help="(default %(default)s)")
+    add("--reuse", type=number(int, 1, high=64), default=1,
+        help="how often each drawn picture is used: more where a GPU outruns the drawing")
+    add("--lr", type=number(float, 0, strict=True, high=1), default=lr, help="(default %(default)s)")
+    add("--seed", type=number(int, 0, high=2**31), default=0)
+    add("--workers", type=number(int, 0, high=256), default=1, help="processes that draw pictures")
+    add("--warmup", type=number(int, 1, high=10**8), default=100,
+        help="steps until the learning rate is at its peak (default %(default)s)")
+    add("--weights", default="weights/tiny", help="folder of the base's other parts")
+    add("--out", default=f"runs/{stage}", help="folder of the run (default %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--log-seconds", type=number(float, 0, high=86400), default=20, help="between lines of the log")
+    add("--keep-minutes", type=number(float, 0, high=86400), default=4, help="between checkpoints")
+    return parser
+
+
+def start(args, together=False):
+    """Check the device, seed the initial weights, join the other processes of torchrun.
+
+    together: may several processes share a batch? Raises ValueError where they cannot.
+    """
+    check_device(args.device)
+    world = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if args.batch % args.reuse:
+        raise ValueError(f"--batch {args.batch} must be a multiple of --reuse {args.reuse}")
+    if world > 1 and not together:
+        raise ValueError("torchrun is for --stage muse; start this stage without it")
+    if args.batch % world:
+        raise ValueError(f"--batch {args.batch} must be a multiple of the {world} processes")
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.allow_tf32 = False                 # a GPU's tokens are a CPU's
+    if "LOCAL_RANK" in os.environ:                          # torchrun started us
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        from torch.distributed import nn as _               # imported later, it keeps the group alive
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+
+
+def processes():
+    """This process's number and how many there are: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def machine():
+    """A line for logs and provenance, such as "2 threads of Intel Xeon, torch 2.13.0"."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    model = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+        model = names[0] if names else model
+    return f"{torch.get_num_threads()} threads of {model}, torch {torch.__version__}"
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+def pictures(args, size, **how):
+    """The training pictures: the drawings of data/, or the folder of --data, at `size` pixels a side."""
+    return data.Folder(args.data, size) if args.data else data.Art(size=size, **how)
+
+
+class Steps(torch.utils.data.Dataset):
+    """The pictures of step number `step`, always the same ones.
+
+    sources: what draws them; several draw the same pictures, each at its own resolution.
+    An item is a list: uint8 (n, H, W, 3) from each source, then the captions' BPE ids (n, L).
+    """
+
+    def __init__(self, sources, sizes, n, seed, tokenizer=None, length=0):
+        self.sources, self.sizes, self.n, self.seed = sources, sizes, n, seed
+        self.tokenizer, self.length = tokenizer, length
+
+    def __len__(self):
+        return 2 ** 31
+
+    def __getitem__(self, step):
+        item = []
+        for source, size in zip(self.sources, self.sizes):
+            images, captions = source.batch(self.n, np.random.default_rng((self.seed, step)), size)
+            item.append(torch.from_numpy(images))
+        if self.tokenizer is not None:
+            item.append(self.tokenizer(captions, self.length))
+        return item
+
+
+class Replay:
+    """Batches of which one in `reuse` pictures is new; the others were drawn in the last steps.
+
+    On a GPU drawing a picture takes longer than a step on it; with another mask it is as good as new.
+    """
+
+    WINDOW = 256                        # steps whose pictures are kept
+
+    def __init__(self, batch, reuse):
+        self.batch, self.fresh, self.kept, self.count = batch, batch // reuse, None, 0
+
+    def __call__(self, new, generator):
+        """new: a list of tensors (fresh, ...) -> a list of tensors (batch, ...), the new ones first."""
+        if self.fresh == self.batch:
+            return new
+        if self.kept is None:
+            self.kept = [x.new_empty(self.WINDOW * self.fresh, *x.shape[1:]) for x in new]
+        place = self.count % self.WINDOW * self.fresh
+        for kept, x in zip(self.kept, new):
+            kept[place:place + self.fresh] = x
+        self.count += 1
+        n = min(self.count, self.WINDOW) * self.fresh
+        ago = torch.randint(n, (self.batch - self.fresh,), generator=generator,
+                            device=generator.device)        # 0: the newest; so it is when resumed
+        rows = (place + self.fresh - 1 - ago) % len(self.kept[0])
+        return [torch.cat([x, kept[rows]]) for kept, x in zip(self.kept, new)]
+
+
+def batches(args, steps, first):
+    """(step, item on the device, that step's generator) from `first` on, for steps (a Steps).
+
+    Where pictures are reused, the ones before `first` come too: see `Replay`.
+    """
+    if first >= args.steps:
+        return
+    first = first if args.reuse == 1 else max(0, first - Replay.WINDOW)
+    cuda = args.device == "cuda"
+    loader = torch.utils.data.DataLoader(
+        steps, batch_size=None, sampler=range(first, args.steps), num_workers=args.workers,
+        pin_memory=cuda, prefetch_factor=8 if args.workers else None)
+    for step, item in zip(range(first, args.steps), loader):
+        generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
+        yield step, [x.to(args.device, non_blocking=True) for x in item], generator
+
+
+def to_float(images):
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1], on the same device."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimisers
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal: for the matrices of hidden layers (Jordan et al. 2024).
+
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but all matrices of one shape at once,
+    which a GPU needs, and in bf16 only where that is fast, which a CPU needs.
+    """
+
+    def __init__(self, parameters, lr, weight_decay=0.05, momentum=0.95):
+        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, ps in shapes.items():
+                state = self.state[ps[0]]                   # one for all matrices of this shape
+                grad = torch.stack([p.grad for p in ps])                         # (n, rows, columns)
+                momentum = state.setdefault("momentum", torch.zeros_like(grad))
+                momentum.lerp_(grad, 1 - group["momentum"])
+                update = orthogonal(grad.lerp(momentum, group["momentum"]))      # Nesterov
+                scale = 0.2 * group["lr"] * max(shape) ** 0.5                    # as large as AdamW's
+                for p, u in zip(ps, update):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(u, alpha=scale)
+
+
+def orthogonal(x):
+    """The nearest orthogonal matrices, nearly, to x (n, rows, columns), by five Newton-Schulz steps."""
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x.bfloat16() if fast_bf16(x.device.type) else x
+    x = x / x.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-7)
+    for _ in range(5):                                      # pulls every singular value towards 1
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.mT if tall else x).float()
+
+
+def optimisers_for(model, blocks, lr):
+    """Muon for the matrices inside `blocks`, AdamW for embeddings, norms and the way in and out.
+
+    Norms, biases and other vectors are not decayed.
+    """
+    hidden = [p for block in blocks for p in block.parameters() if p.dim() == 2]
+    ids = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+    groups = [dict(params=[p for p in rest if p.dim() > 1], weight_decay=0.05),
+              dict(params=[p for p in rest if p.dim() <= 1], weight_decay=0.0)]
+    fused = next(model.parameters()).is_cuda
+    return [Muon(hidden, lr), torch.optim.AdamW(groups, lr, betas=(0.9, 0.96), fused=fused)]
+
+
+def set_rate(optimisers, step, args):
+    """Warm up, then fall to 2 % of the peak along a cosine squared. A group may have a `share` of it."""
+    rate = 0.02 + 0.98 * math.cos(math.pi / 2 * step / args.steps) ** 2
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = args.lr * group.get("share", 1) * rate * min(1, (step + 1) / args.warmup)
+
+
+@torch.no_grad()
+def update_average(average, model, step, decay=0.999):
+    """The exponential moving average of the weights, over fewer steps in the beginning."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for a, p in zip(average.parameters(), model.parameters()):
+        a.lerp_(p, 1 - decay)
+
+
+# ---------------------------------------------------------------------------------------------
+# The run folder
+
+class Run:
+    """log.jsonl and checkpoint.pt of one stage in args.out, and where to go on.
+
+    parts: name -> model or optimiser, all that a checkpoint holds. `.step` is the first step to take.
+    Raises ValueError in one line where the folder holds another run.
+    """
+
+    FREE = ("out", "device", "workers", "log_seconds", "keep_minutes")           # may differ on resuming
+
+    def __init__(self, stage, args, **parts):
+        self.stage, self.args, self.parts = stage, args, parts
+        self.out, self.step, self.minutes = Path(args.out), 0, 0.0
+        self.recipe = {k: v for k, v in vars(args).items() if k not in self.FREE}
+        self.rank, _ = processes()
+        if (self.out / "checkpoint.pt").exists():
+            self.resume(read_checkpoint(self.out / "checkpoint.pt", f"{stage} checkpoint"))
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.began = self.logged_at = self.kept_at = time.time()
+        self.logged, self.sums = self.step, {}
+
+    def resume(self, saved):
+        path = self.out / "checkpoint.pt"
+        recipe = saved["recipe"] if isinstance(saved.get("recipe"), dict) else {}
+        others = [k for k, v in self.recipe.items() if recipe.get(k) != v]
+        if others:
+            options = ", ".join("--" + name.replace("_", "-") for name in others)
+            raise ValueError(f"{path} was made with another {options}; give the same command, or "
+                             "another --out")
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(saved["parts"][name])
+            self.step, self.minutes = saved["step"], saved["minutes"]
+        except (KeyError, RuntimeError, ValueError, TypeError):
+            raise ValueError(f"{path} does not fit this version; give another --out") from None
+        if self.rank == 0:
+            print(f"going on from step {self.step} of {path}")
+            log = self.out / "log.jsonl"
+            lines = log.read_text().splitlines() if log.exists() else []
+            lines = [line + "\n" for line in lines if step_of(line) <= self.step]
+            write_whole(log, lambda file: file.write("".join(lines).encode()))
+
+    def log(self, done, **figures):
+        """Add a step's figures; every --log-seconds print their means. Tensors are read only then.
+
+        Raises ValueError where the loss is not a number any more.
+        """
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        now = time.time()
+        if now - self.logged_at < self.args.log_seconds and done < self.args.steps:
+            return
+        n = done - self.logged
+        means = {name: round(float(value) / n, 5) for name, value in self.sums.items()}
+        self.check(done, torch.tensor(means["loss"]))
+        if self.rank == 0:
+            speed = n * self.args.batch / max(now - self.logged_at, 1e-9)
+            left = int((self.args.steps - done) * self.args.batch / speed)
+            words = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            print(f"step {done}/{self.args.steps}  {words}  {speed:.0f} images/s  "
+                  f"{left // 60}:{left % 60:02d} left", flush=True)
+            line = dict(step=done, images=done * self.args.batch, **means,
+                        minutes=round(self.minutes + (now - self.began) / 60, 2))
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.logged_at, self.logged, self.sums = now, done, {}
+
+    def check(self, done, *values):
+        """Raise ValueError where a tensor is not finite any more: nothing good is overwritten."""
+        if not all(value.isfinite().all() for value in values):
+            raise ValueError(f"the loss is no number any more at step {done}; the last checkpoint is "
+                             "as it was. Give a lower --lr, and another --out")
+
+    def due(self, done):
+        """Is it time to save, after `done` steps? ValueError where a weight is too large for a half."""
+        late = time.time() - self.kept_at > self.args.keep_minutes * 60
+        if self.rank > 0 or not (late and self.logged == done or done == self.args.steps):
+            return False
+        models = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+        self.check(done, *(x.half() for model in models for x in model.state_dict().values()))
+        return True
+
+    def provenance(self, done):
+        a = self.args
+        return dict(stage=self.stage, steps=done, batch=a.batch, reuse=a.reuse, images=done * a.batch,
+                    drawn=done * a.batch // a.reuse, lr=a.lr, seed=a.seed, data=a.data or "data/",
+                    minutes=round(self.minutes + (time.time() - self.began) / 60, 1), machine=machine())
+
+    def keep(self, done):
+        """Write the checkpoint. Call it last: where it is, all that goes with it is there."""
+        minutes = self.minutes + (time.time() - self.began) / 60
+        saved = dict(kind=f"{self.stage} checkpoint", step=done, minutes=minutes, recipe=self.recipe,
+                     parts={name: part.state_dict() for name, part in self.parts.items()})
+        write_whole(self.out / "checkpoint.pt", lambda file: torch.save(saved, file))
+        self.kept_at = time.time()
+
+
+def step_of(line):
+    """The step of a line of the log; infinity where a kill has cut it."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts that are there already
+
+def load_vqgan(args):
+    """The frozen E and D, whose tokens G learns."""
+    path = Path(args.weights) / "vqgan.pt"
+    return load_model(path, "vqgan", vqgan.VQGANConfig, vqgan.VQGAN)[0].to(args.device)
+
