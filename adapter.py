@@ -21,6 +21,11 @@ def apply_adapter(emb, wd, wu):
     return emb + F.gelu(emb @ wd, approximate="tanh") @ wu
 
 
+def small_normal(generator, *shape):
+    """Normals of sd 0.02, cut off at two sd (B.1.1)."""
+    return nn.init.trunc_normal_(torch.empty(*shape), std=0.02, a=-0.04, b=0.04, generator=generator)
+
+
 class AdapterGenerator(nn.Module):
     """The weights of one placement for all layers (Figure S1).
 
@@ -32,7 +37,7 @@ class AdapterGenerator(nn.Module):
     def __init__(self, d_emb, d_prj, n_layer, is_shared, generator=None):
         super().__init__()
         self.is_shared = is_shared
-        down = lambda *shape: nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02, generator=generator))
+        down = lambda *shape: nn.Parameter(small_normal(generator, *shape))
         zero = lambda *shape: nn.Parameter(torch.zeros(*shape))
         if is_shared:
             self.down, self.up = down(d_emb, d_prj), zero(d_prj, d_emb)
@@ -124,8 +129,7 @@ class LoRA(Tuned):
         self.config = dict(d_emb=d_emb, rank=rank, n_layer=n_layer)
         self.names = [f"blocks.{layer}.{attention}.{matrix}.weight" for layer in range(n_layer)
                       for attention in ("attn", "cross") for matrix in ("q", "v")]
-        self.down = nn.Parameter(nn.init.trunc_normal_(torch.empty(len(self.names), rank, d_emb), std=0.02,
-                                                       generator=generator))
+        self.down = nn.Parameter(small_normal(generator, len(self.names), rank, d_emb))
         self.up = nn.Parameter(torch.zeros(len(self.names), d_emb, rank))
 
     def weights(self, muse):

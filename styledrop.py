@@ -182,33 +182,46 @@ def grid(images, columns, scale=1, gap=2):
 # The pipeline
 
 class StyleDrop:
-    """T, E, D and G, frozen, with everything that tunes and samples them."""
+    """E, D, T and G, frozen, with everything that tunes and samples them.
 
-    def __init__(self, vqgan, clip, muse, device="cpu"):
-        self.vqgan, self.clip, self.muse = vqgan.to(device), clip.to(device), muse.to(device)
+    tokenizer: T's BPE; words: the vocabulary of the training captions; clip: the judge of feedback,
+    a CLIP or the path of one, which is read when it is first needed.
+    """
+
+    def __init__(self, vqgan, muse, tokenizer, words=(), clip=None, device="cpu"):
+        self.vqgan, self.muse = vqgan.to(device), muse.to(device)
+        self.tokenizer, self.words, self._clip = tokenizer, set(words), clip
         self.device = torch.device(device)
 
     @classmethod
     def load(cls, weights="weights/tiny", device=None):
-        """The base in a folder of vqgan.pt, clip.pt and muse.pt. Raises ValueError in one line."""
+        """The base in a folder of vqgan.pt, muse.pt and clip.pt. Raises ValueError in one line."""
         weights = Path(weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
         vqgan, _ = load_model(weights / "vqgan.pt", "vqgan", VQGANConfig, VQGAN)
-        clip = clip_feedback.load_clip(weights / "clip.pt").eval().requires_grad_(False)
         muse, saved = load_model(weights / "muse.pt", "muse", MuseConfig, Muse)
-        pipe = cls(vqgan, clip, muse, device)
-        pipe.check()
-        reads = saved["provenance"].get("reads")
-        if reads is not None and reads != pipe.reads:
-            raise ValueError(f"muse.pt in {weights} was trained on another vqgan.pt or clip.pt than lies beside it")
-        return pipe
+        try:
+            tokenizer, words = clip_feedback.Tokenizer(saved["merges"]), set(saved["words"])
+        except (KeyError, TypeError, ValueError, OSError):
+            raise ValueError(f"{weights / 'muse.pt'} has no merges or words; train it again") from None
+        return cls(vqgan, muse, tokenizer, words, weights / "clip.pt", device).check()
 
     def check(self):
-        """Raise ValueError unless the three parts speak of the same tokens and text."""
-        v, c, m = self.vqgan.config, self.clip.config, self.muse.config
-        if v.codebook_size != m.codebook_size or v.resolution // v.factor != m.grid or c.text_width != m.text_width:
-            raise ValueError("vqgan.pt, clip.pt and muse.pt were not trained together: their sizes differ")
+        """Raise ValueError unless the parts speak of the same tokens and text."""
+        v, m = self.vqgan.config, self.muse.config
+        if v.codebook_size != m.codebook_size or v.resolution // v.factor != m.grid:
+            raise ValueError("vqgan.pt and muse.pt were not trained together: their sizes differ")
+        if self.tokenizer.vocab_size != m.vocab_size:
+            raise ValueError("muse.pt has another vocabulary than its own merges make; train it again")
+        return self
+
+    @property
+    def clip(self):
+        """The judge."""
+        if isinstance(self._clip, (str, Path)):
+            self._clip = clip_feedback.load_clip(self._clip).requires_grad_(False).to(self.device)
+        return self._clip
 
     @property
     def base(self):
@@ -217,18 +230,11 @@ class StyleDrop:
             self._base = fingerprint(self.muse.state_dict())
         return self._base
 
-    @property
-    def reads(self):
-        """Fingerprint of what G was trained to read: the tokens of E and the text states of T."""
-        text = {f"T.{i}": tensor for i, tensor in enumerate(self.clip.states_weights())}
-        return fingerprint({**self.vqgan.encoder.state_dict(), "codes": self.vqgan.quantizer.codes, **text})
-
     def embed(self, prompts, tuned=None):
-        """T: list of B strings -> per-token states (B, L, D), mask (B, L), true at real tokens."""
-        ids = self.clip.tokenizer(prompts, self.clip.config.context_length).to(self.device)
-        vectors = self.clip.token_embedding(ids)
-        vectors = vectors if tuned is None else tuned.words(ids, vectors)
-        return self.clip.text_states(ids, vectors=vectors), self.clip.text_mask(ids)
+        """T: B strings -> states (B, L, text_width) and their mask (B, L). tuned: words of its own."""
+        T = self.muse.text_encoder
+        ids = self.tokenizer(prompts, self.muse.config.text_length).to(self.device)
+        return T(ids) if tuned is None else T(ids, tuned.words(ids, T.token(ids)))
 
     def check_adapter(self, adapter, name):
         tuned_on = adapter.about.get("base")
@@ -239,7 +245,8 @@ class StyleDrop:
 
     @torch.no_grad()
     def generate(self, prompts, style=None, content=None, lambda_a=None, lambda_b=3.0, gamma=0.5, steps=18,
-                 temperature=1.0, seed=0, negative="", style_phrase=None, on_step=None, lambda_a_content=None):
+                 temperature=1.0, seed=0, negative="", style_phrase=None, on_step=None, lambda_a_content=None,
+                 top_k=0):
         """Sample one image for each prompt: (B, 3, H, W) in [-1, 1].
 
         prompts: strings. With a style adapter they are content phrases and its style phrase (or
@@ -296,7 +303,7 @@ class StyleDrop:
 
         c = self.muse.config
         generator = seed if isinstance(seed, torch.Generator) else torch.Generator(self.device).manual_seed(seed)
-        ids = muse_.decode(logits_fn, B, c.tokens, c.mask_id, steps, temperature, generator, on_step)
+        ids = muse_.decode(logits_fn, B, c.tokens, c.mask_id, steps, temperature, generator, top_k, on_step)
         return self.vqgan.decode(ids.view(B, c.grid, c.grid))
 
     def forward_passes(self, branches):
@@ -321,12 +328,12 @@ class StyleDrop:
         if method == "lora":
             return LoRA(c.width, d_prj, c.layers, generator)
         if method == "full":
-            start = dict(G.named_parameters())
+            start = {name: p for name, p in G.named_parameters() if not name.startswith("text_encoder.")}
             return FullFineTuning({name: p.shape for name, p in start.items()}, start)
-        tokens = list(dict.fromkeys(self.clip.tokenizer.encode(style)))
+        tokens = list(dict.fromkeys(self.tokenizer.encode(style)))
         if not tokens:
             raise ValueError("textual inversion learns the words of the style phrase; give one")
-        table = self.clip.token_embedding.weight
+        table = G.text_encoder.token.weight
         return TextualInversion(tokens, table.shape[1], table[tokens])
 
     def tune(self, images, prompts, style="", steps=100, lr=1e-3, batch=8, d_prj=4, is_shared=True, seed=0,
@@ -473,8 +480,8 @@ def check_prompt(pipe, prompt, style=""):
     """Raise ValueError for an empty prompt; say so where T cannot read the whole of it with its style phrase."""
     if not prompt.strip():
         raise ValueError("the prompt is empty; say what to draw")
-    length = pipe.clip.config.context_length
-    if not pipe.clip.tokenizer.fits(style_prompt(prompt, style), length):
+    length = pipe.muse.config.text_length
+    if not pipe.tokenizer.fits(style_prompt(prompt, style), length):
         print(f"note: a prompt is longer than {length} tokens; what comes after them is not read", file=sys.stderr)
 
 

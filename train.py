@@ -6,53 +6,35 @@
     python train.py --ref house.png --rounds 2 --feedback clip          # or human, or random
     python train.py --ref 1.png 2.png --kind content --content "a [V] teapot"
 
-    python train.py --stage vqgan                                       # pretraining: copy runs/vqgan/vqgan.pt and
-    python train.py --stage clip                                        # runs/clip/clip.pt to a folder for the third;
-    python train.py --stage muse --weights weights/mine                 # a command given again goes on where it stopped
+    python train.py --stage vqgan                                       # pretraining, in pretrain/: vqgan, clip,
+    python train.py --stage muse --weights weights/mine                 # muse, superres; --help of each says more
     torchrun --nproc_per_node=2 train.py --stage muse                   # on two GPUs, or two CPU processes
 """
 
 import argparse
-import copy
+import importlib
 import json
 import math
 import os
-import platform
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw
 
-import clip_feedback
 import data
 import human_feedback
-import muse as muse_
-import vqgan as vqgan_
 from adapter import METHODS
-from styledrop import (FEEDBACK, RARE_TOKEN, Parser, Pool, StyleDrop, autocast, check_device, check_prompt, choose_by_clip,
-                       fast_bf16, fingerprint, grid, load_adapter, load_model, measure, number, read_checkpoint, run_command,
-                       sample_pool, save_model, style_prompt, to_tensor, to_uint8, write_whole)
+from styledrop import (FEEDBACK, RARE_TOKEN, Parser, Pool, StyleDrop, check_device, check_prompt, choose_by_clip,
+                       fingerprint, grid, load_adapter, measure, number, run_command, sample_pool, style_prompt, to_tensor,
+                       to_uint8, write_whole)
 
 
 # ---------------------------------------------------------------------------------------------
 # The machine
-
-def machine():
-    """A line for logs and provenance, such as "2 x Intel Xeon, torch 2.13.0"."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        model = names[0] if names else model
-    return f"{torch.get_num_threads()} threads of {model}, torch {torch.__version__}"
-
 
 def peak_memory():
     """Peak resident memory of this process in MB, or nan where the system does not tell."""
@@ -65,359 +47,6 @@ def peak_memory():
 
 def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def processes():
-    """This process's number and how many there are: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-# ---------------------------------------------------------------------------------------------
-# Pretraining
-
-class Steps(torch.utils.data.Dataset):
-    """Batch number `step`, always the same one: what makes a resumed run equal an unbroken one."""
-
-    def __init__(self, source, batch, resolution, seed):
-        self.source, self.batch, self.resolution, self.seed = source, batch, resolution, seed
-
-    def __len__(self):
-        return 2 ** 31
-
-    def __getitem__(self, step):
-        images, captions = self.source.batch(self.batch, np.random.default_rng((self.seed, step)), self.resolution)
-        return to_tensor(images), captions
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: for the matrices of hidden layers (Jordan et al. 2024).
-
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", except that its Newton-Schulz iteration runs in
-    bf16 only where that is fast: on a CPU without it torch's took 0.78 s of each 2.0 s step, this 0.19 s.
-    """
-
-    def __init__(self, parameters, lr, weight_decay=0.1, momentum=0.95):
-        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                x = p.grad.lerp(momentum, group["momentum"])                     # Nesterov
-                x = x.bfloat16() if fast_bf16(x.device.type) else x
-                tall = len(x) > x.shape[1]
-                x = x.T if tall else x
-                x = x / x.norm().clamp(min=1e-7)
-                for _ in range(5):                           # pulls every singular value towards 1
-                    a = x @ x.T
-                    x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(x.T if tall else x, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)  # the size of an AdamW step
-
-
-def hidden_matrices(*blocks):
-    """Muon's share of a model: the matrices inside its transformer blocks, except the locked ones."""
-    return [p for block in blocks for p in block.parameters() if p.dim() == 2 and p.requires_grad]
-
-
-def optimisers_for(model, hidden, lr):
-    """Muon for the hidden matrices, AdamW for embeddings, norms and the way in and out."""
-    ids = {id(p) for p in hidden}
-    others = [p for p in model.parameters() if id(p) not in ids and p.requires_grad]
-    return [Muon(hidden, lr, weight_decay=0.05), torch.optim.AdamW(others, lr, betas=(0.9, 0.96), weight_decay=0.05)]
-
-
-def start_from(path, kind, model):
-    """--init: copy the weights of an earlier run that `model` has in the same shape.
-
-    Returns that run's provenance and the names of what was copied.
-
-    Raises ValueError in one line where the file is none of this kind, or nothing in it fits.
-    """
-    saved, own = read_checkpoint(path, kind), model.state_dict()
-    fits = {name: w for name, w in saved["weights"].items() if name in own and own[name].shape == w.shape}
-    if not fits:
-        raise ValueError(f"{path} has nothing in the sizes of this preset; start without --init")
-    model.load_state_dict(fits, strict=False)
-    print(f"{len(fits)} of {len(own)} tensors start as in {path}" + (", the others at random" if len(fits) < len(own) else ""))
-    return saved["provenance"], fits.keys()
-
-
-# What makes two pretraining commands the same run; --steps may grow
-RECIPE = ("preset", "data", "batch", "lr", "seed", "init", "lock", "merges", "weights", "warmup", "ema", "mask_power",
-          "gan_start", "gan_weight")
-
-
-def pretrain(stage, args, models, optimisers, train_step, picture, export, ema=None):
-    """The loop of the three stages: resume, step, log, draw, keep.
-
-    models: name -> module, all in the checkpoint; optimisers: a list; train_step(step, images,
-    captions, generator) -> dict of floats, after its optimiser steps; picture() -> PIL image, or None;
-    export(provenance) writes the shipped file; ema: a pair (average, module) or None.
-    All of a step's randomness follows from (seed, step), so step and weights are the whole state.
-    """
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    (rank, _), start, minutes = processes(), 0, 0.0
-    recipe = {name: getattr(args, name) for name in RECIPE}
-    if (out / "checkpoint.pt").exists():
-        saved = read_checkpoint(out / "checkpoint.pt", f"{stage} checkpoint")
-        others = [option(name) for name in RECIPE if saved.get("recipe", {}).get(name) != recipe[name]]
-        if others:
-            raise ValueError(f"{out / 'checkpoint.pt'} was made with another {', '.join(others)}; give the same command, "
-                             "or another --out")
-        try:
-            for name, model in models.items():
-                model.load_state_dict(saved["models"][name])
-            for optimiser, state in zip(optimisers, saved["optimisers"]):
-                optimiser.load_state_dict(state)
-        except (KeyError, RuntimeError, ValueError):
-            raise ValueError(f"{out / 'checkpoint.pt'} does not fit this version; give another --out") from None
-        start, minutes = saved["step"], saved["minutes"]
-    if rank == 0:
-        if start:
-            print(f"going on from step {start} of {out / 'checkpoint.pt'}")
-        lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-        lines = [line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-        write_whole(out / "log.jsonl", lambda file: file.write("".join(lines).encode()))
-
-    def draw(name):
-        if picture is not None:
-            write_whole(out / name, lambda file: picture().save(file, "PNG"))
-
-    def keep(step):                                          # the checkpoint comes last: it vouches for the others
-        spent = minutes + (time.time() - began) / 60
-        draw("samples.png")
-        export(dict(stage=stage, steps=step, batch=args.batch, images=step * args.batch, minutes=round(spent, 1),
-                    machine=machine(), data=args.data or "data/", seed=args.seed, lr=args.lr,
-                    **({} if args.start is None else {"init": args.start})))
-        write_whole(out / "checkpoint.pt", lambda file: torch.save(
-            dict(kind=f"{stage} checkpoint", step=step, minutes=spent, recipe=recipe,
-                 models={name: model.state_dict() for name, model in models.items()},
-                 optimisers=[optimiser.state_dict() for optimiser in optimisers]), file))
-
-    steps = Steps(args.source, args.batch, args.resolution, args.seed)
-    loader = torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, args.steps),
-                                         num_workers=args.workers)
-    began = last_log = last_keep = time.time()
-    early = {round(args.steps * percent / 100): f"samples_{percent:03d}.png" for percent in (5, 20)}
-    logged, sums = start, {}
-    for step, (images, captions) in zip(range(start, args.steps), loader):
-        rate = min(1, (step + 1) / args.warmup) * (0.02 + 0.98 * math.cos(math.pi / 2 * step / args.steps) ** 2)
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = group.setdefault("peak", group["lr"]) * rate
-        generator = torch.Generator(args.device).manual_seed(args.seed * 1_000_003 + step)
-        for name, value in train_step(step, images.to(args.device), captions, generator).items():
-            sums[name] = sums.get(name, 0.0) + value
-        if ema is not None:
-            decay = min(args.ema, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for average, p in zip(ema[0].parameters(), ema[1].parameters()):
-                    average.lerp_(p, 1 - decay)
-        done, now = step + 1, time.time()
-        if rank == 0 and (now - last_log > args.log_seconds or done == args.steps):
-            means = {name: value / (done - logged) for name, value in sums.items()}
-            speed = (done - logged) * args.batch / (now - last_log)
-            left = (args.steps - done) * args.batch / speed
-            print(f"step {done}/{args.steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in means.items()) +
-                  f"  {speed:.1f} images/s  {clock(left)} left", flush=True)
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(dict(step=done, images=done * args.batch, **{k: round(v, 5) for k, v in means.items()},
-                                          minutes=round(minutes + (now - began) / 60, 2))) + "\n")
-            last_log, logged, sums = now, done, {}
-        if rank == 0 and done in early:
-            draw(early[done])
-        if rank == 0 and (now - last_keep > args.keep_minutes * 60 or done == args.steps):
-            keep(done)
-            last_keep = time.time()
-
-
-def pretrain_vqgan(args):
-    """E, D and the codebook: reconstruction + commitment, and the discriminator from --gan-start on.
-
-    --lock keeps E and the codebook as they are: every picture keeps its tokens, and only D learns.
-    """
-    model = vqgan_.VQGAN(vqgan_.PRESETS[args.preset])
-    args.start, _ = start_from(args.init, "vqgan", model) if args.init else (None, ())
-    model = model.to(args.device, memory_format=torch.channels_last)
-    model.encoder.requires_grad_(not args.lock)
-    critic = vqgan_.Discriminator().to(args.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    critic_optimiser = torch.optim.AdamW(critic.parameters(), args.lr / 2, betas=(0.5, 0.9), weight_decay=0.01)
-    shown, _ = Steps(args.source, 16, args.resolution, args.seed + 1)[0]         # the same drawings each time
-
-    def train_step(step, images, captions, generator):
-        images = images.contiguous(memory_format=torch.channels_last)
-        with autocast(args.device):
-            fake, z, ids, commitment = model(images)
-        fake = fake.float()
-        rec = vqgan_.reconstruction_loss(fake, images)
-        loss = rec + 0.25 * commitment
-        adversarial = step >= args.steps * args.gan_start
-        if adversarial:
-            gan = -critic(fake).mean()                       # the generator's side of the hinge loss
-            loss = loss + args.gan_weight * vqgan_.adaptive_weight(rec, gan, model.decoder[-1].weight) * gan
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        if not args.lock:
-            model.quantizer.update(z.detach(), ids, generator)
-        if adversarial:
-            critic_loss = vqgan_.discriminator_loss(critic(images), critic(fake.detach()))
-            critic_optimiser.zero_grad()
-            critic_loss.backward()
-            critic_optimiser.step()
-        usage, perplexity = vqgan_.codebook_health(ids, model.config.codebook_size)
-        return dict(loss=loss.item(), psnr=vqgan_.psnr(fake.detach(), images), usage=usage, perplexity=perplexity,
-                    **(dict(critic=critic_loss.item()) if adversarial else {}))
-
-    def picture():
-        model.eval()
-        again = model.decode(model.encode(shown.to(args.device))).cpu()
-        model.train()
-        return grid(to_uint8(torch.cat([shown[:8], again[:8], shown[8:], again[8:]])), 8, scale=2)
-
-    pretrain("vqgan", args, dict(model=model, critic=critic), [optimiser, critic_optimiser], train_step, picture,
-             lambda provenance: save_model(Path(args.out) / "vqgan.pt", "vqgan", model, provenance))
-
-
-def pretrain_clip(args):
-    """T: both towers, contrastively. Identical captions in a batch are no negatives of each other.
-
-    --lock keeps the states that Muse reads as they are (LiT, Zhai et al. 2022, did so with a whole tower);
-    the image tower starts anew, on text features that use their whole space.
-    """
-    if args.init:
-        tokenizer = clip_feedback.Tokenizer(read_checkpoint(args.init, "clip")["merges"])
-    else:
-        texts = [caption for step in range(80) for caption in Steps(args.source, 256, 16, args.seed + 2)[step][1]]
-        tokenizer = clip_feedback.Tokenizer(clip_feedback.train_merges(texts, args.merges))
-    config = replace(clip_feedback.PRESETS[args.preset], vocab_size=tokenizer.vocab_size)
-    model = clip_feedback.CLIP(config, tokenizer)
-    args.start, _ = start_from(args.init, "clip", model) if args.init else (None, ())
-    if args.lock:
-        if not (Path(args.out) / "checkpoint.pt").exists():  # else both come from there
-            texts = [caption for step in range(32) for caption in Steps(args.source, 128, 16, args.seed + 2)[step][1]]
-            model.start_images(tokenizer(texts, config.context_length))
-        for parameter in model.states_weights():
-            parameter.requires_grad_(False)
-    model = model.to(args.device)
-    optimisers = optimisers_for(model, hidden_matrices(*model.transformers()), args.lr)
-
-    def train_step(step, images, captions, generator):
-        torch.manual_seed(generator.initial_seed())                                          # of dropout
-        ids = tokenizer(captions, config.context_length).to(args.device)
-        with autocast(args.device):
-            loss, accuracy = model(images, ids)
-        for optimiser in optimisers:
-            optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        return dict(loss=loss.item(), accuracy=accuracy.item(), scale=model.logit_scale.exp().item())
-
-    pretrain("clip", args, dict(model=model), optimisers, train_step, None,
-             lambda provenance: save_model(Path(args.out) / "clip.pt", "clip", model, provenance,
-                                           merges=[" ".join(pair) for pair in tokenizer.merges]))
-
-
-@torch.no_grad()
-def memorise(model, vqgan, clip, source, things, seed):
-    """G's memory, before a step of training: `things` as source.things() gives them, and the words for them."""
-    began, rng = time.time(), np.random.default_rng((seed, 0))
-    images = [image for pictures in things.values() for image in pictures]
-    shown = torch.arange(len(things)).repeat_interleave(torch.tensor([len(pictures) for pictures in things.values()]))
-    ids = torch.cat([vqgan.encode(to_tensor(np.stack(images[i:i + 64]))).flatten(1) for i in range(0, len(images), 64)])
-    model.learn_sketches(vqgan.quantizer.codes[ids], shown)
-    words = [source.wording(thing, rng) for thing in things for _ in range(16)]
-    named = torch.arange(len(things)).repeat_interleave(16)
-    ids = clip.tokenizer(words, clip.config.context_length)
-    states = torch.cat([clip.text_states(some) for some in ids.split(256)])
-    with torch.enable_grad():
-        known = model.learn_words(states, clip.text_mask(ids), named, torch.Generator().manual_seed(seed))
-    print(f"{len(things)} things remembered in {time.time() - began:.0f} s; {known:.1%} of their captions find them")
-
-
-def pretrain_muse(args):
-    """G: Eq. 2 on frozen tokens and text, 10 % of the texts replaced by the empty prompt n.
-
-    Under torchrun every process draws the same batch and masks and trains on its share of the rows;
-    the gradients are summed, so that any number of processes take the steps that one takes.
-    """
-    rank, world = processes()
-    vqgan, _ = load_model(Path(args.weights) / "vqgan.pt", "vqgan", vqgan_.VQGANConfig, vqgan_.VQGAN)
-    clip = clip_feedback.load_clip(Path(args.weights) / "clip.pt").eval().requires_grad_(False)
-    things = args.source.things()
-    config = replace(muse_.PRESETS[args.preset], codebook_size=vqgan.config.codebook_size,
-                     text_width=clip.config.text_width, things=len(things))
-    model = muse_.Muse(config)
-    resumes = (Path(args.out) / "checkpoint.pt").exists()    # then all that follows comes from there
-    if not resumes:
-        ids = clip.tokenizer(args.source.prompts(4000), clip.config.context_length)
-        model.start_from(vqgan.quantizer.codes, clip.text_states(ids)[clip.text_mask(ids)])
-    place = copy.deepcopy(model.place)
-    args.start, taken = start_from(args.init, "muse", model) if args.init else (None, ())
-    remembers = {"keys.weight", "keys.bias", "sketches"} <= set(taken) and args.start.get("data") == (args.data or "data/")
-    if not (resumes or remembers):
-        model.place = place                                  # the earlier one read other sketches
-        memorise(model, vqgan, clip, args.source, things, args.seed)
-    for parameter in model.memory():
-        parameter.requires_grad_(False)
-    model = model.to(args.device)
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    pipe = StyleDrop(vqgan, clip, average, args.device)
-    pipe.check()
-    optimisers = optimisers_for(model, hidden_matrices(model.blocks), args.lr)
-
-    def train_step(step, images, captions, generator):
-        dropped = torch.rand(len(images), generator=generator, device=args.device) < 0.1
-        mask = muse_.random_mask(len(images), config.tokens, generator, args.mask_power)     # (B, N)
-        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions)]
-        mine, whole, masked = slice(rank, None, world), len(images), mask.sum()
-        images, captions, mask = images[mine], captions[mine], mask[mine]
-        ids = vqgan.encode(images).flatten(1)                                    # (B / world, N)
-        text, text_mask = pipe.embed(captions)
-        longest = int(text_mask.sum(1).max())
-        text, text_mask = text[:, :longest], text_mask[:, :longest]              # no padding that nobody reads
-        with autocast(args.device):
-            logits = model(ids.masked_fill(mask, config.mask_id), text, text_mask)
-        loss = muse_.masked_loss(logits, ids, mask, label_smoothing=0.1) * (len(images) / whole)
-        for optimiser in optimisers:
-            optimiser.zero_grad()
-        loss.backward()
-        right = ((logits.argmax(-1) == ids) & mask).sum() / masked
-        figures = torch.stack([loss.detach(), right])
-        if world > 1:
-            for shared in [*(p.grad for p in model.parameters() if p.requires_grad), figures]:
-                dist.all_reduce(shared)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        return dict(zip(("loss", "accuracy"), figures.tolist()))
-
-    def picture():
-        prompts = args.source.prompts(24)
-        return grid(to_uint8(pipe.generate(prompts, steps=16)), 8, scale=2)
-
-    pretrain("muse", args, dict(model=model, average=average), optimisers, train_step, picture,
-             lambda provenance: save_model(Path(args.out) / "muse.pt", "muse", average,
-                                           dict(provenance, reads=pipe.reads, mask_power=args.mask_power)),
-             (average, model))
-
-
-# How each stage is shown the drawings. Muse has enough to learn with each thing in its place; CLIP, where style
-# words tell its pictures apart, need not look at what they show, and has to know drawings of hands it never saw
-SHOWN = {"vqgan": dict(smallest=0.9), "clip": dict(smallest=0.8, bare=0.5, bent=0.13), "muse": dict(plain=0.1)}
-STAGES = {                                                   # stage: (function, default steps, batch, lr)
-    "vqgan": (pretrain_vqgan, 1600, 16, 1e-3),
-    "clip": (pretrain_clip, 1080, 128, 1.5e-3),
-    "muse": (pretrain_muse, 1500, 64, 2e-3),
-}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -712,8 +341,7 @@ def guess_content(pipe, images):
 # Options of one job only
 TUNING = ("content", "style", "kind", "method", "d_prj", "unshared")
 ROUNDS = ("rounds", "feedback", "pick", "port", "pool", "pool_prompts", "style_words", "round_steps", "round_lr", "round_d_prj")
-PRETRAINING = ("preset", "data", "init", "lock", "merges", "workers", "warmup", "ema", "gan_start", "gan_weight", "log_seconds",
-               "keep_minutes")
+STAGES = ("vqgan", "clip", "muse", "superres")              # of pretraining: pretrain/NAME.py
 
 
 def option(name):
@@ -722,12 +350,8 @@ def option(name):
 
 def check_options(args, given, error):
     """Call error(one line) where options do not go together; given: the names of those that are not at their default."""
-    if bool(args.ref) == bool(args.stage):
-        error("give --ref IMG to teach a style, or --stage vqgan|clip|muse to pretrain the base")
-    of_the_other_job, its = (PRETRAINING, "--stage") if args.ref else (TUNING + ROUNDS, "--ref")
-    for name in of_the_other_job:
-        if name in given:
-            error(f"{option(name)} goes with {its}")
+    if not args.ref:
+        error(f"give --ref IMG to teach a style, or --stage {'|'.join(STAGES)} to pretrain the base")
     for name in ROUNDS[1:]:
         if name in given and args.rounds == 1:
             error(f"{option(name)} goes with --rounds 2")
@@ -741,11 +365,15 @@ def check_options(args, given, error):
         error("textual inversion learns the words of a style; leave --kind content out")
     if "unshared" in given and args.method != "adapter" or "d_prj" in given and args.method not in ("adapter", "lora"):
         error("--unshared and --d-prj shape adapters, --d-prj LoRA too; leave them or --method out")
-    if args.lock and not (args.stage in ("vqgan", "clip") and args.init):
-        error("--lock goes with --stage vqgan or clip, and --init FILE")
 
 
 def main():
+    stage = Parser(add_help=False, allow_abbrev=False)
+    stage.add_argument("--stage", choices=STAGES)
+    known, others = stage.parse_known_args()
+    if known.stage:                                          # pretraining has scripts of its own
+        importlib.import_module(f"pretrain.{known.stage}").main(others)
+        return
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("teach a style, or an object").add_argument
     add("--ref", nargs="+", metavar="IMG", help="the style reference; several teach one style together")
@@ -766,58 +394,22 @@ def main():
     add("--round-steps", type=number(int, 1), default=ROUND["steps"], help="of each later adapter (default %(default)s)")
     add("--round-lr", type=number(float, 0, strict=True), default=ROUND["lr"], help="its learning rate (default %(default)s)")
     add("--round-d-prj", type=number(int, 1, high=4096), default=ROUND["d_prj"], help="H of the later, unshared adapters (default %(default)s)")
-    add = parser.add_argument_group("pretraining").add_argument
-    add("--stage", choices=STAGES, help="pretrain this part of the base instead")
-    add("--preset", choices=("toy", "tiny", "small"), default="tiny")
-    add("--data", help="folder of images with captions (default: the drawings in data/)")
-    add("--init", metavar="FILE", help="start from this stage's weights of an earlier run instead of at random")
-    add("--lock", action="store_true", help="with --init: keep the tokens (vqgan) or text states (clip) that Muse knows; CLIP's image tower starts anew")
-    add("--merges", type=number(int, 1), default=2000, help="BPE merges of CLIP's tokenizer")
-    add("--workers", type=number(int, 0), default=1, help="processes that draw the training pictures")
-    add("--warmup", type=number(int, 1), default=100, help="steps until the learning rate is at its peak")
-    add("--ema", type=number(float, 0), default=0.998, help="decay of Muse's weight average")
-    add("--gan-start", type=number(float, 0), default=0.6, help="share of the steps before the discriminator starts")
-    add("--gan-weight", type=number(float, 0), default=0.3, help="of the discriminator, beside the reconstruction")
-    add("--log-seconds", type=number(float, 0), default=20, help="between lines of the log")
-    add("--keep-minutes", type=number(float, 0), default=4, help="between checkpoints")
-    add = parser.add_argument_group("both").add_argument
-    of_stages = lambda column: ", ".join(f"{stage} {row[column]}" for stage, row in STAGES.items())
-    add("--steps", type=number(int, 1), help=f"(default 100; {of_stages(1)})")
-    add("--batch", type=number(int, 1), help=f"(default 8; {of_stages(2)})")
-    add("--lr", type=number(float, 0, strict=True), help=f"learning rate (default 1e-3, other methods their own; {of_stages(3)})")
+    add = parser.add_argument_group("how").add_argument
+    add("--stage", choices=STAGES, help="pretrain this part of the base instead; add --help for its options")
+    add("--steps", type=number(int, 1), default=100, help="(default %(default)s)")
+    add("--batch", type=number(int, 1), default=8, help="(default %(default)s)")
+    add("--lr", type=number(float, 0, strict=True), help="learning rate (default 1e-3; other methods have their own)")
     add("--mask-power", type=number(float, 0, strict=True), default=2, help="1: Muse's law of masking; more masks more (default %(default)s)")
     add("--seed", type=number(int, 0), default=0, help="of everything that is drawn at random")
     add("--weights", default="weights/tiny", help="folder of the base")
-    add("--out", help="run folder (default: runs/NAME OF THE REFERENCE or runs/STAGE)")
+    add("--out", help="run folder (default: runs/NAME OF THE REFERENCE)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     check_options(args, [name for name, value in vars(args).items() if value != parser.get_default(name)], parser.error)
     check_device(args.device)
-    if args.ref:
-        defaults, job = (100, 8, METHOD_LR[args.method]), tune
-        args.feedback = args.feedback or "clip"
-    else:
-        job, *defaults = STAGES[args.stage]
-        args.out = args.out or f"runs/{args.stage}"
-    args.steps, args.batch, args.lr = (given or default for given, default in
-                                       zip((args.steps, args.batch, args.lr), defaults))
-    if args.stage:
-        torch.manual_seed(args.seed)                         # of the initial weights
-        if "LOCAL_RANK" in os.environ:                       # torchrun started us
-            if args.stage != "muse":
-                parser.error("torchrun is for --stage muse; the other stages run in one process")
-            if args.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            from torch.distributed import nn as _            # imported when a group is there, its defaults keep it from ending
-            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-            if args.batch < dist.get_world_size():
-                parser.error(f"--batch {args.batch} is less than one picture for each of {dist.get_world_size()} processes")
-        args.resolution = vqgan_.PRESETS[args.preset].resolution
-        args.source = (data.Folder(args.data, args.resolution) if args.data else
-                       data.Art(size=args.resolution, **SHOWN[args.stage]))
-    job(args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    args.lr = args.lr or METHOD_LR[args.method]
+    args.feedback = args.feedback or "clip"
+    tune(args)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
     python experiments/failures.py          # experiments/results/failures.md, failures.png; 6 minutes on two cores
 """
 
-import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-import train  # noqa: E402
 import vqgan as vqgan_  # noqa: E402
 from data import styles  # noqa: E402
+from pretrain.common import Steps, to_float  # noqa: E402
 from sample import labelled  # noqa: E402
 from styledrop import Parser, StyleDrop, number, run_command, to_tensor, to_uint8, write_whole  # noqa: E402
 
@@ -31,9 +30,10 @@ def tokenizer(pipe, steps, drawings, **config):
     torch.manual_seed(0)
     model = vqgan_.VQGAN(replace(pipe.vqgan.config, **config))
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01)
-    batches = train.Steps(data.Art(**train.SHOWN["vqgan"]), 16, pipe.vqgan.config.resolution, 0)
+    size = pipe.vqgan.config.resolution
+    batches = Steps([data.Art(size=size, smallest=0.9, compose=False)], [size], 16, 0)
     for step in range(steps):
-        images, generator = batches[step][0], torch.Generator().manual_seed(step)
+        images, generator = to_float(batches[step][0]), torch.Generator().manual_seed(step)
         fake, z, ids, commitment = model(images)
         loss = vqgan_.reconstruction_loss(fake, images) + 0.25 * commitment
         optimiser.zero_grad()
@@ -41,7 +41,7 @@ def tokenizer(pipe, steps, drawings, **config):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         model.quantizer.update(z.detach(), ids, generator)
-    images, model = batches[10 ** 6][0], model.eval()
+    images, model = to_float(batches[10 ** 6][0]), model.eval()
     usage, _ = vqgan_.codebook_health(model.encode(images), model.config.codebook_size)
     return usage, model.decode(model.encode(drawings))
 
@@ -61,12 +61,8 @@ def main():
     drawings = to_tensor(np.stack([styles.apply(styles.Style(), art.drawings[art.find(name, "twemoji")],
                                                 np.random.default_rng(0)) for name in NAMES]))
     alive, dead = (tokenizer(pipe, args.tokenizer_steps, drawings, **config) for config in ({}, dict(revive_below=0.0)))
-    forgetful = copy.deepcopy(pipe)
-    forgetful.muse.sketches.zero_()
     rows = [
         ("the base", "as it should be, at the defaults", pipe.generate(prompts)),
-        ("forgetful", "`muse.sketches` set to zero: what G knows of shapes lies in its memory. White tokens are the surest, come first, and forbid the rest",
-         forgetful.generate(prompts)),
         ("restless", "`--temperature 30`: chance alone decides which tokens stay, the worst as often as the best: specks",
          pipe.generate(prompts, temperature=30.0)),
         ("torn", "`--lambda-b 40`: the text pulls so hard that the prior of what goes together has no say",

@@ -18,8 +18,10 @@ from styledrop import write_whole  # noqa: E402
 CHANCE = {"vqgan": "one code for all: usage 1/1024, perplexity 1",
           "clip": f"guessing among 128: loss ln 128 = {math.log(128):.2f}, accuracy 0.008",
           "muse": f"guessing among 1,024 tokens: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001; knowing only how often each "
-                  "token comes: 6.33, and 0.14 by always saying white; label smoothing alone keeps the loss above 1.02"}
-CURVES = {"vqgan": ("loss", "psnr"), "clip": ("loss", "accuracy"), "muse": ("loss", "accuracy")}
+                  "token comes: 6.33, and 0.14 by always saying white; label smoothing alone keeps the loss above 1.02",
+          "superres": "as for muse, with the tokens of the small picture given"}
+CURVES = {"vqgan": ("loss", "psnr"), "clip": ("loss", "accuracy"), "muse": ("loss", "accuracy"),
+          "superres": ("loss", "accuracy")}
 
 
 def ticks(low, high, count=4):
@@ -52,7 +54,10 @@ def panel(title, x, y, width=320, height=200):
 def main():
     lines, rows = [], []
     for stage, chance in CHANCE.items():
-        log = [json.loads(line) for line in open(ROOT / "weights" / "tiny" / f"{stage}.jsonl")]
+        path = ROOT / "weights" / "tiny" / f"{stage}.jsonl"
+        if not path.exists():                               # superres may not be there
+            continue
+        log = [json.loads(line) for line in path.read_text().splitlines()]
         names = [name for name in log[-1] if name not in ("step", "images", "minutes", "critic")]
         lines += [f"`--stage {stage}` ({chance})", "", "| minutes | images | " + " | ".join(names) + " |",
                   "|---" * (2 + len(names)) + "|"]

@@ -19,8 +19,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from pretrain.common import machine  # noqa: E402
 from styledrop import StyleDrop  # noqa: E402
-from train import machine  # noqa: E402
 
 
 def measured(*command):

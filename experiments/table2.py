@@ -28,9 +28,10 @@ from data import styles  # noqa: E402
 from experiments.base import table, with_error  # noqa: E402
 from experiments.judge import AMONG, ask, load_judge, rank_among, style_features  # noqa: E402
 from experiments.one_shot import choose_subjects, draw, measure, paired_bootstrap  # noqa: E402
+from pretrain.common import machine  # noqa: E402
 from styledrop import (FEEDBACK, RARE_TOKEN, Parser, Pool, StyleDrop, grid, load_adapter, number, run_command,  # noqa: E402
                        sample_pool, style_prompt, to_tensor, to_uint8, write_whole)
-from train import METHOD_LR, POOL_PROMPTS, ROUND, machine, peak_memory, write_json  # noqa: E402
+from train import METHOD_LR, POOL_PROMPTS, ROUND, peak_memory, write_json  # noqa: E402
 
 BASE, WORDS = "base, style in words", "base, its words guided"
 ROUNDS = ("R2-CLIP", "R2-CLIP, style in the text", "R2-CLIP, its ten best", "R2-random", "R2-oracle")

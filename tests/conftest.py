@@ -1,4 +1,4 @@
-"""Shared by all tests: a random base at toy size, its weights folder, adapters with an effect, the two commands."""
+"""Shared by all tests: a random base at toy size, its weights, adapters, the two commands."""
 
 import sys
 from dataclasses import replace
@@ -10,8 +10,8 @@ from PIL import Image
 
 import clip_feedback
 import muse as muse_
+import pretrain.common
 import styledrop
-import train
 import vqgan as vqgan_
 from adapter import Adapter
 from clip_feedback import CLIP, Tokenizer, train_merges
@@ -19,13 +19,18 @@ from muse import Muse
 from styledrop import StyleDrop, run_command, save_model
 from vqgan import VQGAN
 
-torch.set_num_threads(1)                # toy tensors gain nothing from a second thread, and lose on a busy machine
+torch.set_num_threads(1)                # toy tensors gain nothing from a second thread
 
-WORDS = ["a cat in watercolor painting style", "a house", "a tree", "a teapot", "an owl", "blurry flat vector"] * 3
+WORDS = ["a cat in watercolor painting style", "a house", "a tree", "a teapot", "an owl",
+         "blurry flat vector"] * 3
+VOCABULARY = sorted({word for line in WORDS for word in line.split()})
+TOKENIZER = Tokenizer(train_merges(WORDS, 100))
 
 
 def shake(module, std=0.2, seed=0):
-    """Every weight of a module drawn anew, large enough that each input matters (vectors are left)."""
+    """Every weight of a module drawn anew,
+    large enough that each input matters (vectors are left).
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -51,29 +56,35 @@ def toy_vqgan(seed=0):
 
 def toy_clip(seed=0):
     torch.manual_seed(seed)
-    tokenizer = Tokenizer(train_merges(WORDS, 100))
-    return shake(CLIP(replace(clip_feedback.PRESETS["toy"], vocab_size=tokenizer.vocab_size), tokenizer), 0.3).eval()
+    config = replace(clip_feedback.PRESETS["toy"], vocab_size=TOKENIZER.vocab_size)
+    return shake(CLIP(config, TOKENIZER), 0.3).eval()
 
 
-def toy_muse(seed=0, **changes):
-    return shake(Muse(replace(muse_.PRESETS["toy"], **changes)), seed=seed).eval().requires_grad_(False)
+def toy_muse(seed=0, preset="toy", presets=muse_.PRESETS, **changes):
+    """G and T of random weights, T with the vocabulary of TOKENIZER."""
+    changes = dict(vocab_size=TOKENIZER.vocab_size) | changes
+    muse = shake(Muse(replace(presets[preset], **changes)), seed=seed)
+    return muse.eval().requires_grad_(False)
+
+
+def save_merges(tokenizer):
+    return [" ".join(pair) for pair in tokenizer.merges]
 
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     """fp32, also where bf16 is fast: a test says the same on every machine."""
-    for module in (styledrop, train):
+    for module in (styledrop, pretrain.common):
         monkeypatch.setattr(module, "fast_bf16", lambda device: False)
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """A weights folder as pretraining writes it, untrained."""
-    folder = tmp_path_factory.mktemp("weights")
-    clip = toy_clip()
+    folder, merges = tmp_path_factory.mktemp("weights"), save_merges(TOKENIZER)
     save_model(folder / "vqgan.pt", "vqgan", toy_vqgan(), {})
-    save_model(folder / "clip.pt", "clip", clip, {}, merges=[" ".join(pair) for pair in clip.tokenizer.merges])
-    save_model(folder / "muse.pt", "muse", toy_muse(), {})
+    save_model(folder / "clip.pt", "clip", toy_clip(), {}, merges=merges)
+    save_model(folder / "muse.pt", "muse", toy_muse(), {}, merges=merges, words=VOCABULARY)
     return folder
 
 
@@ -85,7 +96,9 @@ def pipe(weights):
 
 @pytest.fixture(scope="session")
 def make_adapter(pipe):
-    """make_adapter(seed) -> an adapter of the toy base whose effect is plain to see; sd=0: a fresh one."""
+    """make_adapter(seed) -> an adapter of the toy base whose effect is plain to see; sd=0:
+    a fresh one.
+    """
     def make(seed=0, sd=0.3, style="watercolor painting", base=None):
         c = pipe.muse.config
         adapter = Adapter(c.width, 4, c.layers, True, torch.Generator().manual_seed(seed))
@@ -98,14 +111,15 @@ def make_adapter(pipe):
 def picture(tmp_path):
     """picture("a.png") -> the path of a new 20 x 16 picture."""
     def make(name="ref.png", seed=0):
-        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(tmp_path / name)
+        pixels = np.random.default_rng(seed).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
         return str(tmp_path / name)
     return make
 
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """cli(main, *arguments) -> exit code, stdout, stderr of a command run in an empty folder, in this process."""
+    """cli(main, *arguments) -> exit code, stdout, stderr of a command in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(main, *arguments):
@@ -123,7 +137,9 @@ def cli(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def refused(cli, tmp_path):
-    """refused(main, *arguments): the command exits with 2 and one line, which is returned, and leaves nothing behind."""
+    """refused(main, *arguments): exit code 2, one line, which is returned,
+    and nothing left behind.
+    """
     def run(main, *arguments):
         files = lambda: {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
         before = files()

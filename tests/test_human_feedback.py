@@ -1,4 +1,4 @@
-"""human_feedback.py: the page a person picks on, in a real browser; what its server refuses; picking by number."""
+"""human_feedback: its page in a real browser; what its server refuses; picking by number."""
 
 import http.client
 import io
@@ -31,7 +31,8 @@ class Session:
             self.address = line.split()[-1]
             addressed.set()
 
-        work = lambda: self.result.append(pick(images, PROMPTS, REFERENCE, path, announce=announce, open_browser=False))
+        work = lambda: self.result.append(
+            pick(images, PROMPTS, REFERENCE, path, announce=announce, open_browser=False))
         self.thread = threading.Thread(target=work, daemon=True)
         self.thread.start()
         assert addressed.wait(10)
@@ -42,7 +43,8 @@ class Session:
         """-> status, headers, body of one request below the token."""
         connection = http.client.HTTPConnection(self.host, timeout=10)
         try:
-            connection.request("GET" if body is None else "POST", (self.root if root is None else root) + place, body, headers)
+            connection.request("GET" if body is None else "POST",
+                               (self.root if root is None else root) + place, body, headers)
             answer = connection.getresponse()
             return answer.status, answer.headers, answer.read()
         finally:
@@ -79,7 +81,8 @@ def test_pictures_and_state(session):
     one = session()
     assert one.host.startswith("127.0.0.1:") and len(one.root.strip("/")) >= 20
     status, headers, page = one.ask()
-    assert status == 200 and headers["Content-Type"].startswith("text/html") and b"http://" not in page and b"https://" not in page
+    assert status == 200 and headers["Content-Type"].startswith("text/html")
+    assert b"http://" not in page and b"https://" not in page
     assert one.state == dict(prompts=PROMPTS, references=1, goal=10, chosen=[], done=False)
     for kind, source, i in (("pool", IMAGES, 7), ("pool", IMAGES, 0), ("reference", REFERENCE, 0)):
         status, headers, png = one.ask(f"{kind}/{i}.png")
@@ -104,7 +107,8 @@ def test_a_restart_goes_on_but_not_with_another_pool(session):
     assert session(images=IMAGES + 1).state["chosen"] == []
 
 
-@pytest.mark.parametrize("damage", ["", "[]", "{", '{"pool": 1}', '{"pool": "POOL", "chosen": [99]}'])
+@pytest.mark.parametrize("damage",
+                         ["", "[]", "{", '{"pool": 1}', '{"pool": "POOL", "chosen": [99]}'])
 def test_a_damaged_choice_is_an_empty_one(session, tmp_path, damage):
     pool = human_feedback.Picking(IMAGES, PROMPTS, tmp_path / "x").pool
     (tmp_path / "picking.json").write_text(damage.replace("POOL", pool))
@@ -112,10 +116,14 @@ def test_a_damaged_choice_is_an_empty_one(session, tmp_path, damage):
 
 
 def test_refuses_whoever_does_not_know_the_token(session, tmp_path):
-    """Without the token, with a wrong or a longer one, or under another host's name (DNS rebinding): 403, nothing changed."""
+    """Without the token, with a wrong or a longer one,
+    or under another host's name (DNS rebinding): 403, nothing changed.
+    """
     one = session()
-    for root in ("/", "", "/wrong/", one.root.lower() + "x/", one.root[:-2] + "/", "//" + one.root[1:-1] + "x/", "/%00/", "/%e9/"):
-        for place, body in (("", None), ("state", None), ("pool/0.png", None), ("choice", "[1]"), ("done", "[1]")):
+    for root in ("/", "", "/wrong/", one.root.lower() + "x/", one.root[:-2] + "/",
+                 "//" + one.root[1:-1] + "x/", "/%00/", "/%e9/"):
+        for place, body in (("", None), ("state", None), ("pool/0.png", None), ("choice", "[1]"),
+                            ("done", "[1]")):
             assert one.ask(place, body, root)[0] == 403, (root, place)
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", "", "["):
         assert one.ask("state", headers={"Host": host})[0] == 403
@@ -124,15 +132,18 @@ def test_refuses_whoever_does_not_know_the_token(session, tmp_path):
     assert one.state["chosen"] == [] and not (tmp_path / "picking.json").exists()
 
 
-@pytest.mark.parametrize("place", ["pool/12.png", "pool/-1.png", "pool/1.jpg", "pool/..%2f..%2fREADME.md", "../README.md",
-                                   "pool/../../README.md", "reference/1.png", "pool/9999999.png", "chosen.png", "x", "choice"])
+@pytest.mark.parametrize("place", [
+    "pool/12.png", "pool/-1.png", "pool/1.jpg", "pool/..%2f..%2fREADME.md", "../README.md",
+    "pool/../../README.md", "reference/1.png", "pool/9999999.png", "chosen.png", "x", "choice"
+])
 def test_nothing_outside_the_pool(session, place):
     assert session().ask(place)[0] == 404
 
 
 def test_bad_bodies(session):
     one = session()
-    for body in ("", "x", "{}", "[-1]", "[12]", '["1"]', "[true]", "[1.0]", "[[1]]", "null", "[" * 5000):
+    for body in ("", "x", "{}", "[-1]", "[12]", '["1"]', "[true]", "[1.0]", "[[1]]", "null",
+                 "[" * 5000):
         assert one.ask("choice", body)[0] == 400, body
     assert one.ask("done", "[]")[0] == 400 and one.ask("elsewhere", "[]")[0] == 404
     assert one.ask("choice", " " * (64 * 1024 + 1))[0] == 413
@@ -156,9 +167,11 @@ def test_browser_opens_only_on_a_desktop(tmp_path, monkeypatch):
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     monkeypatch.setenv("DISPLAY", ":0")
     said = []
-    assert pick(IMAGES, PROMPTS, REFERENCE, tmp_path / "a.json", announce=said.append) == [4] and said[0].split()[-1] == opened[0]
+    assert pick(IMAGES, PROMPTS, REFERENCE, tmp_path / "a.json", announce=said.append) == [4]
+    assert said[0].split()[-1] == opened[0]
     monkeypatch.delenv("DISPLAY")
-    assert pick(IMAGES, PROMPTS, REFERENCE, tmp_path / "b.json", announce=lambda line: browse(line.split()[-1])) == [4]
+    assert pick(IMAGES, PROMPTS, REFERENCE, tmp_path / "b.json",
+                announce=lambda line: browse(line.split()[-1])) == [4]
     assert len(opened) == 2                                 # the second was ours
 
 
@@ -172,12 +185,13 @@ def browser():
     except ImportError:
         webdriver = None
     if not (webdriver and binary and driver):
-        assert "REQUIRE_BROWSER" not in os.environ, "chromium, chromedriver and selenium are asked for"
+        assert "REQUIRE_BROWSER" not in os.environ, "chromium and selenium are asked for"
         pytest.skip("no chromium, chromedriver or selenium here")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-                 "--disable-background-networking", "--disable-component-update", "--window-size=1100,800"):
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic",
+                 "--no-first-run", "--disable-sync", "--disable-background-networking",
+                 "--disable-component-update", "--window-size=1100,800"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with webdriver.Chrome(options, webdriver.ChromeService(driver)) as chrome:
@@ -201,23 +215,27 @@ def test_click_keyboard_reload_done(browser, session):
     counter, done = (browser.find_element("id", name) for name in ("counter", "done"))
     until(lambda: counter.text == "0 of 10" and len(cards(browser)) == 12)
     assert not done.is_enabled()
-    assert [title.text for title in browser.find_elements("tag name", "h2")] == ["a cat", "a tree", 'an <owl> & "co"']
-    loaded = "return [...document.querySelectorAll('img')].every(img => img.complete && img.naturalWidth === 16)"
+    assert [title.text for title in browser.find_elements("tag name", "h2")
+            ] == ["a cat", "a tree", 'an <owl> & "co"']
+    loaded = ("return [...document.querySelectorAll('img')]"
+              ".every(img => img.complete && img.naturalWidth === 16)")
     until(lambda: browser.execute_script(loaded))
 
     cards(browser)[5].click()
     cards(browser)[0].click()
     until(lambda: one.state["chosen"] == [0, 5] and counter.text == "2 of 10")
     keys = lambda *pressed: ActionChains(browser).send_keys(*pressed).perform()
-    keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, " ", Keys.ARROW_DOWN, Keys.ENTER)      # 0 -> 1 -> 2, down to 6
+    # 0 -> 1 -> 2, down to 6
+    keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, " ", Keys.ARROW_DOWN, Keys.ENTER)
     until(lambda: one.state["chosen"] == [0, 2, 5, 6])
-    keys(Keys.ARROW_LEFT, " ", Keys.ARROW_UP)                                       # takes 5 back; on 1
+    keys(Keys.ARROW_LEFT, " ", Keys.ARROW_UP)                                   # takes 5 back; on 1
     until(lambda: one.state["chosen"] == [0, 2, 6])
     assert browser.switch_to.active_element.get_attribute("data-number") == "2"
     assert len(browser.find_elements("css selector", "#tray button")) == 3
 
     browser.refresh()
-    until(lambda: [card.get_attribute("aria-checked") for card in cards(browser)].count("true") == 3)
+    until(lambda: [card.get_attribute("aria-checked") for card in cards(browser)].count("true") ==
+          3)
     keys("d")
     assert one.finish() == [0, 2, 6]
     until(lambda: "Thank you" in browser.find_element("id", "end").text)
@@ -239,13 +257,14 @@ def test_a_lost_server_is_said(browser, session):
 @pytest.mark.parametrize("width", [1100, 360])
 def test_nothing_spills_over_the_side(browser, session, width):
     browser.set_window_size(max(width, 500), 800)
-    if width < 500:                                         # a window is no narrower than that; a device is
+    if width < 500:                                 # a window is no narrower than that; a device is
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
                                 dict(width=width, height=720, deviceScaleFactor=1, mobile=True))
     browser.get(session(f"{width}.json").address)
     until(lambda: len(cards(browser)) == 12)
     cards(browser)[1].click()
-    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth && innerWidth") == \
+    fits = "return document.documentElement.scrollWidth <= innerWidth && innerWidth"
+    assert browser.execute_script(fits) == \
         browser.execute_script("return innerWidth") <= max(width, 500)
     if folder := os.environ.get("SCREENSHOTS"):
         browser.save_screenshot(str(Path(folder) / f"page{width}.png"))
@@ -255,7 +274,10 @@ def test_nothing_spills_over_the_side(browser, session, width):
 # -- without a browser
 
 def test_contact_sheets():
-    """Every picture once, in order, under its number. Trap: the second sheet counts from 1 again."""
+    """Every picture once, in order, under its number.
+
+    Trap: the second sheet counts from 1 again.
+    """
     sheets = contact_sheets(IMAGES, PROMPTS, per_sheet=5)
     assert len(sheets) == 3
     for i in range(len(IMAGES)):
@@ -266,13 +288,15 @@ def test_contact_sheets():
     assert not np.array_equal(np.asarray(twin[0]), np.asarray(twin[1]))
 
 
-@pytest.mark.parametrize("text, chosen", [("3,17,20", [2, 16, 19]), (" 20 ,3", [2, 19]), ("1-4,9", [0, 1, 2, 3, 8]),
-                                          ("2-2,2", [1]), ("1-20", list(range(20)))])
+@pytest.mark.parametrize("text, chosen", [("3,17,20", [2, 16, 19]), (" 20 ,3", [2, 19]),
+                                          ("1-4,9", [0, 1, 2, 3, 8]), ("2-2,2", [1]),
+                                          ("1-20", list(range(20)))])
 def test_picks(text, chosen):
     assert parse_picks(text, 20) == chosen
 
 
-@pytest.mark.parametrize("text", ["", ",", "0", "21", "4-2", "1-", "-3", "a", "1.5", "1,,2", "1-21", "\u0663"])
+@pytest.mark.parametrize(
+    "text", ["", ",", "0", "21", "4-2", "1-", "-3", "a", "1.5", "1,,2", "1-21", "\u0663"])
 def test_bad_picks(text):
     with pytest.raises(ValueError, match=r"1\.\.20"):
         parse_picks(text, 20)

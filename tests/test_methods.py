@@ -1,4 +1,4 @@
-"""What tuning may learn: the adapter, full fine-tuning, LoRA, textual inversion. One loss, one sampler, one file format."""
+"""What tuning may learn: one loss, one sampler and one file format for four ways to tune."""
 
 import pytest
 import torch
@@ -14,13 +14,16 @@ flat = lambda theta: {name: p.detach().clone() for name, p in theta.state_dict()
 
 @pytest.fixture
 def tune(pipe):
-    return lambda method, steps=4, lr=1e-2, **options: pipe.tune(noise_images(2), ["a cat", "a house"], PHRASE, steps, lr,
-                                                                 d_prj=2, method=method, **options)
+    return lambda method, steps=4, lr=1e-2, **options: pipe.tune(noise_images(
+        2), ["a cat", "a house"], PHRASE, steps, lr, d_prj=2, method=method, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_starts_from_the_base(pipe, tune, method):
-    """Before the first step G^ is G, so Eq. 4 is Eq. 1 for every lambda_A. Trap: random "up" matrices."""
+    """Before the first step G^ is G, so Eq. 4 is Eq. 1 for every lambda_A.
+
+    Trap: random "up" matrices.
+    """
     fresh = tune(method, steps=0)
     with_it = pipe.generate(["a cat", "a tree"], style=fresh, steps=4, lambda_a=3.0)
     without = pipe.generate([style_prompt(p, PHRASE) for p in ("a cat", "a tree")], steps=4)
@@ -29,11 +32,22 @@ def test_starts_from_the_base(pipe, tune, method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_only_theta_learns(pipe, tune, method):
-    """Every tensor of the base is the same bit for bit, and the pictures are others. Trap: full tuning in place."""
-    before = {name: p.clone() for part in (pipe.muse, pipe.clip, pipe.vqgan) for name, p in part.state_dict().items()}
+    """Every tensor of the base is the same bit for bit, and the pictures are others.
+
+    Trap: full tuning in place.
+    """
+    before = {
+        name: p.clone()
+        for part in (pipe.muse, pipe.clip, pipe.vqgan)
+        for name, p in part.state_dict().items()
+    }
     losses = []
     theta = tune(method, steps=30, on_step=lambda step, loss: losses.append(loss))
-    after = {name: p for part in (pipe.muse, pipe.clip, pipe.vqgan) for name, p in part.state_dict().items()}
+    after = {
+        name: p
+        for part in (pipe.muse, pipe.clip, pipe.vqgan)
+        for name, p in part.state_dict().items()
+    }
     assert all(torch.equal(p, after[name]) for name, p in before.items())
     assert sum(losses[-5:]) < sum(losses[:5])
     changed = pipe.generate("a cat", style=theta, steps=4)
@@ -47,7 +61,8 @@ def test_file_round_trip(pipe, tune, tmp_path, method):
     theta.save(tmp_path / "adapter.pt")
     again = load_adapter(tmp_path)
     assert type(again) is METHODS[method] and again.about == theta.about
-    assert torch.equal(pipe.generate("a cat", style=again, steps=3), pipe.generate("a cat", style=theta, steps=3))
+    assert torch.equal(pipe.generate("a cat", style=again, steps=3),
+                       pipe.generate("a cat", style=theta, steps=3))
 
 
 def test_lora_against_its_formula(pipe):
@@ -65,18 +80,36 @@ def test_lora_against_its_formula(pipe):
         assert torch.linalg.matrix_rank(difference, tol=1e-4) == 2
 
 
-def test_full_fine_tuning_has_every_parameter(pipe, tune):
+def test_full_fine_tuning_has_every_parameter_but_those_of_t(pipe, tune):
+    """T is frozen in everything that StyleDrop does."""
+    theta = tune("full", steps=0)
+    names = {name for name, _ in pipe.muse.named_parameters()}
+    assert set(theta.config["shapes"]) == {n for n in names if not n.startswith("text_encoder.")}
+    assert any(n.startswith("text_encoder.") for n in names)
     count = lambda model: sum(p.numel() for p in model.parameters())
-    assert count(tune("full", steps=0)) == count(pipe.muse)
+    assert count(theta) == count(pipe.muse) - count(pipe.muse.text_encoder)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_t_reads_as_before(pipe, tune, method):
+    """Only textual inversion changes what a text means, and only where its words stand."""
+    theta = tune(method, lr=0.1)
+    before, after = pipe.embed(["a house", PHRASE]), pipe.embed(["a house", PHRASE], theta)
+    assert torch.equal(before[1], after[1]) and torch.equal(before[0][0], after[0][0])
+    assert torch.equal(before[0][1], after[0][1]) == (method != "textual-inversion")
 
 
 def test_textual_inversion_changes_only_its_words(pipe, tune):
-    """Text without the phrase's tokens is embedded as before. Trap: the whole table of vectors trained."""
+    """Text without the phrase's tokens is embedded as before.
+
+    Trap: the whole table of vectors trained.
+    """
     theta = tune("textual-inversion", steps=10)
-    tokens = pipe.clip.tokenizer.encode(PHRASE)
-    assert sorted(theta.config["tokens"]) == sorted(set(tokens)) and theta.vectors.shape[0] == len(set(tokens))
-    ids = pipe.clip.tokenizer(["a house", f"a house in {PHRASE} style"], pipe.clip.config.context_length)
-    vectors = pipe.clip.token_embedding(ids)
+    tokens = pipe.tokenizer.encode(PHRASE)
+    assert sorted(theta.config["tokens"]) == sorted(set(tokens))
+    assert theta.vectors.shape == (len(set(tokens)), pipe.muse.config.text_width)
+    ids = pipe.tokenizer(["a house", f"a house in {PHRASE} style"], pipe.muse.config.text_length)
+    vectors = pipe.muse.text_encoder.token(ids)
     same = (theta.words(ids, vectors) == vectors).all(-1)
     assert torch.equal(same, ~torch.isin(ids, torch.tensor(tokens)))
 

@@ -1,4 +1,4 @@
-"""Rounds of feedback: the pool, who chooses, a new adapter from the choice, and going on after an interruption."""
+"""Rounds of feedback: the pool, who chooses, a new adapter, going on after an interruption."""
 
 import json
 import math
@@ -14,8 +14,8 @@ import clip_feedback
 import human_feedback
 import sample
 import train
-from styledrop import (FEEDBACK, choose_at_random, choose_by_clip, load_adapter, measure, sample_pool, style_prompt,
-                       to_uint8)
+from styledrop import (FEEDBACK, choose_at_random, choose_by_clip, load_adapter, measure,
+                       sample_pool, style_prompt, to_uint8)
 
 PROMPTS = ["a cat", "a tree", "an owl"]
 stamp = lambda folder: {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
@@ -26,17 +26,19 @@ stamp = lambda folder: {str(path.relative_to(folder)): (path.read_bytes(), path.
 def few_steps(monkeypatch):
     """36 decoding steps teach a test nothing."""
     real = train.StyleDrop.generate
-    monkeypatch.setattr(train.StyleDrop, "generate", lambda self, *a, **k: real(self, *a, **{**k, "steps": 2}))
+    monkeypatch.setattr(train.StyleDrop, "generate",
+                        lambda self, *a, **k: real(self, *a, **{**k, "steps": 2}))
 
 
 @pytest.fixture
 def rounds(cli, weights, picture, tmp_path):
-    """rounds("--feedback", "clip", ...) -> exit code, stdout, stderr: a run folder runs/a with a tiny pool."""
+    """rounds("--feedback", "clip", ...) -> exit code, stdout, stderr: runs/a with a tiny pool."""
     ref = picture()
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    return lambda *options: cli(train.main, "--ref", ref, "--content", "a house", "--style", "watercolor painting", "--weights",
-                                weights, "--steps", 2, "--round-steps", 3, "--round-d-prj", 2, "--pool", 4, "--pool-prompts",
-                                "prompts.txt", "--out", "runs/a", "--rounds", 2, *options)
+    return lambda *options: cli(
+        train.main, "--ref", ref, "--content", "a house", "--style", "watercolor painting",
+        "--weights", weights, "--steps", 2, "--round-steps", 3, "--round-d-prj", 2, "--pool", 4,
+        "--pool-prompts", "prompts.txt", "--out", "runs/a", "--rounds", 2, *options)
 
 
 @pytest.fixture
@@ -47,10 +49,14 @@ def pool(pipe):
 # -- the pool and the choice
 
 def test_pool_is_ordered_by_prompt(pipe, make_adapter):
-    """K pictures in a row for each prompt, however they were batched. Trap: pictures beside the wrong prompt."""
+    """K pictures in a row for each prompt, however they were batched.
+
+    Trap: pictures beside the wrong prompt.
+    """
     adapter, seen = make_adapter(), []
     pool = sample_pool(pipe, PROMPTS, 4, adapter, seed=3, at_once=5, on_batch=seen.append)
-    assert pool.contents == [p for p in PROMPTS for _ in range(4)] and pool.style == "watercolor painting"
+    assert pool.contents == [p for p in PROMPTS for _ in range(4)]
+    assert pool.style == "watercolor painting"
     assert seen == [5, 10, 12] and pool.images.shape == (12, 3, 16, 16)
     first = pipe.generate(pool.contents[:5], style=adapter, seed=torch.Generator().manual_seed(3))
     assert torch.equal(pool.images[:5], first)
@@ -59,8 +65,9 @@ def test_pool_is_ordered_by_prompt(pipe, make_adapter):
 def test_pool_gives_each_prompt_its_style_phrase(pipe, monkeypatch):
     """Trap: phrases out of step with the pictures where a batch ends in the middle of a prompt."""
     seen = []
-    monkeypatch.setattr(type(pipe), "generate", lambda self, prompts, style, seed, style_phrase:
-                        seen.extend(zip(prompts, style_phrase)) or torch.zeros(len(prompts), 3, 16, 16))
+    monkeypatch.setattr(
+        type(pipe), "generate", lambda self, prompts, style, seed, style_phrase: seen.extend(
+            zip(prompts, style_phrase)) or torch.zeros(len(prompts), 3, 16, 16))
     phrases = ["gold", "", "blue"]
     sample_pool(pipe, PROMPTS, 4, at_once=5, style_phrase=phrases)
     assert seen == [pair for pair in zip(PROMPTS, phrases) for _ in range(4)]
@@ -73,18 +80,28 @@ def test_pool_gives_each_prompt_its_style_phrase(pipe, monkeypatch):
 
 @pytest.mark.parametrize("style_words", [False, True])
 def test_clip_chooses_each_prompts_best(pipe, pool, style_words):
-    """Against a plain loop over pictures. Traps: the best of the whole pool, or the text with the wrong words."""
+    """Against a plain loop over pictures.
+
+    Traps: the best of the whole pool, or the text with the wrong words.
+    """
     pool.style = "watercolor painting"
     expected = []
     for p, prompt in enumerate(PROMPTS):
         text = style_prompt(prompt, pool.style) if style_words else prompt
-        scores = [clip_feedback.text_score(pipe.clip, pool.images[i][None], text).item() for i in range(4 * p, 4 * p + 4)]
+        scores = [
+            clip_feedback.text_score(pipe.clip, pool.images[i][None], text).item()
+            for i in range(4 * p, 4 * p + 4)
+        ]
         expected.append(4 * p + int(np.argmax(scores)))
     assert choose_by_clip(pipe, pool, None, style_words) == expected
 
 
 def test_random_choice_is_one_of_each_prompt(pipe, pool):
-    draws = {tuple(choose_at_random(pipe, pool, torch.Generator().manual_seed(s))) for s in range(20)}
+    draws = {
+        tuple(choose_at_random(pipe, pool,
+                               torch.Generator().manual_seed(s)))
+        for s in range(20)
+    }
     assert len(draws) > 10 and all([i // 4 for i in draw] == [0, 1, 2] for draw in draws)
 
 
@@ -95,38 +112,53 @@ def test_choices_share_a_signature(pipe, pool, name):
 
 
 def test_measure(pipe):
-    """The three scores against their definitions; where the reference's content was asked for, leakage says nothing."""
+    """The three scores against their definitions; where the reference's content was asked for,
+    leakage says nothing.
+    """
     images, references = noise_images(3, seed=1), noise_images(2, seed=2)
-    values = measure(pipe, images, ["a cat", "a house", "a tree"], references, ["a house", "a teapot"])
+    values = measure(pipe, images, ["a cat", "a house", "a tree"], references,
+                     ["a house", "a teapot"])
     score = lambda text: clip_feedback.text_score(pipe.clip, images, text)
-    assert torch.allclose(values["text"], clip_feedback.text_score(pipe.clip, images, ["a cat", "a house", "a tree"]))
+    assert torch.allclose(
+        values["text"], clip_feedback.text_score(pipe.clip, images, ["a cat", "a house", "a tree"]))
     assert torch.allclose(values["style"], clip_feedback.style_score(pipe.clip, images, references))
     leaks = torch.maximum(score("a house"), score("a teapot")) > values["text"]
-    assert math.isnan(values["leakage"][1]) and [bool(values["leakage"][i]) for i in (0, 2)] == [bool(leaks[i]) for i in (0, 2)]
+    assert math.isnan(values["leakage"][1])
+    assert [bool(values["leakage"][i]) for i in (0, 2)] == [bool(leaks[i]) for i in (0, 2)]
 
 
 # -- the command
 
 def test_two_rounds(rounds, pipe):
-    """Both adapters, pool, choice and scores are kept; round 2 is a new, larger, unshared one that sample.py finds."""
+    """Both adapters, pool, choice and scores are kept; round 2 is a new, larger,
+    unshared one that sample.py finds.
+    """
     code, out, err = rounds()
     assert code == 0 and err == ""
     run = Path("runs/a")
-    assert sorted(p.name for p in run.iterdir()) == ["adapter.pt", "config.json", "log.jsonl", "round1", "round2",
-                                                     "rounds.png", "samples.png", "scores.json"]
-    first, second, newest = load_adapter(run / "round1"), load_adapter(run / "round2"), load_adapter(run)
+    assert sorted(p.name for p in run.iterdir()) == [
+        "adapter.pt", "config.json", "log.jsonl", "round1", "round2", "rounds.png", "samples.png",
+        "scores.json"
+    ]
+    first, second, newest = load_adapter(run / "round1"), load_adapter(run /
+                                                                       "round2"), load_adapter(run)
     assert first.config["is_shared"] and first.config["d_prj"] == 4
     assert second.config == dict(first.config, is_shared=False, d_prj=2)
     assert all(torch.equal(p, newest.state_dict()[k]) for k, p in second.state_dict().items())
     assert sample.newest_run() == run
     scores = json.loads((run / "scores.json").read_text())
-    assert list(scores) == ["base", "round 1", "round 2", "scorer"] and set(scores["base"]) == {"text", "style", "leakage"}
+    assert list(scores) == ["base", "round 1", "round 2", "scorer"]
+    assert set(scores["base"]) == {"text", "style", "leakage"}
 
 
 def test_the_choice_is_what_round_two_learns(rounds, pipe, monkeypatch):
-    """The very pictures of the pool, with the prompts that made them. Trap: the pool in another order, or all of it."""
+    """The very pictures of the pool, with the prompts that made them.
+
+    Trap: the pool in another order, or all of it.
+    """
     calls, real = [], train.StyleDrop.tune
-    monkeypatch.setattr(train.StyleDrop, "tune", lambda self, *a, **k: calls.append(a) or real(self, *a, **k))
+    monkeypatch.setattr(train.StyleDrop, "tune",
+                        lambda self, *a, **k: calls.append(a) or real(self, *a, **k))
     rounds("--feedback", "random")
     _, (images, contents, style, *_) = calls
     sheet = np.asarray(Image.open("runs/a/round2/pool.png"))
@@ -138,7 +170,10 @@ def test_the_choice_is_what_round_two_learns(rounds, pipe, monkeypatch):
 
 
 def test_goes_on_after_an_interruption(rounds, monkeypatch):
-    """Killed while round 2 is taught: pool and choice stay as they are. Trap: everything from the start again."""
+    """Killed while round 2 is taught: pool and choice stay as they are.
+
+    Trap: everything from the start again.
+    """
     real = train.StyleDrop.tune
 
     def killed(self, images, *a, **k):
@@ -148,12 +183,14 @@ def test_goes_on_after_an_interruption(rounds, monkeypatch):
     monkeypatch.setattr(train.StyleDrop, "tune", killed)
     assert rounds()[0] == 130
     before = stamp("runs/a")
-    assert {"round2/pool.png", "round2/choice.json"} <= before.keys() and "round2/adapter.pt" not in before
+    assert {"round2/pool.png", "round2/choice.json"} <= before.keys()
+    assert "round2/adapter.pt" not in before
     monkeypatch.setattr(train.StyleDrop, "tune", real)
     code, out, _ = rounds()
     after = stamp("runs/a")
     assert code == 0 and "going on" in out
-    assert all(after[name] == old for name, old in before.items() if name not in ("adapter.pt", "config.json"))
+    assert all(after[name] == old for name, old in before.items()
+               if name not in ("adapter.pt", "config.json"))
 
 
 def test_the_same_bytes_interrupted_or_not(rounds, monkeypatch, tmp_path):
@@ -171,7 +208,8 @@ def test_another_wish_makes_the_later_parts_anew(rounds):
     before = stamp("runs/a")
     rounds("--feedback", "random")
     after = stamp("runs/a")
-    assert after["round2/pool.png"] == before["round2/pool.png"] and after["round1/adapter.pt"] == before["round1/adapter.pt"]
+    assert after["round2/pool.png"] == before["round2/pool.png"]
+    assert after["round1/adapter.pt"] == before["round1/adapter.pt"]
     assert after["round2/choice.json"] != before["round2/choice.json"]
     assert after["round2/adapter.pt"][1] != before["round2/adapter.pt"][1]
 
@@ -180,7 +218,8 @@ def test_rounds_are_not_lost_to_another_command(rounds, picture):
     """Trap: the folder is replaced by a fresh round 1, with every choice of a person's in it."""
     rounds()
     before = stamp("runs/a")
-    for options, words in ((["--seed", 1], "seed"), (["--content", "a hut", "--lr", 1e-4], "lr, content")):
+    for options, words in ((["--seed", 1], "seed"), (["--content", "a hut", "--lr",
+                                                      1e-4], "lr, content")):
         code, _, err = rounds(*options)
         assert code == 2 and f"another {words};" in err and stamp("runs/a") == before
     picture(seed=7)                                         # another picture of the same name
@@ -199,7 +238,8 @@ def test_the_same_picture_by_another_path_goes_on(rounds):
     Path("there").mkdir()
     Path("ref.png").rename("there/other.png")
     before = stamp("runs/a")["round2/adapter.pt"]
-    assert "going on" in rounds("--ref", "there/other.png")[1] and stamp("runs/a")["round2/adapter.pt"] == before
+    assert "going on" in rounds("--ref", "there/other.png")[1]
+    assert stamp("runs/a")["round2/adapter.pt"] == before
 
 
 def test_three_rounds(rounds):
@@ -209,7 +249,9 @@ def test_three_rounds(rounds):
 
 
 def test_a_person_chooses(rounds, monkeypatch):
-    """The page gets the pool, its prompts and the references; what it returns is learned; asked only once."""
+    """The page gets the pool, its prompts and the references; what it returns is learned;
+    asked only once.
+    """
     asked = []
 
     def pick(images, prompts, reference, chosen_path, **options):
@@ -221,7 +263,8 @@ def test_a_person_chooses(rounds, monkeypatch):
     assert load_adapter("runs/a").about["prompts"] == ["a cat", "a cat", "an owl"]
     assert [path.name for path in Path("runs/a/round2").glob("sheet*.png")] == ["sheet1.png"]
     Path("runs/a/round2/sheet7.png").touch()                # of a larger pool
-    assert rounds("--feedback", "human", "--style-words")[0] == 2 and rounds("--feedback", "human", "--pool", 5)[0] == 0
+    assert rounds("--feedback", "human", "--style-words")[0] == 2
+    assert rounds("--feedback", "human", "--pool", 5)[0] == 0
     assert [path.name for path in Path("runs/a/round2").glob("sheet*.png")] == ["sheet1.png"]
 
 
@@ -234,12 +277,16 @@ def test_numbers_are_of_the_last_round(rounds):
     """Trap: --pick for round 3 chooses in round 2 anew."""
     rounds("--feedback", "human", "--pick", "3,7")
     assert rounds("--feedback", "human", "--pick", "1,2,5", "--rounds", 3)[0] == 0
-    assert [json.loads(Path(f"runs/a/round{k}/choice.json").read_text())["chosen"] for k in (2, 3)] == [[2, 6], [0, 1, 4]]
+    assert [json.loads(Path(f"runs/a/round{k}/choice.json").read_text())["chosen"]
+            for k in (2, 3)] == [[2, 6], [0, 1, 4]]
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--pick", "3"], "--feedback human"), (["--feedback", "human", "--pick", "99"], "1..12"),
-    (["--pool-prompts", "missing.txt"], "missing.txt"), (["--style-words", "--feedback", "random"], "--style-words"), (["--method", "lora"], "--method"), (["--pool", 0], "--pool")])
+@pytest.mark.parametrize("options, words",
+                         [(["--pick", "3"], "--feedback human"),
+                          (["--feedback", "human", "--pick", "99"], "1..12"),
+                          (["--pool-prompts", "missing.txt"], "missing.txt"),
+                          (["--style-words", "--feedback", "random"], "--style-words"),
+                          (["--method", "lora"], "--method"), (["--pool", 0], "--pool")])
 def test_refusals(rounds, options, words):
     code, _, err = rounds(*options)
     assert code == 2 and words in err and len(err.splitlines()) == 1
@@ -248,10 +295,12 @@ def test_refusals(rounds, options, words):
 # -- objects
 
 def test_content_adapter(cli, weights, picture):
-    """Several pictures of one object, one phrase for all, no style words; sample.py does not take it for a style."""
+    """Several pictures of one object, one phrase for all, no style words;
+    sample.py does not take it for a style.
+    """
     refs = [picture(f"{i}.png", i) for i in range(3)]
-    code, out, _ = cli(train.main, "--ref", *refs, "--kind", "content", "--content", "a [V] teapot", "--weights", weights,
-                       "--steps", 2, "--out", "runs/teapot")
+    code, out, _ = cli(train.main, "--ref", *refs, "--kind", "content", "--content", "a [V] teapot",
+                       "--weights", weights, "--steps", 2, "--out", "runs/teapot")
     about = load_adapter("runs/teapot").about
     assert code == 0 and about["style"] == "" and about["prompts"] == ["a [V] teapot"] * 3
     assert sample.newest_run() is None and "--content runs/teapot" in out
@@ -261,5 +310,6 @@ def test_content_adapter(cli, weights, picture):
     ([], "--content"), (["--content", "a [V] teapot", "--style", "gold"], "--style"),
     (["--content", "a [V] teapot", "--rounds", 2], "--rounds")])
 def test_content_refusals(cli, weights, picture, options, words):
-    code, _, err = cli(train.main, "--ref", picture(), "--kind", "content", "--weights", weights, *options)
+    code, _, err = cli(train.main, "--ref", picture(), "--kind", "content", "--weights", weights,
+                       *options)
     assert code == 2 and words in err and not Path("runs").exists()

@@ -18,7 +18,7 @@ ROOT = Path(sample.__file__).parent
 
 @pytest.fixture
 def draw(cli, weights, make_adapter):
-    """draw("--prompt", "a cat", ...) -> exit code, stdout, stderr; in a folder with the runs old and new."""
+    """draw("--prompt", "a cat", ...) -> exit code, stdout, stderr, beside the runs old and new."""
     for when, (name, seed) in enumerate((("new", 1), ("old", 2)), 1):
         make_adapter(seed).save(f"runs/{name}/adapter.pt")
         os.utime(f"runs/{name}/adapter.pt", (1e9 - when, 1e9 - when))
@@ -32,14 +32,20 @@ def picture(path="sample.png"):
 
 
 def test_newest_run_is_used_and_named(draw, pipe):
-    """Not the last by name, nor a folder without an adapter. Trap: the style is applied but not said."""
+    """Not the last by name, nor a folder without an adapter.
+
+    Trap: the style is applied but not said.
+    """
     code, out, err = draw("--prompt", "a cat", "--scale", 1)
-    assert code == 0 and err == "" and out.splitlines() == [f"style: {Path('runs/new')}, the newest run", "sample.png"]
-    expected = lambda style: to_uint8(pipe.generate(["a cat"], style and load_adapter(style), steps=3))[0]
+    assert code == 0 and err == ""
+    assert out.splitlines() == [f"style: {Path('runs/new')}, the newest run", "sample.png"]
+    expected = lambda style: to_uint8(
+        pipe.generate(["a cat"], style and load_adapter(style), steps=3))[0]
     assert np.array_equal(picture(), expected("runs/new"))
     os.utime("runs/old/adapter.pt", (2e9, 2e9))
     assert "runs/old" in draw("--prompt", "a cat", "--scale", 1)[1].replace("\\", "/")
-    assert np.array_equal(picture(), expected("runs/old")) and not np.array_equal(picture(), expected("runs/new"))
+    assert np.array_equal(picture(), expected("runs/old"))
+    assert not np.array_equal(picture(), expected("runs/new"))
     for style in ("runs/new", "runs/new/adapter.pt"):
         assert draw("--prompt", "a cat", "--scale", 1, "--style", style)[1] == "sample.png\n"
         assert np.array_equal(picture(), expected("runs/new"))
@@ -52,11 +58,15 @@ def test_no_run_yet(cli, weights):
     assert code == 0 and "no run yet" in out and picture().shape == (64, 64, 3)
 
 
-@pytest.mark.parametrize("options, rows, columns", [
-    (["--prompt", "a cat", "--num", "3"], 1, 3), (["--prompt", "a cat", "--prompt", "a house", "--num", "2"], 2, 2),
-    (["--prompt", "a cat"] * 3, 1, 3), (["--prompt", "a cat"] * 9, 2, 8), (["--prompt", "a cat", "--num", "18"], 1, 18)])
+@pytest.mark.parametrize("options, rows, columns",
+                         [(["--prompt", "a cat", "--num", "3"], 1, 3),
+                          (["--prompt", "a cat", "--prompt", "a house", "--num", "2"], 2, 2),
+                          (["--prompt", "a cat"] * 3, 1, 3), (["--prompt", "a cat"] * 9, 2, 8),
+                          (["--prompt", "a cat", "--num", "18"], 1, 18)])
 def test_grids(draw, options, rows, columns):
-    """A row for each prompt; more pictures than go through at once come out all the same, and all different."""
+    """A row for each prompt; more pictures than go through at once come out all the same,
+    and all different.
+    """
     assert draw(*options, "--scale", 2, "--out", "grids/a.png")[0] == 0
     sheet = picture("grids/a.png")
     assert sheet.shape == (rows * 34 + 2, columns * 34 + 2, 3)
@@ -67,16 +77,21 @@ def test_grids(draw, options, rows, columns):
 def test_options_reach_the_sampler(draw, monkeypatch):
     """Trap: positional arguments in the wrong order."""
     seen, real = [], StyleDrop.generate
-    names = ["prompts", "style", "content", "lambda_a", "lambda_b", "gamma", "steps", "temperature", "seed", "negative",
-             "style_phrase", "on_step", "lambda_a_content"]
-    monkeypatch.setattr(StyleDrop, "generate",
-                        lambda self, *a, **k: seen.append(dict(zip(names, a), **k)) or real(self, *a, **k))
-    assert draw("--prompt", "a cat", "--style", "runs/new", "--content", "runs/old", "--lambda-a", 1.5, "--lambda-b", 4,
-                "--lambda-a-content", 0, "--gamma", 0.25, "--temperature", 3, "--steps", 2, "--seed", 9)[0] == 0
+    names = [
+        "prompts", "style", "content", "lambda_a", "lambda_b", "gamma", "steps", "temperature",
+        "seed", "negative", "style_phrase", "on_step", "lambda_a_content"
+    ]
+    monkeypatch.setattr(
+        StyleDrop, "generate",
+        lambda self, *a, **k: seen.append(dict(zip(names, a), **k)) or real(self, *a, **k))
+    assert draw("--prompt", "a cat", "--style", "runs/new", "--content", "runs/old", "--lambda-a",
+                1.5, "--lambda-b", 4, "--lambda-a-content", 0, "--gamma", 0.25, "--temperature", 3,
+                "--steps", 2, "--seed", 9)[0] == 0
     call, = seen
     for role, run in (("style", "runs/new"), ("content", "runs/old")):
         assert torch.equal(call[role].generators["mlp"].up, load_adapter(run).generators["mlp"].up)
-    assert [call[name] for name in names[3:8]] == [1.5, 4, 0.25, 2, 3] and call["seed"].initial_seed() == 9
+    assert [call[name] for name in names[3:8]] == [1.5, 4, 0.25, 2, 3]
+    assert call["seed"].initial_seed() == 9
     assert call["lambda_a_content"] == 0
 
 
@@ -89,30 +104,39 @@ def test_the_same_command_gives_the_same_bytes(draw):
 
 @pytest.mark.parametrize("steps, options", [(5, []), (1, []), (5, ["--num", "18"])])
 def test_trace_has_a_frame_for_each_step(draw, steps, options):
-    """Grey gives way to the picture, which is the last frame. Traps: equal frames merged; one step is no animation."""
-    assert draw("--prompt", "a cat", "--steps", steps, "--trace", "t.gif", "--scale", 3, *options)[0] == 0
+    """Grey gives way to the picture, which is the last frame.
+
+    Traps: equal frames merged; one step is no animation.
+    """
+    assert draw("--prompt", "a cat", "--steps", steps, "--trace", "t.gif", "--scale", 3,
+                *options)[0] == 0
     grey = []
     with Image.open("t.gif") as gif:
         assert gif.n_frames == steps
         for i in range(steps):
             gif.seek(i)
-            grey.append((np.abs(np.asarray(gif.convert("RGB")).astype(int) - 128) < 2).all(-1).mean())
+            grey.append((np.abs(np.asarray(gif.convert("RGB")).astype(int) - 128)
+                         < 2).all(-1).mean())
         last = np.asarray(gif.convert("RGB")).astype(int)
     assert grey == sorted(grey, reverse=True)
     if steps > 1:
         assert grey[0] > 0.5 and grey[-1] < 0.1
     if not options:
-        assert np.abs(last[2:-2, 2:-2] - picture()).mean() < 20              # but for the GIF's palette
+        assert np.abs(last[2:-2, 2:-2] - picture()).mean() < 20          # but for the GIF's palette
 
 
-@pytest.mark.parametrize("prompt", ["🐱🌳", "قطة على السطح", "一只猫", "кот", "a 'cat' \"in\" $HOME;\n%s {}", "É" * 3])
+@pytest.mark.parametrize(
+    "prompt", ["🐱🌳", "قطة على السطح", "一只猫", "кот", "a 'cat' \"in\" $HOME;\n%s {}", "É" * 3])
 def test_prompts_in_any_script(draw, prompt):
     code, _, err = draw("--prompt", prompt)
     assert code == 0 and "Traceback" not in err and picture().shape == (64, 64, 3)
 
 
 def test_a_long_prompt_is_cut_and_said(draw):
-    """500 words work; a note says that not all of them are read. Trap: a short one gets the note too."""
+    """500 words work; a note says that not all of them are read.
+
+    Trap: a short one gets the note too.
+    """
     code, _, err = draw("--prompt", "cat " * 500)
     assert code == 0 and err.count("\n") == 1 and "longer than 16 tokens" in err
     assert draw("--prompt", "a cat")[2] == ""
@@ -123,10 +147,16 @@ def test_the_style_phrase_counts_in_the_length(draw):
     assert "longer than 16 tokens" in draw("--prompt", "a cat", "--style-phrase", "gold " * 20)[2]
 
 
-@pytest.mark.parametrize("error, code", [(MemoryError(), 2), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2),
-                                         (torch.OutOfMemoryError("CUDA out of memory"), 2), (RuntimeError("a bug"), None)])
+@pytest.mark.parametrize("error, code",
+                         [(MemoryError(), 2),
+                          (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2),
+                          (torch.OutOfMemoryError("CUDA out of memory"), 2),
+                          (RuntimeError("a bug"), None)])
 def test_out_of_memory_is_one_line(cli, error, code):
-    """As Python, torch on a CPU and torch on a GPU say it. Trap: bugs of ours under the same line."""
+    """As Python, torch on a CPU and torch on a GPU say it.
+
+    Trap: bugs of ours under the same line.
+    """
     def main():
         raise error
     if code is None:
@@ -136,7 +166,7 @@ def test_out_of_memory_is_one_line(cli, error, code):
         assert cli(main)[0] == code and cli(main)[2].count("\n") == 1
 
 
-BAD = {                                                          # options besides a prompt, a word of the answer
+BAD = {                                             # options besides a prompt, a word of the answer
     "an empty prompt": (["--prompt", ""], "empty"),
     "a blank prompt": (["--prompt", " \t"], "empty"),
     "no steps": (["--steps", "0"], "--steps"),
@@ -159,7 +189,7 @@ BAD = {                                                          # options besid
     "out is no png": (["--out", "cat.jpg"], "cat.jpg"),
     "out is a folder": (["--out", "folder.png"], "folder.png"),
     "an empty prompt, a new folder": (["--prompt", "", "--out", "new/deep/a.png"], "empty"),
-    "a run of another base, a new folder": (["--style", "runs/foreign", "--out", "new/a.png"], "another"),
+    "another base, a new folder": (["--style", "runs/foreign", "--out", "new/a.png"], "another"),
     "an empty run": (["--style", ""], "adapter"),
     "pixels like houses": (["--scale", "20000"], "--scale"),
     "out under a file": (["--out", "file/cat.png"], "file"),
@@ -178,7 +208,8 @@ def test_refusals(draw, refused, weights, make_adapter, case):
     Path("folder.png").mkdir()
     Path("file").write_text("")
     arguments, word = BAD[case]
-    assert word in refused(sample.main, "--prompt", "a cat", "--steps", 1, "--weights", weights, *arguments)
+    assert word in refused(sample.main, "--prompt", "a cat", "--steps", 1, "--weights", weights,
+                           *arguments)
 
 
 def test_a_prompt_is_needed(refused):
@@ -187,7 +218,10 @@ def test_a_prompt_is_needed(refused):
 
 def test_from_the_shell(tmp_path, weights):
     """The real thing, once, in a process of its own."""
-    command = [sys.executable, ROOT / "sample.py", "--weights", weights, "--steps", "2", "--prompt", "a cat"]
+    command = [
+        sys.executable, ROOT / "sample.py", "--weights", weights, "--steps", "2", "--prompt",
+        "a cat"
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("sample.png\n")
     assert [path.name for path in tmp_path.iterdir()] == ["sample.png"]
@@ -217,47 +251,67 @@ def two_runs(make_adapter, tmp_path):
 
 
 def test_gamma_sweep(cli, weights, two_runs, spied):
-    """From the style alone to the object alone, one seed along a row, one row for each prompt and seed."""
-    code, out, _ = cli(sample.main, "--prompt", "a teapot", "--num", 2, "--style", "runs/glow", "--content", "runs/teapot",
-                       "--gamma-sweep", "--weights", weights, "--scale", 1, "--steps", 2)
+    """From the style alone to the object alone, one seed along a row,
+    one row for each prompt and seed.
+    """
+    code, out, _ = cli(sample.main, "--prompt", "a teapot", "--num", 2, "--style", "runs/glow",
+                       "--content", "runs/teapot", "--gamma-sweep", "--weights", weights, "--scale",
+                       1, "--steps", 2)
     assert code == 0 and [c["gamma"] for c in spied] == 2 * list(sample.GAMMAS)
-    assert [c["seed"] for c in spied] == 8 * [0] + 8 * [1] and sample.GAMMAS[0] == 0 and sample.GAMMAS[-1] == 1
+    assert [c["seed"] for c in spied] == 8 * [0] + 8 * [1] and sample.GAMMAS[0] == 0
+    assert sample.GAMMAS[-1] == 1
     assert Image.open("sample.png").size == (90 + 8 * 20, 18 + 2 * 20)
 
 
 def test_lambda_grid(cli, weights, two_runs, spied):
-    """Every pair once, lambda_A down and lambda_B across, the same seed everywhere. Trap: the axes exchanged."""
-    assert cli(sample.main, "--prompt", "a cat", "--style", "runs/glow", "--lambda-grid", "--weights", weights, "--steps", 2)[0] == 0
+    """Every pair once, lambda_A down and lambda_B across, the same seed everywhere.
+
+    Trap: the axes exchanged.
+    """
+    assert cli(sample.main, "--prompt", "a cat", "--style", "runs/glow", "--lambda-grid",
+               "--weights", weights, "--steps", 2)[0] == 0
     pairs = [(c["lambda_a"], c["lambda_b"]) for c in spied]
-    assert pairs == [(a, b) for a in sample.LAMBDAS_A for b in sample.LAMBDAS_B] and {c["seed"] for c in spied} == {0}
+    assert pairs == [(a, b) for a in sample.LAMBDAS_A for b in sample.LAMBDAS_B]
+    assert {c["seed"] for c in spied} == {0}
 
 
 def test_labelled_puts_pictures_where_the_words_say():
     images = np.stack([np.full((4, 4, 3), 10 * i, np.uint8) for i in range(6)])
     sheet = np.asarray(sample.labelled(images, ["a", "b"], ["x", "y", "z"], 2))
-    assert [sheet[18 + r * 12 + 4, 90 + c * 12 + 4, 0] for r in range(2) for c in range(3)] == [0, 10, 20, 30, 40, 50]
+    assert [sheet[18 + r * 12 + 4, 90 + c * 12 + 4, 0] for r in range(2)
+            for c in range(3)] == [0, 10, 20, 30, 40, 50]
 
 
 def test_negative_and_style_phrase_reach_the_model(cli, weights, two_runs, spied):
-    assert cli(sample.main, "--prompt", "a cat", "--style", "runs/glow", "--negative", "blurry", "--style-phrase", "painting",
-               "--weights", weights, "--steps", 2)[0] == 0
+    assert cli(sample.main, "--prompt", "a cat", "--style", "runs/glow", "--negative", "blurry",
+               "--style-phrase", "painting", "--weights", weights, "--steps", 2)[0] == 0
     assert spied[0]["negative"] == "blurry" and spied[0]["style_phrase"] == "painting"
 
 
 def test_a_style_in_words(cli, weights, two_runs, spied):
-    """--style none: the words are the style, with a strength of their own, alone or beside an object."""
-    command = ["--prompt", "a cat", "--style", "none", "--style-phrase", "painting", "--weights", weights, "--steps", 2]
-    assert cli(sample.main, *command)[0] == 0 and cli(sample.main, *command, "--lambda-a", 2, "--out", "other.png")[0] == 0
-    assert [c["style_phrase"] for c in spied] == ["painting"] * 2 and [c["lambda_a"] for c in spied] == [None, 2]
+    """--style none: the words are the style, with a strength of their own,
+    alone or beside an object.
+    """
+    command = [
+        "--prompt", "a cat", "--style", "none", "--style-phrase", "painting", "--weights", weights,
+        "--steps", 2
+    ]
+    assert cli(sample.main, *command)[0] == 0
+    assert cli(sample.main, *command, "--lambda-a", 2, "--out", "other.png")[0] == 0
+    assert [c["style_phrase"] for c in spied] == ["painting"] * 2
+    assert [c["lambda_a"] for c in spied] == [None, 2]
     assert Path("sample.png").read_bytes() != Path("other.png").read_bytes()
     assert cli(sample.main, *command, "--content", "runs/teapot", "--gamma-sweep")[0] == 0
     assert len(spied) == 2 + len(sample.GAMMAS) and Path("sample.png").exists()
 
 
-@pytest.mark.parametrize("options, words", [
-    (["--gamma-sweep"], "--content"), (["--gamma-sweep", "--content", "runs/teapot", "--style", "none"], "--style"),
-    (["--lambda-grid", "--num", 2], "one seed"), (["--lambda-grid", "--trace", "a.gif"], "--trace"),
-    (["--lambda-grid", "--gamma-sweep", "--content", "runs/teapot"], "not both")])
+@pytest.mark.parametrize(
+    "options, words",
+    [(["--gamma-sweep"], "--content"),
+     (["--gamma-sweep", "--content", "runs/teapot", "--style", "none"], "--style"),
+     (["--lambda-grid", "--num", 2], "one seed"),
+     (["--lambda-grid", "--trace", "a.gif"], "--trace"),
+     (["--lambda-grid", "--gamma-sweep", "--content", "runs/teapot"], "not both")])
 def test_sheets_refuse_what_they_cannot_draw(cli, weights, two_runs, options, words):
     code, _, err = cli(sample.main, "--prompt", "a cat", "--weights", weights, *options)
     assert code == 2 and words in err and not Path("sample.png").exists()

@@ -1,4 +1,4 @@
-"""styledrop.py: guidance against separate forward passes, Eq. 3 tuning, and files that are whole or not there."""
+"""styledrop.py: guidance by separate passes, tuning by Eq. 3, files that are whole or not there."""
 
 import copy
 import math
@@ -6,13 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import noise_images, toy_muse
+from conftest import TOKENIZER, VOCABULARY, noise_images, save_merges, toy_muse
 
 import muse as muse_
 import styledrop
 from muse import Muse
-from styledrop import (LAMBDA_A, LAMBDA_A_WORDS, StyleDrop, fingerprint, grid, guided_logits, load_adapter, load_model,
-                       mix_logits, save_model, style_prompt, to_tensor, to_uint8, write_whole)
+from styledrop import (LAMBDA_A, LAMBDA_A_WORDS, StyleDrop, fingerprint, grid, guided_logits,
+                       load_adapter, load_model, mix_logits, save_model, style_prompt, to_tensor,
+                       to_uint8, write_whole)
 from vqgan import VQGAN, VQGANConfig
 
 PROMPTS = ["a cat", "a house"]
@@ -33,8 +34,11 @@ def test_eq4_coefficients():
     Trap: G^(t) - G^(n) or G^(t) - G(n) in the lB term, which is another equation.
     """
     one, zero = torch.ones(1), torch.zeros(1)
-    weights = lambda a, b: [guided_logits(*(one if i == j else zero for j in range(3)), a, b).item() for i in range(3)]
-    assert weights(2, 5) == [3, 3, -5] and weights(1, 0) == [2, -1, 0] and weights(0, 0) == [1, 0, 0]
+    weights = lambda a, b: [
+        guided_logits(*(one if i == j else zero for j in range(3)), a, b).item() for i in range(3)
+    ]
+    assert weights(2, 5) == [3, 3, -5] and weights(1, 0) == [2, -1, 0]
+    assert weights(0, 0) == [1, 0, 0]
     for a, b in ((0.7, 3.1), (5, 0), (0, 12)):
         assert sum(weights(a, b)) == pytest.approx(1, abs=1e-5)
 
@@ -53,15 +57,28 @@ def test_mix_endpoints():
 
 # -- sampling
 
+def test_embed_pads_nothing_into_the_text(pipe):
+    """A prompt's states do not hang on the prompts beside it."""
+    both, mask = pipe.embed(["a cat", "a cat in watercolor painting style"])
+    alone, alone_mask = pipe.embed(["a cat"])
+    assert torch.equal(mask[:1], alone_mask) and torch.allclose(both[:1], alone, atol=1e-5)
+    c = pipe.muse.config
+    assert both.shape == (2, c.text_length + c.registers, c.text_width)
+
+
 def logits_of(pipe, monkeypatch, prompts=PROMPTS, **options):
-    """The guided logits that generate() hands to decode, and G(prompts, adapter) to build them by hand."""
+    """The guided logits that generate() hands to decode, and G(prompts,
+    adapter) to build them by hand.
+    """
     caught, calls = [], []
     ids = torch.randint(pipe.muse.config.mask_id + 1, (len(prompts), pipe.muse.config.tokens),
                         generator=torch.Generator().manual_seed(3))
     with monkeypatch.context() as patch:
-        patch.setattr(muse_, "decode", lambda fn, b, n, *rest: caught.append(fn(ids, 0)) or torch.zeros(b, n).long())
+        patch.setattr(muse_, "decode",
+                      lambda fn, b, n, *rest: caught.append(fn(ids, 0)) or torch.zeros(b, n).long())
         forward = Muse.forward
-        patch.setattr(Muse, "forward", lambda self, *a: calls.append(len(a[0])) or forward(self, *a))
+        patch.setattr(Muse, "forward",
+                      lambda self, *a: calls.append(len(a[0])) or forward(self, *a))
         pipe.generate(prompts, **options)
 
     @torch.no_grad()
@@ -82,28 +99,34 @@ def test_g_runs_in_bf16_where_that_is_fast(pipe, make_adapter, monkeypatch, fast
     style, seen, forward = make_adapter(), [], Muse.forward
     exact, *_ = logits_of(pipe, monkeypatch, style=style)
     monkeypatch.setattr(styledrop, "fast_bf16", lambda device: fast)
-    monkeypatch.setattr(Muse, "forward", lambda self, *a: seen.append(torch.is_autocast_enabled("cpu")) or forward(self, *a))
+    monkeypatch.setattr(
+        Muse, "forward",
+        lambda self, *a: seen.append(torch.is_autocast_enabled("cpu")) or forward(self, *a))
     ours, *_ = logits_of(pipe, monkeypatch, style=style)
     assert ours.dtype == torch.float32 and seen == [fast]
     assert (ours - exact).norm() < 0.05 * exact.norm() and torch.equal(ours, exact) == (not fast)
     losses = []
-    pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=3, on_step=lambda step, loss: losses.append(loss))
+    pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=3,
+              on_step=lambda step, loss: losses.append(loss))
     assert seen[1:] == [fast] * 3 and all(map(math.isfinite, losses))
 
 
-@pytest.mark.parametrize("device, able, fast", [
-    ("cuda", (), True), ("mps", ("amx_tile",), False), ("cpu", (), False), ("cpu", ("amx_tile",), True), ("cpu", ("avx512_bf16",), True)])
+@pytest.mark.parametrize("device, able, fast", [("cuda", (), True), ("mps", ("amx_tile", ), False),
+                                                ("cpu", (), False), ("cpu", ("amx_tile", ), True),
+                                                ("cpu", ("avx512_bf16", ), True)])
 def test_which_machines_are_fast_in_bf16(monkeypatch, device, able, fast):
     monkeypatch.undo()
     for what in ("amx_tile", "avx512_bf16"):
-        monkeypatch.setattr(torch.cpu, f"_is_{what}_supported", lambda what=what: what in able, raising=False)
+        monkeypatch.setattr(torch.cpu, f"_is_{what}_supported", lambda what=what: what in able,
+                            raising=False)
     assert styledrop.fast_bf16(device) == fast
 
 
 def test_eq4_from_separate_passes(pipe, make_adapter, monkeypatch):
     """3 G^(t) + 3 G(t) - 5 G(n), t with the style phrase, in one forward pass of three branches.
 
-    Traps: the phrase is forgotten; the tuned model sees n; a branch gets its neighbour's text or adapter.
+    Traps: the phrase is forgotten; the tuned model sees n; a branch gets its neighbour's text or
+    adapter.
     """
     style = make_adapter()
     ours, G, calls = logits_of(pipe, monkeypatch, style=style, lambda_a=2, lambda_b=5)
@@ -115,8 +138,8 @@ def test_eq4_from_separate_passes(pipe, make_adapter, monkeypatch):
 def test_negative_prompt_and_style_phrase(pipe, make_adapter, monkeypatch):
     """Both can be chosen, and n still meets the untuned model."""
     style, blurry = make_adapter(), ["blurry", "blurry"]
-    ours, G, _ = logits_of(pipe, monkeypatch, style=style, negative="blurry", style_phrase="flat vector",
-                           lambda_a=1, lambda_b=2)
+    ours, G, _ = logits_of(pipe, monkeypatch, style=style, negative="blurry",
+                           style_phrase="flat vector", lambda_a=1, lambda_b=2)
     t = [style_prompt(p, "flat vector") for p in PROMPTS]
     assert close(ours, 2 * G(t, style) + G(t) - 2 * G(blurry))
 
@@ -137,8 +160,8 @@ def test_base_is_eq1(pipe, monkeypatch):
 def test_eq4_with_the_style_in_words(pipe, make_adapter, monkeypatch):
     """The phrase stands in the adapter's place: 3 G(t) - 2 G(c) + 5 (G(c) - G(n)), three branches.
 
-    A phrase for each prompt, or none; lambda_a = lambda_b is Eq. 1 on the whole prompt; beside a content adapter
-    Eq. 5 is of the words, and each side has the lambda_a of its kind.
+    A phrase for each prompt, or none; lambda_a = lambda_b is Eq. 1 on the whole prompt; beside a
+    content adapter Eq. 5 is of the words, and each side has the lambda_a of its kind.
     """
     ours, G, calls = logits_of(pipe, monkeypatch, style_phrase=PHRASE, lambda_a=2, lambda_b=5)
     assert close(ours, 3 * G(styled) - 2 * G(PROMPTS) + 5 * (G(PROMPTS) - G(null))) and calls == [6]
@@ -148,7 +171,8 @@ def test_eq4_with_the_style_in_words(pipe, make_adapter, monkeypatch):
     assert close(mixed[:1], (6 * G(PROMPTS) - 5 * G(null))[:1])
     assert close(mixed[1:], (3 * G(styled) - 2 * G(PROMPTS) + 5 * (G(PROMPTS) - G(null)))[1:])
     content, a, w = make_adapter(2, style="teapot"), LAMBDA_A, LAMBDA_A_WORDS
-    ours, G, calls = logits_of(pipe, monkeypatch, style_phrase=PHRASE, content=content, gamma=0.3, lambda_b=5)
+    ours, G, calls = logits_of(pipe, monkeypatch, style_phrase=PHRASE, content=content, gamma=0.3,
+                               lambda_b=5)
     l_s = (1 + w) * G(styled) - w * G(PROMPTS) + 5 * (G(PROMPTS) - G(null))
     l_c = (1 + a) * G(PROMPTS, content) - a * G(PROMPTS) + 5 * (G(PROMPTS) - G(null))
     assert close(ours, 0.7 * l_s + 0.3 * l_c) and calls == [8]
@@ -157,15 +181,20 @@ def test_eq4_with_the_style_in_words(pipe, make_adapter, monkeypatch):
 
 
 def test_eq5_and_eq6_from_separate_passes(pipe, make_adapter, monkeypatch):
-    """(1 - g) l_s + g l_c: five branches; c carries no style word. Traps: adapters swapped, G(t) used for c."""
+    """(1 - g) l_s + g l_c: five branches; c carries no style word.
+
+    Traps: adapters swapped, G(t) used for c.
+    """
     style, content = make_adapter(1), make_adapter(2, style="teapot")
-    ours, G, calls = logits_of(pipe, monkeypatch, style=style, content=content, gamma=0.3, lambda_a=2, lambda_b=5)
+    ours, G, calls = logits_of(pipe, monkeypatch, style=style, content=content, gamma=0.3,
+                               lambda_a=2, lambda_b=5)
     l_s = 3 * G(styled, style) + 3 * G(styled) - 5 * G(null)
     l_c = 3 * G(PROMPTS, content) + 3 * G(PROMPTS) - 5 * G(null)
     assert close(ours, 0.7 * l_s + 0.3 * l_c) and calls == [10]
     alone, _, calls = logits_of(pipe, monkeypatch, content=content, lambda_a=2, lambda_b=5)
     assert close(alone, l_c) and calls == [6]
-    ours, G, _ = logits_of(pipe, monkeypatch, style=style, content=content, gamma=0.3, lambda_a=2, lambda_b=5, lambda_a_content=0)
+    ours, G, _ = logits_of(pipe, monkeypatch, style=style, content=content, gamma=0.3, lambda_a=2,
+                           lambda_b=5, lambda_a_content=0)
     l_c = G(PROMPTS, content) + 5 * (G(PROMPTS) - G(null))
     assert close(ours, 0.7 * l_s + 0.3 * l_c)
 
@@ -227,10 +256,14 @@ def watched(monkeypatch):
 
 
 def test_only_the_adapter_changes(pipe, references):
-    """Every base tensor is bit-identical afterwards, none has a gradient. Trap: norms or embeddings trained along."""
+    """Every base tensor is bit-identical afterwards, none has a gradient.
+
+    Trap: norms or embeddings trained along.
+    """
     pipe = copy.deepcopy(pipe)
     parts = [pipe.vqgan, pipe.clip, pipe.muse]
-    before, print_before = [copy.deepcopy(part.state_dict()) for part in parts], fingerprint(pipe.muse.state_dict())
+    before, print_before = [copy.deepcopy(part.state_dict())
+                            for part in parts], fingerprint(pipe.muse.state_dict())
     adapter = pipe.tune(*references[:2], style=PHRASE, steps=3)
     for part, old in zip(parts, before):
         assert all(torch.equal(old[name], tensor) for name, tensor in part.state_dict().items())
@@ -241,16 +274,23 @@ def test_only_the_adapter_changes(pipe, references):
 
 @pytest.mark.parametrize("is_shared", [True, False])
 def test_first_step_moves_only_the_up_weights(pipe, references, is_shared):
-    """W_u = 0 keeps the gradient from W_d, and Adam leaves it where it is. Trap: weight decay, or up not at zero."""
+    """W_u = 0 keeps the gradient from W_d, and Adam leaves it where it is.
+
+    Trap: weight decay, or up not at zero.
+    """
     tune = lambda steps: pipe.tune(*references[:2], steps=steps, is_shared=is_shared).state_dict()
     start, one, two = tune(0), tune(1), tune(2)
     for name in start:
-        assert torch.equal(start[name], one[name]) == ("down" in name) and not torch.equal(one[name], two[name])
+        assert torch.equal(start[name], one[name]) == ("down" in name)
+        assert not torch.equal(one[name], two[name])
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_every_reference_is_used_with_its_own_prompt(pipe, references, watched, batch):
-    """Equally often. Trap (zideliu): the data set returns image 0 whatever the index, and a long list is for nothing."""
+    """Equally often.
+
+    Trap (zideliu): the data set returns image 0 whatever the index, and a long list is for nothing.
+    """
     images, prompts, tokens = references
     pipe.tune(images, prompts, style=PHRASE, steps=6, batch=batch)
     texts, lengths = pipe.embed([style_prompt(p, PHRASE) for p in prompts])
@@ -264,9 +304,12 @@ def test_every_reference_is_used_with_its_own_prompt(pipe, references, watched, 
     assert counts == [2 * batch] * 3
 
 
-@pytest.mark.parametrize("power, share", [(1, 2 / np.pi), (2, 0.78)])        # the mean of cos(pi u^power / 2)
+# the mean of cos(pi u^power / 2)
+@pytest.mark.parametrize("power, share", [(1, 2 / np.pi), (2, 0.78)])
 def test_masked_tokens_stay_hidden_in_tuning(pipe, references, watched, power, share):
-    """Trap (lucidrains#11): `ids` goes in where the masked ids should; the loss is wonderful and nothing is learned."""
+    """Trap (lucidrains#11): `ids` goes in where the masked ids should;
+    the loss is wonderful and nothing is learned.
+    """
     pipe.tune(*references[:2], steps=20, mask_power=power)
     shown, _, _, ids, mask = (torch.cat(x) for x in zip(*watched))
     assert torch.equal(shown, ids.masked_fill(mask, pipe.muse.config.mask_id))
@@ -284,7 +327,8 @@ def test_tuning_is_reproducible(pipe, references, tmp_path):
 
 def test_loss_falls(pipe, references):
     losses = []
-    pipe.tune(*references[:2], style=PHRASE, steps=80, lr=1e-2, on_step=lambda step, loss: losses.append(loss))
+    pipe.tune(*references[:2], style=PHRASE, steps=80, lr=1e-2,
+              on_step=lambda step, loss: losses.append(loss))
     assert len(losses) == 80 and np.mean(losses[-15:]) < np.mean(losses[:15]) - 0.5
 
 
@@ -300,18 +344,23 @@ one_line = lambda error: "\n" not in str(error.value) and str(error.value)
 
 
 def test_adapter_round_trip(pipe, make_adapter, tmp_path):
-    """From the file and from its run folder: the same weights, config and `about`, the same pictures."""
+    """From the file and from its run folder: the same weights, config and `about`,
+    the same pictures.
+    """
     adapter = make_adapter()
     adapter.save(tmp_path / "run" / "adapter.pt")
     for path in (tmp_path / "run", tmp_path / "run" / "adapter.pt"):
         again = load_adapter(path)
         assert again.about == adapter.about and again.config == adapter.config
         assert not any(p.requires_grad for p in again.parameters())
-        assert torch.equal(pipe.generate("a cat", style=again, steps=2), pipe.generate("a cat", style=adapter, steps=2))
+        assert torch.equal(pipe.generate("a cat", style=again, steps=2),
+                           pipe.generate("a cat", style=adapter, steps=2))
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "text", "empty", "a base", "another kind", "no weights",
-                                    "bare tensor", "other keys", "no about"])
+@pytest.mark.parametrize("damage", [
+    "missing", "cut", "text", "empty", "a base", "another kind", "no weights", "bare tensor",
+    "other keys", "no about"
+])
 def test_a_damaged_adapter_is_one_line(make_adapter, weights, tmp_path, damage):
     """Trap: missing keys are filled from random weights, or the reader meets a traceback."""
     path = tmp_path / "adapter.pt"
@@ -368,46 +417,89 @@ def test_a_damaged_base_is_one_line(weights, tmp_path, part, damage):
         saved["weights"].popitem()
         torch.save(saved, path)
     with pytest.raises((ValueError, FileNotFoundError), match=f"{part}.pt") as error:
+        StyleDrop.load(tmp_path, "cpu").clip                # CLIP is read when it is needed
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("changes", [dict(codebook_size=33), dict(grid=6), dict(vocab_size=700)])
+def test_parts_that_do_not_belong_together(weights, tmp_path, changes):
+    """Trap: a tokenizer of 32 codes with a Muse of 33 runs, until it draws the one out of reach."""
+    (tmp_path / "vqgan.pt").write_bytes((weights / "vqgan.pt").read_bytes())
+    save_model(tmp_path / "muse.pt", "muse", toy_muse(**changes), {}, merges=save_merges(TOKENIZER),
+               words=VOCABULARY)
+    with pytest.raises(ValueError, match="muse.pt") as error:
         StyleDrop.load(tmp_path, "cpu")
     assert one_line(error)
 
 
-@pytest.mark.parametrize("changes", [dict(codebook_size=33), dict(grid=6), dict(text_width=48)])
-def test_parts_that_do_not_belong_together(weights, tmp_path, changes):
-    """Trap: a tokenizer of 32 codes with a Muse of 33 runs, until it draws the one that is out of reach."""
-    for name in ("vqgan.pt", "clip.pt"):
+@pytest.mark.parametrize("lost", ["merges", "words"])
+def test_a_muse_without_its_words_is_one_line(weights, tmp_path, lost):
+    """Trap: a KeyError for a file of an earlier version."""
+    (tmp_path / "vqgan.pt").write_bytes((weights / "vqgan.pt").read_bytes())
+    saved = torch.load(weights / "muse.pt", weights_only=True)
+    for wrong in (None, 7, [["a"]], [{}]):
+        saved.pop(lost, None)
+        if wrong is not None:
+            saved[lost] = wrong
+        torch.save(saved, tmp_path / "muse.pt")
+        with pytest.raises(ValueError, match="muse.pt") as error:
+            StyleDrop.load(tmp_path, "cpu")
+        assert one_line(error)
+
+
+def test_words_and_tokens_ship_with_muse(pipe):
+    assert pipe.words == set(VOCABULARY) and pipe.tokenizer.merges == TOKENIZER.merges
+
+
+def test_clip_is_loaded_when_it_is_needed(weights, tmp_path, make_adapter):
+    """Drawing and tuning need no judge.
+
+    Trap: seconds of loading for a picture, or no picture without CLIP.
+    """
+    for name in ("vqgan.pt", "muse.pt"):
         (tmp_path / name).write_bytes((weights / name).read_bytes())
-    save_model(tmp_path / "muse.pt", "muse", toy_muse(**changes), {})
-    with pytest.raises(ValueError, match="not trained together"):
-        StyleDrop.load(tmp_path, "cpu")
+    pipe = StyleDrop.load(tmp_path, "cpu")
+    assert pipe.generate("a cat", style=make_adapter(), steps=1).shape == (1, 3, 16, 16)
+    pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=1)
+    with pytest.raises((ValueError, FileNotFoundError), match="clip.pt"):
+        pipe.clip
+    (tmp_path / "clip.pt").write_bytes((weights / "clip.pt").read_bytes())
+    assert pipe.clip is pipe.clip and not any(p.requires_grad for p in pipe.clip.parameters())
 
 
-def test_a_muse_of_another_tokenizer_of_the_same_size(weights, tmp_path, pipe):
-    """Trap: it loads, and draws noise. The image tower of CLIP may change."""
-    other = copy.deepcopy(pipe.vqgan)
-    other.quantizer.codes.copy_(other.quantizer.codes.roll(1, 0))
-    clip = copy.deepcopy(pipe.clip)
-    clip.visual.proj.data += 1
-    save_model(tmp_path / "clip.pt", "clip", clip, {}, merges=[" ".join(pair) for pair in clip.tokenizer.merges])
-    save_model(tmp_path / "muse.pt", "muse", pipe.muse, dict(reads=pipe.reads))
-    save_model(tmp_path / "vqgan.pt", "vqgan", pipe.vqgan, {})
-    assert StyleDrop.load(tmp_path, "cpu").reads == pipe.reads
-    save_model(tmp_path / "vqgan.pt", "vqgan", other, {})
-    with pytest.raises(ValueError, match="another vqgan.pt or clip.pt"):
-        StyleDrop.load(tmp_path, "cpu")
+def test_another_judge_is_the_same_base(weights, tmp_path, pipe, make_adapter):
+    """CLIP can be trained anew without touching G: adapters go on to fit."""
+    for name in ("vqgan.pt", "muse.pt"):
+        (tmp_path / name).write_bytes((weights / name).read_bytes())
+    other = copy.deepcopy(pipe.clip)
+    other.token_embedding.weight.data += 1
+    save_model(tmp_path / "clip.pt", "clip", other, {}, merges=save_merges(TOKENIZER))
+    again = StyleDrop.load(tmp_path, "cpu")
+    assert again.base == pipe.base and not torch.equal(again.clip.token_embedding.weight,
+                                                       pipe.clip.token_embedding.weight)
+    same = [p.generate("a cat", style=make_adapter(), steps=2) for p in (again, pipe)]
+    assert torch.equal(*same)
 
 
 def test_models_are_stored_in_half_and_read_in_full(weights, pipe):
-    """Frozen, fp32, to within half precision of what was saved; anything else is an error, never a default."""
+    """Frozen, fp32, to within half precision of what was saved; anything else is an error,
+    never a default.
+    """
     model, saved = load_model(weights / "vqgan.pt", "vqgan", VQGANConfig, VQGAN)
     assert all(t.dtype == torch.half for t in saved["weights"].values() if t.is_floating_point())
-    assert all(p.dtype == torch.float and not p.requires_grad for p in model.parameters()) and not model.training
-    assert all(torch.equal(t.float(), model.state_dict()[name].float()) for name, t in saved["weights"].items())
+    assert all(p.dtype == torch.float and not p.requires_grad for p in model.parameters())
+    assert not model.training
+    assert all(
+        torch.equal(t.float(),
+                    model.state_dict()[name].float()) for name, t in saved["weights"].items())
 
 
 def test_fingerprint_knows_every_tensor(pipe):
     """Trap: a digest of names or shapes alone lets any base of this size pass."""
-    prints = {fingerprint(pipe.muse.state_dict()), fingerprint(copy.deepcopy(pipe.muse).state_dict())}
+    prints = {
+        fingerprint(pipe.muse.state_dict()),
+        fingerprint(copy.deepcopy(pipe.muse).state_dict())
+    }
     for name, _ in pipe.muse.named_parameters():
         other = copy.deepcopy(pipe.muse)
         other.get_parameter(name).data.flatten()[0] += 1e-3
@@ -440,10 +532,12 @@ def test_pixels_round_trip_exactly():
     tensor = to_tensor(values)
     assert tensor.shape == (1, 3, 16, 16) and tensor.min() == -1 and tensor.max() == 1
     assert np.array_equal(to_uint8(tensor), values)
-    assert np.array_equal(to_uint8(tensor * 3)[..., 0] == 255, (tensor[:, 0] >= 1 / 3).numpy())    # clamped, not wrapped
+    # clamped, not wrapped
+    assert np.array_equal(to_uint8(tensor * 3)[..., 0] == 255, (tensor[:, 0] >= 1 / 3).numpy())
     colour = np.zeros((1, 2, 4, 3), np.uint8)
     colour[0, 1, 3] = 10, 20, 30
-    assert to_tensor(colour).shape == (1, 3, 2, 4) and np.array_equal(to_uint8(to_tensor(colour)), colour)
+    assert to_tensor(colour).shape == (1, 3, 2, 4)
+    assert np.array_equal(to_uint8(to_tensor(colour)), colour)
 
 
 def test_grid_layout():

@@ -1,0 +1,115 @@
+"""Pretrain Muse's base: T and G together, from chance, on the tokens of a frozen tokenizer (Eq. 2).
+
+    python train.py --stage muse                                # -> runs/muse/muse.pt
+    torchrun --nproc_per_node=2 train.py --stage muse           # on two GPUs, or two CPU processes
+    python train.py --stage muse --batch 512 --reuse 4 --workers 15 --steps 20000       # on one GPU
+
+The folder of --weights holds vqgan.pt. The same command goes on where it was stopped.
+"""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from clip_feedback import Tokenizer, train_merges
+from muse import PRESETS, Muse, decode, masked_loss, random_mask
+from pretrain.common import (Replay, Run, Steps, batches, load_vqgan, optimisers_for, pictures,
+                             processes, set_rate, stage_parser, start, to_float, update_average)
+from styledrop import (autocast, grid, guided_logits, number, run_command, save_model, to_uint8,
+                       write_whole)
+
+
+def main(argv=None):
+    parser = stage_parser("muse", __doc__, steps=20000, batch=64, lr=2e-3)
+    add = parser.add_argument
+    add("--mask-power", type=number(float, 0, strict=True, high=10), default=2,
+        help="1: Muse's law of masking; more masks more (default %(default)s)")
+    add("--compile", action="store_true", help="torch.compile the step: worth its minute on a GPU")
+    args = parser.parse_args(argv)
+    start(args, together=True)
+    rank, world = processes()
+
+    # data and models
+    vqgan = load_vqgan(args)
+    source = pictures(args, vqgan.config.resolution)
+    tokenizer = Tokenizer(train_merges(source.words(), 10_000))                  # a token a word
+    config = replace(PRESETS[args.preset], codebook_size=vqgan.config.codebook_size,
+                     vocab_size=tokenizer.vocab_size)
+    model = Muse(config).to(args.device)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    muon, adamw = optimisers_for(model, [*model.blocks, *model.text_encoder.blocks], args.lr)
+    run = Run("muse", args, model=model, average=average, muon=muon, adamw=adamw)
+    replay = Replay(args.batch, args.reuse)
+    steps = Steps([source], [vqgan.config.resolution], replay.fresh, args.seed, tokenizer,
+                  config.text_length)
+    empty = tokenizer("", config.text_length).to(args.device)                    # the prompt n
+
+    def loss_and_accuracy(ids, text_ids, mask):
+        """ids (B, N), text_ids (B, L), mask (B, N) -> CE_m, and the share of masked tokens guessed."""
+        text, text_mask = model.text_encoder(text_ids)
+        logits = model(ids.masked_fill(mask, config.mask_id), text, text_mask)
+        right = (logits.argmax(-1) == ids) & mask
+        return masked_loss(logits, ids, mask, label_smoothing=0.1), right.sum() / mask.sum()
+
+    step_on = torch.compile(loss_and_accuracy) if args.compile else loss_and_accuracy
+    for step, (images, text_ids), generator in batches(args, steps, run.step):
+        # the batch: tokens of pictures, some new, some seen before; one text in ten is left out
+        new = vqgan.encode(to_float(images)).flatten(1)
+        ids, text_ids = replay([new, text_ids], generator)                       # (B, N), (B, L)
+        if step < run.step:                                                      # only to fill `replay`
+            continue
+        dropped = torch.rand(len(ids), 1, generator=generator, device=ids.device) < 0.1
+        text_ids = torch.where(dropped, empty, text_ids)
+        mask = random_mask(len(ids), config.tokens, generator, args.mask_power)  # (B, N)
+
+        # its loss; under torchrun each process has every world-th row
+        mine = slice(rank, None, world)
+        with autocast(args.device):
+            loss, accuracy = step_on(ids[mine], text_ids[mine], mask[mine])
+        set_rate((muon, adamw), step, args)
+        muon.zero_grad()
+        adamw.zero_grad()
+        loss.backward()
+        figures = torch.stack([loss.detach(), accuracy])
+        if world > 1:
+            for shared in [*(p.grad for p in model.parameters()), figures]:
+                dist.all_reduce(shared)
+                shared /= world
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        muon.step()
+        adamw.step()
+        update_average(average, model, step)
+
+        run.log(step + 1, loss=figures[0], accuracy=figures[1])
+        if run.due(step + 1):
+            sheet = samples(average, vqgan, tokenizer, source.prompts(24), args)
+            write_whole(run.out / "samples.png", lambda file: sheet.save(file, "PNG"))
+            save_model(run.out / "muse.pt", "muse", average, run.provenance(step + 1),
+                       merges=[" ".join(pair) for pair in tokenizer.merges], words=source.words())
+            run.keep(step + 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def samples(muse, vqgan, tokenizer, prompts, args):
+    """One picture of each prompt by Eq. 1, on a sheet."""
+    c = muse.config
+    with torch.no_grad():
+        text, text_mask = muse.text_encoder(tokenizer([*prompts, ""], c.text_length).to(args.device))
+
+        def logits_fn(ids, step):
+            with autocast(args.device):
+                base = muse(ids, text[:-1], text_mask[:-1])
+                null = muse(ids, text[-1:].expand(len(ids), -1, -1), text_mask[-1:].expand(len(ids), -1))
+            return guided_logits(base, base, null, 0, 3)
+
+        generator = torch.Generator(args.device).manual_seed(0)
+        ids = decode(logits_fn, len(prompts), c.tokens, c.mask_id, 16, 1.0, generator)
+        return grid(to_uint8(vqgan.decode(ids.view(-1, c.grid, c.grid))), 8, scale=2)
+
+
+if __name__ == "__main__":
+    run_command(main)

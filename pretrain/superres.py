@@ -1,0 +1,112 @@
+"""Pretrain Muse's second stage: the tokens of a picture twice as large, given its own (Muse 2.4).
+
+    python train.py --stage superres                            # -> runs/superres/superres.pt
+
+The folder of --weights holds vqgan.pt. This stage has a small T of its own, learned with it, so that
+neither stage has to wait for the other. The same command goes on where it was stopped.
+"""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from clip_feedback import Tokenizer, train_merges
+from muse import SUPERRES, Muse, decode, masked_loss, random_mask
+from pretrain.common import (Replay, Run, Steps, batches, load_vqgan, optimisers_for, pictures,
+                             set_rate, stage_parser, start, to_float, update_average)
+from styledrop import autocast, grid, number, run_command, save_model, to_uint8, write_whole
+
+NOISE = 0.2                             # most of the low tokens that are replaced at random
+
+
+def main(argv=None):
+    parser = stage_parser("superres", __doc__, steps=10000, batch=16, lr=2e-3)
+    add = parser.add_argument
+    add("--mask-power", type=number(float, 0, strict=True, high=10), default=1,
+        help="1: Muse's law of masking; more masks more (default %(default)s)")
+    add("--compile", action="store_true", help="torch.compile the step: worth its minute on a GPU")
+    args = parser.parse_args(argv)
+    start(args)
+
+    # data and models
+    vqgan = load_vqgan(args)
+    config = SUPERRES[args.preset]
+    sizes = [vqgan.config.resolution, vqgan.config.resolution * config.grid // config.low_grid]
+    sources = [pictures(args, size) for size in sizes]
+    tokenizer = Tokenizer(train_merges(sources[0].words(), 10_000))              # a token a word
+    config = replace(config, codebook_size=vqgan.config.codebook_size, vocab_size=tokenizer.vocab_size)
+    model = Muse(config).to(args.device)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    muon, adamw = optimisers_for(model, [*model.blocks, *model.low_blocks,
+                                         *model.text_encoder.blocks], args.lr)
+    run = Run("superres", args, model=model, average=average, muon=muon, adamw=adamw)
+    replay = Replay(args.batch, args.reuse)
+    steps = Steps(sources, sizes, replay.fresh, args.seed, tokenizer, config.text_length)
+    empty = tokenizer("", config.text_length).to(args.device)                    # the prompt n
+
+    def loss_and_accuracy(ids, low, text_ids, mask):
+        """ids (B, N), low (B, low_grid^2), text_ids (B, L), mask (B, N) -> CE_m, accuracy."""
+        text, text_mask = model.text_encoder(text_ids)
+        logits = model(ids.masked_fill(mask, config.mask_id), text, text_mask, low=low)
+        right = (logits.argmax(-1) == ids) & mask
+        return masked_loss(logits, ids, mask, label_smoothing=0.1), right.sum() / mask.sum()
+
+    step_on = torch.compile(loss_and_accuracy) if args.compile else loss_and_accuracy
+    for step, (low, high, text_ids), generator in batches(args, steps, run.step):
+        # the batch: the same pictures at both sizes; one text in ten is left out
+        low, high = (vqgan.encode(to_float(images)).flatten(1) for images in (low, high))
+        low, ids, text_ids = replay([low, high, text_ids], generator)
+        if step < run.step:                                                      # only to fill `replay`
+            continue
+        draw = torch.rand(3, len(ids), 1, generator=generator, device=ids.device)
+        text_ids = torch.where(draw[0] < 0.1, empty, text_ids)
+        # half of the pictures have some low tokens wrong, as samples of the base have
+        noise = torch.rand(low.shape, generator=generator, device=low.device) < NOISE * draw[1] * (draw[2] < 0.5)
+        wrong = torch.randint(config.codebook_size, low.shape, generator=generator, device=low.device)
+        low = torch.where(noise, wrong, low)
+        mask = random_mask(len(ids), config.tokens, generator, args.mask_power)  # (B, N)
+
+        with autocast(args.device):
+            loss, accuracy = step_on(ids, low, text_ids, mask)
+        set_rate((muon, adamw), step, args)
+        muon.zero_grad()
+        adamw.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        muon.step()
+        adamw.step()
+        update_average(average, model, step)
+
+        run.log(step + 1, loss=loss.detach(), accuracy=accuracy)
+        if run.due(step + 1):
+            sheet = samples(average, vqgan, tokenizer, sources, sizes, args)
+            write_whole(run.out / "samples.png", lambda file: sheet.save(file, "PNG"))
+            save_model(run.out / "superres.pt", "superres", average, run.provenance(step + 1),
+                       merges=[" ".join(pair) for pair in tokenizer.merges])
+            run.keep(step + 1)
+
+
+@torch.no_grad()
+def samples(model, vqgan, tokenizer, sources, sizes, args):
+    """Rows: pictures at the low size, drawn anew from their true low tokens, and the true large ones."""
+    c = model.config
+    steps = Steps(sources, sizes, 8, args.seed + 1, tokenizer, c.text_length)
+    low, high, text_ids = (x.to(args.device) for x in steps[0])
+    low_ids = vqgan.encode(to_float(low)).flatten(1)
+    text, text_mask = model.text_encoder(text_ids)
+
+    def logits_fn(ids, step):
+        with autocast(args.device):
+            return model(ids, text, text_mask, low=low_ids)
+
+    generator = torch.Generator(args.device).manual_seed(0)
+    ids = decode(logits_fn, len(low), c.tokens, c.mask_id, 12, 1.0, generator)
+    drawn = vqgan.decode(ids.view(-1, c.grid, c.grid))
+    low = torch.nn.functional.interpolate(to_float(low), sizes[1], mode="nearest")
+    return grid(to_uint8(torch.cat([low, drawn, to_float(high)])), 8)
+
+
+if __name__ == "__main__":
+    run_command(main)
