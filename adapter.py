@@ -59,6 +59,7 @@ class Tuned(nn.Module):
     (a plain dict) says how it was made: its base, style phrase, prompts and steps.
     """
     about = {}
+    superres = None         # the second stage's own adapter (Table S3, third column)
 
     def forward(self):
         """-> a function (h (B, P, D), layer, placement) -> h inside G's blocks, or None."""
@@ -90,19 +91,6 @@ class Adapter(Tuned):
             wd, wu = weights[placement]
             return apply_adapter(h, wd[layer], wu[layer])
         return adapters
-
-
-def by_rows(parts):
-    """Adapters for a batch whose branches differ: parts is a list of (rows, adapters or None).
-
-    This is how the three forward passes of Eq. 4 (and the five of Eq. 5 and 6) become one call.
-    """
-    sizes = [rows for rows, _ in parts]
-
-    def adapters(h, layer, placement):
-        pieces = h.split(sizes)
-        return torch.cat([p if a is None else a(p, layer, placement) for p, (_, a) in zip(pieces, parts)])
-    return adapters
 
 
 # ---------------------------------------------------------------------------------------------

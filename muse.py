@@ -46,6 +46,10 @@ class MuseConfig:
     def mask_id(self):          # [MASK]
         return self.codebook_size
 
+    @property
+    def depth(self):            # layers that have adapters
+        return self.low_layers + self.layers
+
 
 PRESETS = {
     "toy": MuseConfig(grid=4, codebook_size=32, width=32, layers=2, heads=2, token_width=32,
@@ -101,6 +105,10 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+def no_adapter(h, layer, placement):
+    return h
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, MLP; each pre-normed, each with its own skip.
 
@@ -111,26 +119,27 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
-        if cross:
-            self.norm2 = nn.LayerNorm(width)
-            self.cross = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width) if cross else None
+        self.cross = Attention(width, heads) if cross else None
         self.norm3 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width, bias=False), nn.GELU(),
                                  nn.Linear(4 * width, width, bias=False))
 
-    def forward(self, x, mask=None, text=None, text_mask=None, adapters=None, layer=0):
+    def forward(self, x, mask=None, text=None, text_mask=None, adapters=no_adapter, layer=0):
         """x (B, P, D), mask (B, P) or None; text (B, L, D), text_mask (B, L) -> (B, P, D).
 
-        An adapter works on a sub-layer's output, before the skip is added (Houlsby et al. 2019),
-        after cross-attention and after the MLP and nowhere else (StyleDrop B.1.1).
+        An adapter works on a sub-layer's output, before the skip is added (Houlsby et al. 2019):
+        after cross-attention (self-attention, where a layer has no other) and after the MLP, and
+        nowhere else (StyleDrop B.1.1).
         """
         h = self.norm1(x)
-        x = x + self.attn(h, h, mask)
-        if text is not None:
-            h = self.cross(self.norm2(x), text, text_mask)
-            x = x + (h if adapters is None else adapters(h, layer, "cross"))
-        h = self.mlp(self.norm3(x))
-        return x + (h if adapters is None else adapters(h, layer, "mlp"))
+        h = self.attn(h, h, mask)
+        if self.cross is None:
+            x = x + adapters(h, layer, "cross")
+        else:
+            x = x + h
+            x = x + adapters(self.cross(self.norm2(x), text, text_mask), layer, "cross")
+        return x + adapters(self.mlp(self.norm3(x)), layer, "mlp")
 
 
 def initialise(model, layers):
@@ -209,29 +218,29 @@ class Muse(nn.Module):
 
         ids (B, N) in [0, V], V where masked; text (B, L, text_width) and text_mask (B, L), from T;
         adapters: None, or a function (h (B, P, D), layer, "cross" | "mlp") -> h; low (B, low_grid^2):
-        the second stage's low-resolution tokens. Returns logits (B, N, V): [MASK] can never be drawn.
+        the second stage's low-resolution tokens, whose layers count first. Returns logits (B, N, V): [MASK] can never be drawn.
 
         With patch = 2, four neighbouring tokens enter through one position, as pixels do in a ViT:
         a quarter of the transformer's cost, and each of the four still has its own mask and its own
         prediction. patch = 1 is Muse.
         """
-        c = self.config
+        c, adapters = self.config, adapters or no_adapter
         P, s = c.grid // c.patch, c.patch
         x = self.token(ids)                                                      # (B, N, E)
         x = x.unflatten(1, (P, s, P, s)).transpose(2, 3).flatten(3)              # (B, P, P, s s E)
         x = (self.patch_embed(x) + self.row + self.col).flatten(1, 2)            # (B, P P, D)
         text = self.text_norm(self.text_proj(text))                              # (B, L, D)
         if low is not None:
-            text = torch.cat([text, self.low_states(low).to(text.dtype)], 1)     # (B, L + low, D)
+            text = torch.cat([text, self.low_states(low, adapters).to(text.dtype)], 1)     # (B, L + low, D)
             text_mask = F.pad(text_mask, (0, low.shape[1]), value=True)
         for layer, block in enumerate(self.blocks):
-            x = block(x, None, text, text_mask, adapters, layer)
+            x = block(x, None, text, text_mask, adapters, c.low_layers + layer)
         x = self.to_tokens(self.norm(x)).unflatten(-1, (s, s, -1))               # (B, P P, s, s, E)
         x = x.unflatten(1, (P, P)).transpose(2, 3).flatten(1, 4)                 # (B, N, E)
         x = self.token_norm(F.gelu(x))
         return (F.linear(x, self.token.weight[:c.codebook_size]) + self.bias).float()  # (B, N, V)
 
-    def low_states(self, low):
+    def low_states(self, low, adapters):
         """The low-resolution tokens (B, low_grid^2) as the second stage reads them (B, low_grid^2, D).
 
         They have the positions of the high tokens that lie over them.
@@ -239,8 +248,8 @@ class Muse(nn.Module):
         c = self.config
         position = F.interpolate((self.row + self.col).movedim(-1, 0)[None], c.low_grid, mode="nearest")
         x = self.low_token(low) + position[0].flatten(1).T                       # (B, low_grid^2, D)
-        for block in self.low_blocks:
-            x = block(x)
+        for layer, block in enumerate(self.low_blocks):
+            x = block(x, adapters=adapters, layer=layer)
         return self.low_norm(x)
 
 
@@ -278,15 +287,22 @@ def masked_loss(logits, ids, mask, label_smoothing=0.0):
 # ---------------------------------------------------------------------------------------------
 # Sampling
 
-def draw_tokens(logits, top_k, generator):
+def uniform(generator, batch, *shape):
+    """Numbers in [0, 1), (batch, *shape): from one generator, or each row from its own of a list."""
+    if isinstance(generator, torch.Generator):
+        return torch.rand(batch, *shape, generator=generator, device=generator.device)
+    return torch.stack([torch.rand(*shape, generator=g, device=g.device) for g in generator])
+
+
+def draw_tokens(logits, top_k, u):
     """One token at each place, from the softmax over its `top_k` likeliest (0: over all).
 
-    logits (B, N, V) -> ids (B, N) in [0, V). One uniform number a token and a cumulative sum.
+    logits (B, N, V), u (B, N) uniform in [0, 1) -> ids (B, N) in [0, V), by the inverse of the
+    cumulative distribution.
     """
     values, tokens = logits.topk(top_k or logits.shape[-1], -1)                  # (B, N, k)
     cumulative = values.softmax(-1).cumsum(-1)
-    u = torch.rand(*logits.shape[:2], 1, generator=generator, device=logits.device)
-    rank = (cumulative < u * cumulative[..., -1:]).sum(-1, keepdim=True)         # (B, N, 1)
+    rank = (cumulative < u[..., None] * cumulative[..., -1:]).sum(-1, keepdim=True)
     return tokens.gather(-1, rank)[..., 0]
 
 
@@ -294,23 +310,25 @@ def draw_tokens(logits, top_k, generator):
 def decode(logits_fn, batch, tokens, mask_id, steps, temperature, generator, top_k=0, on_step=None):
     """MaskGIT's parallel decoding, by the official rule. Returns ids (B, N) without a mask.
 
-    logits_fn(ids (B, N), step) -> logits (B, N, V), guidance included.
-    on_step(step, ids, kept) sees the drawn ids and what is kept of them, for pictures of the process.
+    logits_fn(ids (B, N), step) -> logits (B, N, V), guidance included. generator: one, or a list of
+    B, one for each row: then a row does not depend on its company. on_step(step, ids, kept) sees
+    the drawn ids and what is kept of them, for pictures of the process.
     """
-    device = generator.device
+    device = (generator if isinstance(generator, torch.Generator) else generator[0]).device
     ids = torch.full((batch, tokens), mask_id, device=device)
     for step in range(steps):
         ratio = (step + 1) / steps
         masked = ids == mask_id
         log_p = logits_fn(ids, step).float().log_softmax(-1)                     # (B, N, V)
+        u = uniform(generator, batch, 2, tokens).clamp(min=1e-20)                # (B, 2, N)
 
         # 1. draw every masked token; the known ones stay as they are
-        drawn = torch.where(masked, draw_tokens(log_p, top_k, generator), ids)
+        drawn = torch.where(masked, draw_tokens(log_p, top_k, u[:, 0]), ids)
 
         # 2. how sure of each: log p(drawn) + temperature (1 - ratio) Gumbel noise. `temperature`
         #    (4.5 in Table S3) sets how much chance decides WHICH tokens stay, and nothing else
-        noise = torch.empty(batch, tokens, device=device).exponential_(generator=generator).log().neg()
-        confidence = log_p.gather(-1, drawn[..., None])[..., 0] + temperature * (1 - ratio) * noise
+        gumbel = -(-u[:, 1].log()).log()
+        confidence = log_p.gather(-1, drawn[..., None])[..., 0] + temperature * (1 - ratio) * gumbel
         confidence = confidence.masked_fill(~masked, math.inf)
 
         # 3. mask the least sure again: floor(N gamma), at least 1, and one fewer than before

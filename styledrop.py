@@ -11,25 +11,29 @@ Shapes: B batch, N image tokens, L text length, D width, V codebook size.
 """
 
 import argparse
+import difflib
 import hashlib
 import math
 import os
+import re
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.func import functional_call
 
 import clip_feedback
 import muse as muse_
-from adapter import METHODS, Adapter, FullFineTuning, LoRA, TextualInversion, Tuned, by_rows
+from adapter import METHODS, Adapter, FullFineTuning, LoRA, TextualInversion, Tuned
 from muse import Muse, MuseConfig
 from vqgan import VQGAN, VQGANConfig
 
+WEIGHTS = str(Path(__file__).parent / "weights" / "tiny")      # what ships
 RARE_TOKEN = "[V*]"                     # a style phrase that means nothing yet (Section 4.4.1)
 
 
@@ -107,7 +111,7 @@ def read_checkpoint(path, kind):
 
 def save_model(path, kind, model, provenance, **more):
     """Weights in half precision with their config and provenance: what weights/ ships."""
-    weights = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    weights = {k: (v.half() if v.is_floating_point() else v).cpu() for k, v in model.state_dict().items()}
     saved = dict(kind=kind, config=asdict(model.config), weights=weights, provenance=provenance, **more)
     write_whole(path, lambda file: torch.save(saved, file))
 
@@ -133,8 +137,10 @@ def fingerprint(tensors):
 
 
 def save_adapter(adapter, path):
+    """Both stages' adapters in one file."""
     method = next(name for name, kind in METHODS.items() if type(adapter) is kind)
-    saved = dict(kind="adapter", method=method, config=adapter.config, weights=adapter.state_dict(), about=adapter.about)
+    saved = dict(kind="adapter", method=method, config=adapter.config, weights=adapter.state_dict(),
+                 superres=adapter.superres and adapter.superres.config, about=adapter.about)
     write_whole(path, lambda file: torch.save(saved, file))
 
 
@@ -147,9 +153,11 @@ def load_adapter(path):
     saved = read_checkpoint(path / "adapter.pt" if path.is_dir() else path, "adapter")
     try:
         adapter = METHODS[saved["method"]](**saved["config"])
+        if saved["superres"] is not None:
+            adapter.superres = Adapter(**saved["superres"])
         adapter.load_state_dict(saved["weights"])
-        adapter.about = saved["about"]
-    except (KeyError, TypeError, RuntimeError):
+        adapter.about = dict(saved["about"])
+    except (KeyError, TypeError, ValueError, RuntimeError):
         raise ValueError(f"{path} does not fit this version's adapters; train it again") from None
     return adapter.eval().requires_grad_(False)
 
@@ -179,42 +187,93 @@ def grid(images, columns, scale=1, gap=2):
 
 
 # ---------------------------------------------------------------------------------------------
+# What can be set, with the paper's values (Table S3) in brackets
+
+@dataclass
+class Sampling:
+    """How pictures are drawn. The second stage has lambda_A 1, lambda_B 0 and 12 steps, as there."""
+    lambda_a: float = None          # strength of a style [0 to 2]; None: LAMBDA_A or LAMBDA_A_WORDS
+    lambda_a_content: float = None  # the same of the content adapter; None: as lambda_a
+    lambda_b: float = 1.0           # strength of the text [5]
+    gamma: float = 0.5              # of two adapters, 0: style alone, 1: content alone [0.5 to 0.7]
+    steps: int = 18                 # of decoding [36]
+    temperature: float = 1.0        # chance in which tokens are kept [4.5]; see muse.decode
+    top_k: int = 8                  # tokens are drawn from so many likeliest (0: all)
+    negative: str = ""              # the prompt n
+    style_phrase: object = None     # other words than the adapter's: one phrase, or one a prompt
+    superres: bool = True           # draw the second stage too, where there is one
+
+
+@dataclass
+class Tuning:
+    """How an adapter is tuned."""
+    steps: int = 100                # [1000]
+    lr: float = 1e-3                # [3e-5]
+    batch: int = 8                  # [8]
+    d_prj: int = 4                  # H [4]; LoRA's rank
+    is_shared: bool = True          # across depth [True]
+    method: str = "adapter"         # one of adapter.METHODS
+    mask_power: float = 2           # see muse.random_mask [1]
+    superres: bool = True           # tune the second stage too, where there is one
+
+
+SECOND = Tuning(steps=60, lr=1e-3, batch=4, d_prj=8, is_shared=False, mask_power=1)
+#        [1000]           [1e-4]   [8]      [32]     [False]          [1]
+
+
+# ---------------------------------------------------------------------------------------------
 # The pipeline
 
 class StyleDrop:
     """E, D, T and G, frozen, with everything that tunes and samples them.
 
-    tokenizer: T's BPE; words: the vocabulary of the training captions; clip: the judge of feedback,
-    a CLIP or the path of one, which is read when it is first needed.
+    tokenizer: T's BPE; words: the vocabulary of the training captions; superres: the second stage,
+    or None; clip: the judge of feedback, a CLIP or the path of one, read when it is first needed.
     """
 
-    def __init__(self, vqgan, muse, tokenizer, words=(), clip=None, device="cpu"):
+    def __init__(self, vqgan, muse, tokenizer, words=(), clip=None, superres=None, device="cpu"):
         self.vqgan, self.muse = vqgan.to(device), muse.to(device)
-        self.tokenizer, self.words, self._clip = tokenizer, set(words), clip
+        self.superres = None if superres is None else superres.to(device)
+        self.tokenizer, self.words, self._clip = tokenizer, {w.lower() for w in words}, clip
         self.device = torch.device(device)
 
     @classmethod
-    def load(cls, weights="weights/tiny", device=None):
-        """The base in a folder of vqgan.pt, muse.pt and clip.pt. Raises ValueError in one line."""
+    def load(cls, weights=WEIGHTS, device=None):
+        """The base in a folder of vqgan.pt, muse.pt, clip.pt and perhaps superres.pt.
+
+        Raises ValueError in one line.
+        """
         weights = Path(weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
         vqgan, _ = load_model(weights / "vqgan.pt", "vqgan", VQGANConfig, VQGAN)
         muse, saved = load_model(weights / "muse.pt", "muse", MuseConfig, Muse)
+        superres = None
+        if (weights / "superres.pt").exists():
+            superres, second = load_model(weights / "superres.pt", "superres", MuseConfig, Muse)
+            if second.get("merges") != saved.get("merges"):
+                raise ValueError(f"superres.pt in {weights} has other words than muse.pt; train it again")
         try:
             tokenizer, words = clip_feedback.Tokenizer(saved["merges"]), set(saved["words"])
         except (KeyError, TypeError, ValueError, OSError):
             raise ValueError(f"{weights / 'muse.pt'} has no merges or words; train it again") from None
-        return cls(vqgan, muse, tokenizer, words, weights / "clip.pt", device).check()
+        return cls(vqgan, muse, tokenizer, words, weights / "clip.pt", superres, device).check()
 
     def check(self):
         """Raise ValueError unless the parts speak of the same tokens and text."""
-        v, m = self.vqgan.config, self.muse.config
+        v, m, second = self.vqgan.config, self.muse.config, self.superres and self.superres.config
         if v.codebook_size != m.codebook_size or v.resolution // v.factor != m.grid:
             raise ValueError("vqgan.pt and muse.pt were not trained together: their sizes differ")
+        if second and (second.codebook_size != m.codebook_size or second.low_grid != m.grid):
+            raise ValueError("superres.pt and muse.pt were not trained together: their sizes differ")
         if self.tokenizer.vocab_size != m.vocab_size:
             raise ValueError("muse.pt has another vocabulary than its own merges make; train it again")
         return self
+
+    @property
+    def resolution(self):
+        """Pixels a side of what it draws, and of the references it is tuned on."""
+        return (self.superres or self.muse).config.grid * self.vqgan.config.factor
 
     @property
     def clip(self):
@@ -230,11 +289,97 @@ class StyleDrop:
             self._base = fingerprint(self.muse.state_dict())
         return self._base
 
-    def embed(self, prompts, tuned=None):
-        """T: B strings -> states (B, L, text_width) and their mask (B, L). tuned: words of its own."""
-        T = self.muse.text_encoder
-        ids = self.tokenizer(prompts, self.muse.config.text_length).to(self.device)
-        return T(ids) if tuned is None else T(ids, tuned.words(ids, T.token(ids)))
+    # -- sampling
+
+    @torch.no_grad()
+    def generate(self, prompts, style=None, content=None, seed=0, on_step=None, **sampling):
+        """One image for each prompt: (B, 3, H, W) in [-1, 1]. sampling: the fields of `Sampling`.
+
+        prompts: strings. With a style adapter they are content phrases, and its style phrase (or
+        `style_phrase`) is appended: t. The content adapter sees them as they are: c.
+        style only: Eq. 4. content only: Eq. 6, that is gamma 1. Both: (1 - gamma) Eq. 5 + gamma Eq. 6.
+        Neither: Eq. 1, the base; with a style phrase, Eq. 4 with the phrase in the adapter's place:
+        G(t) + lambda_a (G(t) - G(c)) + lambda_b (G(c) - G(n)).
+
+        seed: picture i is drawn with seed + i and nothing else of its batch; or a list of seeds.
+        on_step: see muse.decode; it sees both stages. Raises ValueError for an adapter of another
+        base, and for more or fewer phrases or seeds than prompts.
+        """
+        s = Sampling(**sampling)
+        c = [prompts] if isinstance(prompts, str) else list(prompts)
+        phrase = s.style_phrase
+        if phrase is None:
+            phrase = style.about.get("style", "") if style else ""
+        phrases = [phrase] * len(c) if isinstance(phrase, str) else list(phrase)
+        seeds = [seed + i for i in range(len(c))] if isinstance(seed, int) else list(seed)
+        if len(phrases) != len(c) or len(seeds) != len(c):
+            raise ValueError(f"{len(phrases)} style phrases and {len(seeds)} seeds for {len(c)} prompts; "
+                             "give one, or one for each")
+        t = [style_prompt(content_phrase, words) for content_phrase, words in zip(c, phrases)]
+        for adapter, name in ((style, "style"), (content, "content")):
+            if adapter is not None:
+                self.check_adapter(adapter, name)
+        generators = [torch.Generator(self.device).manual_seed(number) for number in seeds]
+
+        ids = self.sample_tokens(self.muse, t, c, style, content, s, generators, on_step)
+        if self.superres is not None and s.superres:
+            second = replace(s, lambda_a=1.0, lambda_a_content=1.0, lambda_b=0.0, steps=12)
+            style, content = style and style.superres, content and content.superres
+            ids = self.sample_tokens(self.superres, t, c, style, content, second, generators, on_step, ids)
+        side = math.isqrt(ids.shape[1])
+        return self.vqgan.decode(ids.view(-1, side, side))
+
+    def sample_tokens(self, G, t, c, style, content, s, generators, on_step=None, low=None):
+        """Tokens (B, N) of one stage G, by Eq. 1, 4 or (1 - gamma) Eq. 5 + gamma Eq. 6.
+
+        t, c: B prompts, with and without the style phrase; style, content: adapters or None;
+        low: the first stage's tokens, for the second.
+        """
+        G_t, G_c = self.forward_pass(G, t, low=low), self.forward_pass(G, c, low=low)
+        G_n = self.forward_pass(G, [s.negative] * len(t), low=low)
+        in_words = style is None and low is None and t != c
+        lambda_a = s.lambda_a
+        if lambda_a is None:
+            lambda_a = LAMBDA_A_WORDS if in_words else LAMBDA_A
+        gamma = 0.0 if content is None else s.gamma if style is not None or in_words else 1.0
+        if style is not None:
+            tuned_t = self.forward_pass(G, t, style, low)                        # G^(v, T(t), theta_s)
+        if content is not None:
+            tuned_c = self.forward_pass(G, c, content, low)                      # G^(v, T(c), theta_c)
+            lambda_a_content = lambda_a if s.lambda_a is not None else LAMBDA_A
+            if s.lambda_a_content is not None:
+                lambda_a_content = s.lambda_a_content
+
+        def logits_fn(v, step):
+            base = G_c(v) if gamma == 1 or in_words else G_t(v)
+            null = G_n(v) if s.lambda_b else base
+            if gamma < 1:                                                        # Eq. 5
+                tuned = tuned_t(v) if style is not None else G_t(v) if in_words else base
+                l_s = guided_logits(tuned, base, null, lambda_a, s.lambda_b)
+                if gamma == 0:
+                    return l_s
+            base = base if gamma == 1 or in_words else G_c(v)
+            l_c = guided_logits(tuned_c(v), base, null, lambda_a_content, s.lambda_b)    # Eq. 6
+            return l_c if gamma == 1 else mix_logits(l_s, l_c, gamma)
+
+        return muse_.decode(logits_fn, len(t), G.config.tokens, G.config.mask_id, s.steps,
+                            s.temperature, generators, s.top_k, on_step)
+
+    def forward_pass(self, G, prompts, theta=None, low=None):
+        """G(v, T(prompts)), or G^ with theta: a function of the tokens v (B, N) -> logits (B, N, V)."""
+        text, text_mask = self.embed(G, prompts, theta)
+        weights, adapters = ({}, None) if theta is None else (theta.weights(G), theta())
+
+        def forward(v):
+            with autocast(self.device.type):
+                return functional_call(G, weights, (v, text, text_mask, adapters, low))
+        return forward
+
+    def embed(self, G, prompts, theta=None):
+        """T: B strings -> states (B, L, text_width), mask (B, L). theta may have words of its own."""
+        T = G.text_encoder
+        ids = self.tokenizer(prompts, G.config.text_length).to(self.device)
+        return T(ids) if theta is None else T(ids, theta.words(ids, T.token(ids)))
 
     def check_adapter(self, adapter, name):
         tuned_on = adapter.about.get("base")
@@ -243,91 +388,73 @@ class StyleDrop:
                              "tune it again, or give --weights of its base")
         return adapter.to(self.device)
 
-    @torch.no_grad()
-    def generate(self, prompts, style=None, content=None, lambda_a=None, lambda_b=3.0, gamma=0.5, steps=18,
-                 temperature=1.0, seed=0, negative="", style_phrase=None, on_step=None, lambda_a_content=None,
-                 top_k=0):
-        """Sample one image for each prompt: (B, 3, H, W) in [-1, 1].
+    # -- tuning
 
-        prompts: strings. With a style adapter they are content phrases and its style phrase (or
-        `style_phrase`: one, or one for each prompt) is appended: t. The content adapter sees them as they are: c.
-        style only: Eq. 4. content only: Eq. 6, that is gamma 1. Both: (1 - gamma) Eq. 5 + gamma Eq. 6.
-        Neither: Eq. 1, the base; with a style phrase, Eq. 4 with the phrase in the adapter's place, so that
-        lambda_a is the strength of its words: G(t) + lambda_a (G(t) - G(c)) + lambda_b (G(c) - G(n)).
-        lambda_a: None for LAMBDA_A, or LAMBDA_A_WORDS where the style is in words. lambda_a_content: of the
-        content adapter; None for lambda_a, where that is given, else LAMBDA_A.
-        Every distinct forward pass of a step is one part of one batch.
-        seed: an int, or a generator to go on from; the same seed on the same machine gives the same
-        images. Raises ValueError for an adapter of another base, and for more or fewer phrases than prompts.
+    def tune(self, images, prompts, style="", seed=0, on_step=None, **tuning):
+        """Eq. 3 for both stages. tuning: the fields of `Tuning`, of the first; the second has SECOND.
+
+        images (R, 3, H, W) in [-1, 1], the references, of the pipeline's resolution (or of the
+        first stage's, which then is all that is tuned); prompts: R content phrases, one for each;
+        style: the phrase they share. on_step(step, steps, loss) after each step.
+        Returns an adapter with .about and .save(path). Methods other than "adapter" tune the first
+        stage alone. Raises ValueError where the numbers differ, or a loss is not finite.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        B = len(prompts)
-        phrase = style_phrase if style_phrase is not None else (style.about.get("style", "") if style else "")
-        phrases = [phrase] * B if isinstance(phrase, str) else list(phrase)
-        if len(phrases) != B:
-            raise ValueError(f"{len(phrases)} style phrases for {B} prompts; give one, or one for each")
-        texts_s = [style_prompt(p, words) for p, words in zip(prompts, phrases)]
-        theta_s = self.check_adapter(style, "style") if style is not None else None
-        theta_c = self.check_adapter(content, "content") if content is not None else None
-        in_words = style is None and any(phrases)
-        gamma = 0.0 if content is None else gamma if style is not None or in_words else 1.0
+        how = Tuning(**tuning)
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} reference images need as many content phrases, not {len(prompts)}")
+        texts = [style_prompt(p, style) for p in prompts]
+        generator = torch.Generator().manual_seed(seed)
+        images, side = images.to(self.device), self.vqgan.config.resolution
+        small = images if images.shape[-1] == side else F.interpolate(images, (side, side), mode="area")
+        low = self.vqgan.encode(small).flatten(1)                                # (R, N)
+        adapter = self.new_adapter(how, style, generator).to(self.device)
+        self.fit(self.muse, adapter, low, texts, how, generator, on_step)
+        if self.superres is not None and images.shape[-1] == self.resolution and how.superres and how.method == "adapter":
+            c, high = self.superres.config, self.vqgan.encode(images).flatten(1)
+            second = Adapter(c.width, SECOND.d_prj, c.depth, SECOND.is_shared, generator).to(self.device)
+            self.fit(self.superres, second, high, texts, SECOND, generator, on_step, low)
+            adapter.superres = second
+        adapter.about = dict(asdict(how), base=self.base, style=style, prompts=list(prompts), seed=seed)
+        return adapter.eval().requires_grad_(False)
 
-        branches = {}                                       # name -> (texts, theta); n comes last
-        if gamma < 1:
-            branches["G(t)"] = texts_s, None
-            if theta_s is not None:
-                branches["G^(t)"] = texts_s, theta_s
-        if gamma > 0 or in_words:
-            branches["G(c)"] = prompts, None
-        if gamma > 0:
-            branches["G^(c)"] = prompts, theta_c
-        branches["G(n)"] = [negative] * B, None
-        calls = self.forward_passes(branches)
-        first = lambda *values: next(value for value in values if value is not None)
-        tuned = "G(t)" if theta_s is None else "G^(t)"
-        in_style = ("G(t)", "G(c)", first(lambda_a, LAMBDA_A_WORDS)) if in_words else (tuned, "G(t)", first(lambda_a, LAMBDA_A))
-        of_object = "G^(c)", "G(c)", first(lambda_a_content, lambda_a, LAMBDA_A)
+    def fit(self, G, theta, tokens, texts, how, generator, on_step=None, low=None):
+        """Eq. 3: theta = argmin E_{(x, t), m} CE_m( G^(M(E(x), m), T(t), theta), E(x) ).
 
-        def logits_fn(ids, step):
-            out = {}
-            for names, weights, inputs in calls:
-                with autocast(self.device.type):
-                    logits = functional_call(self.muse, weights, (ids.repeat(len(names), 1), *inputs))
-                out.update(zip(names, logits.split(B)))
-            guided = lambda tuned, base, a: guided_logits(out[tuned], out[base], out["G(n)"], a, lambda_b)
-            if gamma == 0:
-                return guided(*in_style)
-            if gamma == 1:
-                return guided(*of_object)
-            return mix_logits(guided(*in_style), guided(*of_object), gamma)
-
-        c = self.muse.config
-        generator = seed if isinstance(seed, torch.Generator) else torch.Generator(self.device).manual_seed(seed)
-        ids = muse_.decode(logits_fn, B, c.tokens, c.mask_id, steps, temperature, generator, top_k, on_step)
-        return self.vqgan.decode(ids.view(B, c.grid, c.grid))
-
-    def forward_passes(self, branches):
-        """branches: name -> (texts, theta or None) -> [(names, weights of G, (text, text_mask, adapters))].
-
-        All branches that share G's weights are one batch; fully tuned and LoRA weights are a G of their own.
+        tokens (R, N) of the references, texts: their R prompts, low (R, N_low) for the second stage.
+        Every reference is used, in shuffled passes. Only theta has gradients, and only theta changes.
         """
-        weights = {name: theta.weights(self.muse) if theta else {} for name, (_, theta) in branches.items()}
-        groups = [[name for name in branches if not weights[name]]] + [[name] for name in branches if weights[name]]
-        calls = []
-        for names in groups:
-            texts, masks = zip(*(self.embed(*branches[name]) for name in names))
-            adapters = by_rows([(len(texts), theta() if theta else None) for texts, theta in map(branches.get, names)])
-            calls.append((names, weights[names[0]], (torch.cat(texts), torch.cat(masks), adapters)))
-        return calls
+        optimiser = torch.optim.Adam(theta.parameters(), lr=how.lr)
+        text, text_mask = self.embed(G, texts)                                   # (R, L, D), (R, L)
+        order = torch.empty(0, dtype=torch.long)
+        for step in range(how.steps):
+            while len(order) < how.batch:
+                order = torch.cat([order, torch.randperm(len(tokens), generator=generator)])
+            rows, order = order[:how.batch].to(self.device), order[how.batch:]
+            ids = tokens[rows]                                                   # (B, N)
+            mask = muse_.random_mask(how.batch, ids.shape[1], generator, how.mask_power).to(self.device)
+            if how.method == "textual-inversion":           # its theta is in the text
+                text, _ = self.embed(G, texts, theta)
+            inputs = (ids.masked_fill(mask, G.config.mask_id), text[rows], text_mask[rows], theta(),
+                      None if low is None else low[rows])
+            with autocast(self.device.type):
+                logits = functional_call(G, theta.weights(G), inputs)
+            loss = muse_.masked_loss(logits, ids, mask)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"the loss is no number any more at step {step + 1}; give a lower --lr")
+            if on_step is not None:
+                on_step(step, how.steps, loss.item())
 
-    def new_adapter(self, method, style, d_prj, is_shared, generator):
+    def new_adapter(self, how, style, generator):
         """A fresh theta: G^ with it is G, for each of METHODS. Raises ValueError where there is nothing to learn."""
         c, G = self.muse.config, self.muse
-        if method == "adapter":
-            return Adapter(c.width, d_prj, c.layers, is_shared, generator)
-        if method == "lora":
-            return LoRA(c.width, d_prj, c.layers, generator)
-        if method == "full":
+        if how.method == "adapter":
+            return Adapter(c.width, how.d_prj, c.depth, how.is_shared, generator)
+        if how.method == "lora":
+            return LoRA(c.width, how.d_prj, c.layers, generator)
+        if how.method == "full":
             start = {name: p for name, p in G.named_parameters() if not name.startswith("text_encoder.")}
             return FullFineTuning({name: p.shape for name, p in start.items()}, start)
         tokens = list(dict.fromkeys(self.tokenizer.encode(style)))
@@ -335,47 +462,6 @@ class StyleDrop:
             raise ValueError("textual inversion learns the words of the style phrase; give one")
         table = G.text_encoder.token.weight
         return TextualInversion(tokens, table.shape[1], table[tokens])
-
-    def tune(self, images, prompts, style="", steps=100, lr=1e-3, batch=8, d_prj=4, is_shared=True, seed=0,
-             on_step=None, method="adapter", mask_power=2):
-        """Eq. 3: theta = argmin E_{(x, t), m} CE_m( G^(M(E(x), m), T(t), theta), E(x) ).
-
-        images (R, 3, H, W) in [-1, 1], the references; prompts: R content phrases, one for each;
-        style: the phrase they share. Every reference is used. Tokens and text embeddings are made
-        once; only theta has gradients, and only theta changes. on_step(step, loss) after each step.
-        method: one of adapter.METHODS; d_prj is LoRA's rank as well; mask_power: see muse.random_mask.
-        Returns an adapter with .about and .save(path).
-        """
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} reference images need as many content phrases, not {len(prompts)}")
-        c = self.muse.config
-        generator = torch.Generator().manual_seed(seed)
-        adapter = self.new_adapter(method, style, d_prj, is_shared, generator).to(self.device)
-        adapter.about = dict(base=self.base, style=style, prompts=list(prompts), steps=steps, lr=lr, batch=batch,
-                             seed=seed)
-        optimiser = torch.optim.Adam(adapter.parameters(), lr=lr)
-        tokens = self.vqgan.encode(images.to(self.device)).flatten(1)            # (R, N)
-        texts = [style_prompt(p, style) for p in prompts]
-        text, text_mask = self.embed(texts)                                      # (R, L, D), (R, L)
-        order = torch.empty(0, dtype=torch.long)
-        for step in range(steps):
-            while len(order) < batch:                       # shuffled passes over all references
-                order = torch.cat([order, torch.randperm(len(tokens), generator=generator)])
-            rows, order = order[:batch].to(self.device), order[batch:]
-            ids = tokens[rows]
-            mask = muse_.random_mask(batch, c.tokens, generator, mask_power).to(self.device)
-            if method == "textual-inversion":               # its theta is in the text
-                text, _ = self.embed(texts, adapter)
-            inputs = ids.masked_fill(mask, c.mask_id), text[rows], text_mask[rows], adapter()
-            with autocast(self.device.type):
-                logits = functional_call(self.muse, adapter.weights(self.muse), inputs)
-            loss = muse_.masked_loss(logits, ids, mask)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            if on_step is not None:
-                on_step(step, loss.item())
-        return adapter.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -393,18 +479,20 @@ class Pool:
         return [prompt for prompt in self.prompts for _ in range(len(self.images) // len(self.prompts))]
 
 
-def sample_pool(pipe, prompts, count, style=None, seed=0, at_once=16, on_batch=None, style_phrase=None, **sampling):
+def sample_pool(pipe, prompts, count, style=None, seed=0, at_once=16, on_batch=None, **sampling):
     """`count` pictures for each prompt in the style of an adapter (None: of the base) -> Pool.
 
-    style_phrase, sampling: what `generate` takes. on_batch(done) is called as the pictures come.
+    Picture i has seed + i. sampling: what `generate` takes; style_phrase may be one for each prompt.
+    on_batch(done) is called as the pictures come.
     """
-    repeat = lambda words: [each for each in words for _ in range(count)]
-    shared = style_phrase is None or isinstance(style_phrase, str)
-    wanted, phrases = repeat(prompts), style_phrase if shared else repeat(style_phrase)
-    generator, images = torch.Generator(pipe.device).manual_seed(seed), []
+    wanted = [prompt for prompt in prompts for _ in range(count)]
+    phrases, images = sampling.pop("style_phrase", None), []
+    if phrases is not None and not isinstance(phrases, str):
+        phrases = [phrase for phrase in phrases for _ in range(count)]
     for i in range(0, len(wanted), at_once):
-        words = phrases if shared else phrases[i:i + at_once]
-        images.append(pipe.generate(wanted[i:i + at_once], style, seed=generator, style_phrase=words, **sampling).cpu())
+        words = phrases if phrases is None or isinstance(phrases, str) else phrases[i:i + at_once]
+        images.append(pipe.generate(wanted[i:i + at_once], style, seed=seed + i, style_phrase=words,
+                                    **sampling).cpu())
         if on_batch is not None:
             on_batch(min(i + at_once, len(wanted)))
     return Pool(torch.cat(images), list(prompts), style.about["style"] if style is not None else "")
@@ -476,13 +564,31 @@ def check_device(device):
         raise ValueError("there is no CUDA GPU here; use the device cpu")
 
 
+def unknown_words(words, text):
+    """{word of `text` that is not in the vocabulary `words`: up to three of the vocabulary near it}."""
+    found = {}
+    for word in re.findall(r"[^\s,.;:!?\"]+", text.lower()):
+        if word not in words:
+            inside = sorted((w for w in words if len(w) > 2 and (w in word or word in w)), key=len)
+            near = difflib.get_close_matches(word, words, 3, 0.75) + inside[::-1]
+            found[word] = list(dict.fromkeys(near))[:3]
+    return found
+
+
 def check_prompt(pipe, prompt, style=""):
-    """Raise ValueError for an empty prompt; say so where T cannot read the whole of it with its style phrase."""
+    """Raise ValueError for an empty prompt; say on stderr what of it T cannot read.
+
+    That is what lies behind the last token that T reads, and words that no training caption had.
+    """
     if not prompt.strip():
         raise ValueError("the prompt is empty; say what to draw")
-    length = pipe.muse.config.text_length
-    if not pipe.tokenizer.fits(style_prompt(prompt, style), length):
-        print(f"note: a prompt is longer than {length} tokens; what comes after them is not read", file=sys.stderr)
+    length, text = pipe.muse.config.text_length, style_prompt(prompt, style)
+    if not pipe.tokenizer.fits(text, length):
+        print(f"note: a prompt is longer than {length} tokens; what comes after them is not read",
+              file=sys.stderr)
+    for word, near in unknown_words(pipe.words, text).items() if pipe.words else ():
+        print(f"note: no training caption has {word!r}" + (f"; near: {', '.join(near)}" if near else ""),
+              file=sys.stderr)
 
 
 def run_command(main):

@@ -10,20 +10,21 @@ examples at every size. All images are RGB uint8.
 """
 
 import functools
-import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from . import drawing, scenes, styles
 from .english import HERE, caption, content_phrase, names, noun, plural, read_table, synonyms
 from .drawing import bend, place_one
+from .reading import read_image, read_reference
 from .scenes import Scene
 
 TILE, COLUMNS = 128, 30                 # pixels a side of a tile, tiles in a row of a sheet
-MAX_PIXELS = 64_000_000                 # of a picture we agree to open
-RARE = 0.06                             # share of the captions that hold a rare token
+RARE = 0.03                             # share of the captions that say "a [V] cat" for "a cat"
+UNNAMED_STYLE = "[V*]"                  # what captions call a style without naming it. So it means "some
+#                                         style", and an adapter narrows it to one (StyleDrop 4.4.1)
 
 
 @functools.lru_cache(None)
@@ -39,16 +40,6 @@ def words():
     said += [row["style"] for row in read_table("sets.tsv") if row["role"] == "training"]
     said += ["[V] [V*]"]
     return sorted({word for phrase in said for word in phrase.split()})
-
-
-def with_rare_token(content, style):
-    """A caption's parts with a word that means nothing: "a [V] cat", or the style [V*] if it has none.
-
-    StyleDrop's users write such words (4.4.1); the base should not stumble over them.
-    """
-    if not style:
-        return content, "[V*]"
-    return (content.replace("a ", "a [V] ", 1) if content.startswith("a ") else content), style
 
 
 # ---------------------------------------------------------------------------------------------
@@ -133,8 +124,10 @@ class Art:
             rgba = scenes.draw(scene, self, rng, resolution, self.sets[i])
             images.append(styles.apply(style, rgba, rng))
             content, manner = scenes.phrase(scene, rng), styles.phrase(style, self.hands[i], rng)
-            if self.compose and rng.random() < RARE:
-                content, manner = with_rare_token(content, manner)
+            if self.compose and rng.random() < RARE and content.startswith("a "):
+                content = content.replace("a ", "a [V] ", 1)
+            if self.compose and not manner and style != styles.Style():
+                manner = UNNAMED_STYLE
             captions.append(caption(content, "" if bare else manner))
         return np.stack(images), captions
 
@@ -206,47 +199,3 @@ def read_words(path):
 def jitter(rgba, size, rng, smallest=0.9):
     """The drawing at `smallest` to 1 times a frame (size, size, 4), somewhere in it."""
     return place_one(rgba, size, rng, smallest)
-
-
-# ---------------------------------------------------------------------------------------------
-# A picture from anywhere
-
-def read_image(path, size):
-    """Any picture file -> RGB uint8 (size, size, 3): first frame, upright, alpha on white, centre square.
-
-    Raises ValueError in one line for what is no picture, is damaged, or is too large to open safely.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"no picture at {path}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a picture")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                  # of large and of damaged files: both end in an error below
-            with Image.open(path) as image:
-                pixels = image.width * image.height
-                if pixels <= MAX_PIXELS:
-                    return square(image, size)
-    except Image.DecompressionBombError:                     # Pillow's own limit, some way above ours
-        raise ValueError(f"{path} has too many pixels; scale it below {MAX_PIXELS:,} in all") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{path} is not a picture that Pillow can read") from None
-    except Exception as error:                               # on damage each format raises errors of its own
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    raise ValueError(f"{path} has too many pixels ({image.width} x {image.height}); scale it below {MAX_PIXELS:,} in all")
-
-
-def square(image, size):
-    """An open Pillow image of any mode -> RGB uint8 (size, size, 3); what is not square loses its long ends."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":      # to 8 bits by the range of the mode, never by clipping
-        values = np.asarray(image, np.float64)
-        top = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
-        image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.LANCZOS))

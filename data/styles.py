@@ -85,7 +85,7 @@ def is_pair_held_out(a, b):
 
 
 PLAIN = 0.35                 # share of the drawings that stay as they are, on white
-SILENT = 0.8, 1 / 7          # chance that a caption names no style: of a drawing as it is, of the others
+SILENT = 0.8, 0.25          # chance that a caption names no style: of a drawing as it is, of the others
 CHANCE = {"palette": 0.45, "line": 0.25, "medium": 0.45, "ground": 0.6, "light": 0.2}       # that an attribute is named
 
 
@@ -113,7 +113,7 @@ def keep_colours(style, colours=()):
 def phrase(style, hand="", rng=None):
     """The style in words; `hand` names the drawing's own manner and stands where no medium does.
 
-    With rng, as captions have it: "" for four in five of the drawings as they are and one in seven
+    With rng, as captions have it: "" for four in five of the drawings as they are and one in four
     of the others, else each attribute is left out one time in seven. The white ground goes without saying.
     """
     if rng is not None and rng.random() < SILENT[style != Style()]:

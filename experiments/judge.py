@@ -106,7 +106,9 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({k: nn.Linear(config.style_width, len(values)) for k, values in VALUES.items()})
 
     def forward(self, images):
-        """-> {"content": (B, K), "style": features (B, D), and for each attribute logits}."""
+        """Pictures (B, 3, H, W) in [-1, 1], seen at 64 x 64 -> {"content": (B, K), "style": features
+        (B, D), and for each attribute logits}."""
+        images = F.interpolate(images, (64, 64), mode="area") if images.shape[-1] != 64 else images
         cells, statistics = hog_features(images)
         cells, statistics = self.cells(cells.flatten(1)), self.statistics(statistics)
         style = self.style(torch.cat([cells, statistics], 1))

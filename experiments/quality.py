@@ -19,7 +19,6 @@ Shapes: B pictures (B, 3, 64, 64) in [-1, 1], D features, K names.
 
 import argparse
 import copy
-import inspect
 import json
 import math
 import platform
@@ -38,12 +37,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import Scene, scenes, styles  # noqa: E402
-from styledrop import (Parser, StyleDrop, autocast, load_model, number,  # noqa: E402
+from styledrop import (Parser, Sampling, StyleDrop, autocast, load_model, number,  # noqa: E402
                        read_checkpoint, run_command, save_model, to_tensor, to_uint8, write_whole)
 
 COLOURS = list(scenes.COLOURS)
 KINDS = {"one": 0.52, "coloured": 0.16, "several": 0.16, "two": 0.16}          # of its pictures
-SWEEP = dict(top_k=(0, 3, 8, 32), lambda_b=(1, 1.5, 2, 3, 5), temperature=(0.5, 1, 2, 4.5),
+SWEEP = dict(lambda_b=(0.5, 1, 1.5, 2), top_k=(0, 3, 8, 32), temperature=(0.5, 1, 2, 4.5),
              steps=(8, 12, 18, 36))
 THINGS = ("cat", "house", "deciduous-tree", "automobile", "mushroom", "rocket", "fish", "owl",
           "teapot", "guitar")
@@ -326,8 +325,8 @@ def table(rows):
 
 def sample(pipe, prompts, seed, **sampling):
     """One picture of each prompt by the base; larger ones are made smaller by area."""
-    images = [pipe.generate(prompts[i:i + 64], seed=1000 * seed + i, **sampling).cpu()
-              for i in range(0, len(prompts), 64)]
+    images = [pipe.generate(prompts[i:i + 16], seed=1000 * seed + i, **sampling).cpu()
+              for i in range(0, len(prompts), 16)]
     return F.interpolate(torch.cat(images), size=(64, 64), mode="area")
 
 
@@ -394,6 +393,7 @@ def measure_plain(net, pipe, art, names, per, seed, sampling):
               "real, never seen by the classifier": real(new, chosen, rng),
               "given back by the tokenizer": give_back(pipe, others),
               "**samples**": sample(pipe, prompts, seed, **sampling),
+              "samples of the base alone": sample(pipe, prompts, seed, superres=False, **sampling),
               "control: class mean": class_means(art, names),
               "control: one decoding step": sample(pipe, prompts, seed, **one_step)}
     return {title: row_of(net, x, names, per, reference) for title, x in images.items()}
@@ -448,10 +448,9 @@ def measure_words(net, pipe, art, count, seed, sampling):
     return rows
 
 
-def defaults_of(pipe):
-    """{knob: value}, of those knobs in SWEEP that generate has; a default of None is 0: all."""
-    accepted = inspect.signature(pipe.generate).parameters
-    return {knob: accepted[knob].default or 0 for knob in SWEEP if knob in accepted}
+def defaults_of():
+    """{knob: value} of the knobs in SWEEP."""
+    return {knob: getattr(Sampling(), knob) for knob in SWEEP}
 
 
 def choose(net, pipe, art, names, per, seed, sampling):
@@ -464,8 +463,8 @@ def choose(net, pipe, art, names, per, seed, sampling):
     prompts, chosen = [data.content_phrase(n) for n in names], [Scene((n,)) for n in names]
     rng, known = np.random.default_rng(seed), part(art, ~is_new(art))
     reference = look(net, real(known, chosen, rng))["features"]
-    best = defaults_of(pipe) | sampling
-    for knob in (k for k in defaults_of(pipe) if k not in sampling):
+    best = defaults_of() | sampling
+    for knob in (k for k in defaults_of() if k not in sampling):
         for setting in [best, *(best | {knob: value} for value in SWEEP[knob])]:
             title = ", ".join(f"{k} {v:g}" for k, v in setting.items())
             if title in rows:
@@ -538,7 +537,7 @@ def measure_command(args, about):
         for name, sheet in sheets(pipe, args.seed, sampling).items():
             path = Path(args.out) / f"{name}.png"
             write_whole(path, lambda file, sheet=sheet: sheet.save(file, "PNG"))
-    about = about() | dict(base=pipe.base, sampling=defaults_of(pipe) | sampling, names=len(names),
+    about = about() | dict(base=pipe.base, sampling=defaults_of() | sampling, names=len(names),
                            per=args.per, prompts=args.scenes, classifier=saved["provenance"])
     setting = ", ".join(f"{k} {v:g}" for k, v in about["sampling"].items())
     lines = [

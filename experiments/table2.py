@@ -31,7 +31,8 @@ from experiments.one_shot import choose_subjects, draw, measure, paired_bootstra
 from pretrain.common import machine  # noqa: E402
 from styledrop import (FEEDBACK, RARE_TOKEN, Parser, Pool, StyleDrop, grid, load_adapter, number, run_command,  # noqa: E402
                        sample_pool, style_prompt, to_tensor, to_uint8, write_whole)
-from train import METHOD_LR, POOL_PROMPTS, ROUND, peak_memory, write_json  # noqa: E402
+from human_feedback.rounds import POOL_PROMPTS, ROUND, write_json  # noqa: E402
+from train import METHOD_LR, peak_memory  # noqa: E402
 
 BASE, WORDS = "base, style in words", "base, its words guided"
 ROUNDS = ("R2-CLIP", "R2-CLIP, style in the text", "R2-CLIP, its ten best", "R2-random", "R2-oracle")

@@ -8,17 +8,17 @@ The folder of --weights holds vqgan.pt. The same command goes on where it was st
 """
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from clip_feedback import Tokenizer, train_merges
-from muse import PRESETS, Muse, decode, masked_loss, random_mask
+from muse import PRESETS, Muse, MuseConfig, decode, masked_loss, random_mask
 from pretrain.common import (Replay, Run, Steps, batches, load_vqgan, optimisers_for, pictures,
                              processes, set_rate, stage_parser, start, to_float, update_average)
-from styledrop import (autocast, grid, guided_logits, number, run_command, save_model, to_uint8,
+from styledrop import (autocast, grid, guided_logits, load_model, number, run_command, save_model, to_uint8,
                        write_whole)
 
 
@@ -27,6 +27,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--mask-power", type=number(float, 0, strict=True, high=10), default=2,
         help="1: Muse's law of masking; more masks more (default %(default)s)")
+    add("--init", metavar="FILE", help="start from the weights of an earlier run, all of them")
     add("--compile", action="store_true", help="torch.compile the step: worth its minute on a GPU")
     args = parser.parse_args(argv)
     start(args, together=True)
@@ -38,7 +39,13 @@ def main(argv=None):
     tokenizer = Tokenizer(train_merges(source.words(), 10_000))                  # a token a word
     config = replace(PRESETS[args.preset], codebook_size=vqgan.config.codebook_size,
                      vocab_size=tokenizer.vocab_size)
-    model = Muse(config).to(args.device)
+    model = Muse(config)
+    if args.init:
+        earlier, saved = load_model(args.init, "muse", MuseConfig, Muse)
+        if saved["config"] != asdict(config) or saved["merges"] != [" ".join(p) for p in tokenizer.merges]:
+            raise ValueError(f"{args.init} has other sizes or words than this run; leave --init out")
+        model.load_state_dict(earlier.state_dict())
+    model = model.to(args.device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     muon, adamw = optimisers_for(model, [*model.blocks, *model.text_encoder.blocks], args.lr)
     run = Run("muse", args, model=model, average=average, muon=muon, adamw=adamw)

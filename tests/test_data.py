@@ -106,79 +106,12 @@ def test_unknown_set_and_drawing():
         data.Art(sets=("twemoji",), size=8).find("nosuch", "twemoji")
 
 
-# -- pictures from anywhere
+# -- a folder of one's own
 
 def save(path, image, **options):
     image.save(path, **options)
     return path
 
-
-def test_alpha_lies_on_white(tmp_path):
-    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert (data.read_image(save(tmp_path / "a.png", clear), 4) == 255).all()
-    grey = Image.new("LA", (8, 8), (0, 0))
-    assert (data.read_image(save(tmp_path / "b.png", grey), 4) == 255).all()
-    indexed = Image.new("P", (8, 8), 0)
-    assert (data.read_image(save(tmp_path / "c.png", indexed, transparency=0), 4) == 255).all()
-
-
-def test_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
-    path = save(tmp_path / "a.gif", frames[0], save_all=True, append_images=frames[1:])
-    assert data.read_image(path, 2)[0, 0].tolist() == [255, 0, 0]
-
-
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    for value, expected in ((0x8000, 128), (0xffff, 255), (200, 1)):          # a dark picture stays dark
-        flat = Image.fromarray(np.full((4, 4), value, np.uint16))
-        assert abs(int(data.read_image(save(tmp_path / "a.png", flat), 2)[0, 0, 0]) - expected) <= 1
-    half = Image.fromarray(np.full((4, 4), 0.5, np.float32))
-    assert abs(int(data.read_image(save(tmp_path / "a.tif", half), 2)[0, 0, 0]) - 128) <= 1
-
-
-@pytest.mark.parametrize("mode, suffix, colour, expected", [
-    ("CMYK", ".jpg", (0, 0, 0, 0), 255), ("L", ".png", 90, 90), ("1", ".png", 1, 255), ("RGB", ".bmp", (7, 7, 7), 7)])
-def test_modes(tmp_path, mode, suffix, colour, expected):
-    image = data.read_image(save(tmp_path / f"a{suffix}", Image.new(mode, (9, 5), colour)), 4)
-    assert image.shape == (4, 4, 3) and image.dtype == np.uint8
-    assert abs(image.astype(int) - expected).max() <= 2
-
-
-def test_one_pixel_and_upright(tmp_path):
-    assert data.read_image(save(tmp_path / "a.png", Image.new("RGB", (1, 1), "red")), 4).shape == (4, 4, 3)
-    picture = Image.fromarray(np.repeat(np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8), 2, 0))
-    exif = Image.Exif()
-    exif[0x112] = 3                                          # upside down
-    turned = data.read_image(save(tmp_path / "b.png", picture, exif=exif), 2)
-    assert turned[0, 0].tolist() == [0, 0, 255]
-
-
-def test_centre_square(tmp_path):
-    wide = np.zeros((10, 30, 3), np.uint8)
-    wide[:, 10:20] = 255
-    assert (data.read_image(save(tmp_path / "a.png", Image.fromarray(wide)), 10) == 255).all()
-
-
-def test_what_is_no_picture(tmp_path):
-    (tmp_path / "empty.png").touch()
-    (tmp_path / "text.png").write_text("not a picture")
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    whole = save(tmp_path / "whole.png", noise).read_bytes()
-    (tmp_path / "half.png").write_bytes(whole[:len(whole) // 2])
-    garbled = bytearray(save(tmp_path / "damaged.tif", noise).read_bytes())
-    garbled[12::7] = bytes(byte ^ 0x5a for byte in garbled[12::7])
-    (tmp_path / "damaged.tif").write_bytes(garbled)
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")            # Pillow itself refuses this one
-    Image.new("1", (9_000, 9_000)).save(tmp_path / "large.png")
-    for name, words in [("missing.png", "no picture"), ("", "folder"), ("empty.png", "is empty"),
-                        ("text.png", "not a picture"), ("half.png", "cannot be read"), ("bomb.png", "pixels"), ("large.png", "9000 x 9000"),
-                        ("damaged.tif", "damaged.tif")]:
-        with pytest.raises(ValueError, match=words) as error:
-            data.read_image(tmp_path / name, 4)
-        assert "\n" not in str(error.value)
-
-
-# -- a folder of one's own
 
 def test_folder_reads_every_picture(tmp_path):
     for i, colour in enumerate(("red", "blue", "lime")):

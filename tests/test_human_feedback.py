@@ -50,6 +50,14 @@ class Session:
         finally:
             connection.close()
 
+    def choose(self, *numbers, chosen=True):
+        """One change after the other -> the state that the last one is answered by."""
+        for number in numbers:
+            body = json.dumps(dict(number=number, chosen=chosen))
+            status, _, answer = self.ask("choice", body)
+            assert status == 200
+        return json.loads(answer)
+
     @property
     def state(self):
         return json.loads(self.ask("state")[2])
@@ -71,7 +79,8 @@ def session(tmp_path):
     yield start
     for one in opened:
         if one.thread.is_alive():
-            one.ask("done", "[0]")
+            one.choose(0)
+            one.ask("done", "")
             one.finish()
 
 
@@ -94,25 +103,77 @@ def test_pictures_and_state(session):
 def test_choice_is_kept_and_returned(session, tmp_path):
     """Sorted, without doubles, on disk at once; Done returns it."""
     one = session()
-    assert one.ask("choice", "[7, 2, 7]")[0] == 200 and one.state["chosen"] == [2, 7]
+    assert one.choose(7, 2, 7) == dict(chosen=[2, 7], done=False) and one.state["chosen"] == [2, 7]
     assert json.loads((tmp_path / "picking.json").read_text())["chosen"] == [2, 7]
-    assert one.ask("done", "[9, 7]")[0] == 200 and one.finish() == [7, 9]
+    assert one.choose(9)["chosen"] == [2, 7, 9]
+    assert one.choose(2, 3, chosen=False)["chosen"] == [7, 9]
+    assert one.ask("done", "")[0] == 200 and one.finish() == [7, 9]
     assert os.listdir(tmp_path) == ["picking.json"]
 
 
-def test_a_restart_goes_on_but_not_with_another_pool(session):
-    first = session()
-    first.ask("choice", "[3, 5]")
+def test_two_tabs_do_not_undo_each_other(session):
+    """Changes, not states. Trap: each tab posts its whole set, and the older one wins."""
+    one = session()
+    one.choose(1)                                           # a tab that never hears of the other
+    one.choose(8)
+    one.choose(2)
+    assert one.choose(1, chosen=False)["chosen"] == [2, 8]
+    assert one.ask("done", "[1]")[0] == 200 and one.finish() == [2, 8]
+
+
+def test_a_restart_goes_on(session):
+    session().choose(3, 5)
     assert session().state["chosen"] == [3, 5]
-    assert session(images=IMAGES + 1).state["chosen"] == []
 
 
-@pytest.mark.parametrize("damage",
-                         ["", "[]", "{", '{"pool": 1}', '{"pool": "POOL", "chosen": [99]}'])
-def test_a_damaged_choice_is_an_empty_one(session, tmp_path, damage):
+def test_a_choice_of_another_pool_is_not_lost(session, tmp_path):
+    session().choose(3)
+    before = (tmp_path / "picking.json").read_bytes()
+    with pytest.raises(ValueError, match="another pool"):
+        pick(IMAGES + 1, PROMPTS, REFERENCE, tmp_path / "picking.json", open_browser=False)
+    assert (tmp_path / "picking.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [
+    "", "[]", "{", "7", '{"pool": 1}', '{"pool": "POOL", "chosen": [99]}', "[" * 99_999,
+    '{"pool": "POOL", "chosen": "all"}'])
+def test_a_damaged_choice_is_not_written_over(tmp_path, damage):
     pool = human_feedback.Picking(IMAGES, PROMPTS, tmp_path / "x").pool
     (tmp_path / "picking.json").write_text(damage.replace("POOL", pool))
-    assert session().state["chosen"] == []
+    with pytest.raises(ValueError, match="picking.json is damaged") as error:
+        pick(IMAGES, PROMPTS, REFERENCE, tmp_path / "picking.json", open_browser=False)
+    assert "\n" not in str(error.value)
+
+
+def test_address_without_its_last_slash(session):
+    """Trap: an empty page, whose every request goes astray. Only who has the token is led on."""
+    one = session()
+    status, headers, _ = one.ask(root=one.root[:-1])
+    assert status == 302 and headers["Location"] == one.root
+    assert one.ask(root="/wrong")[0] == 403
+
+
+def test_a_port_in_use_is_one_line(session, tmp_path):
+    """With the port in it. Trap: "[Errno 98] Address already in use"."""
+    port = int(session().host.split(":")[1])
+    for use in (lambda: human_feedback.check_port(port),
+                lambda: pick(IMAGES, PROMPTS, REFERENCE, tmp_path / "x", port=port)):
+        with pytest.raises(ValueError, match=f"port {port} .*--port") as error:
+            use()
+        assert "\n" not in str(error.value)
+    human_feedback.check_port(0)
+
+
+def test_a_full_disk_is_answered(session, monkeypatch):
+    """The click is not kept, and the page is told."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    one = session()
+    one.choose(4)
+    with monkeypatch.context() as patched:
+        patched.setattr(human_feedback, "write_whole", full)
+        status, _, body = one.ask("choice", '{"number": 5, "chosen": true}')
+    assert status == 500 and b"No space" in body and one.state["chosen"] == [4]
 
 
 def test_refuses_whoever_does_not_know_the_token(session, tmp_path):
@@ -142,11 +203,14 @@ def test_nothing_outside_the_pool(session, place):
 
 def test_bad_bodies(session):
     one = session()
-    for body in ("", "x", "{}", "[-1]", "[12]", '["1"]', "[true]", "[1.0]", "[[1]]", "null",
-                 "[" * 5000):
+    for number in ("-1", "12", '"1"', "true", "1.0", "[1]", "null", "1e400", "NaN", "[" * 500):
+        body = '{"chosen": true, "number": NUMBER}'.replace("NUMBER", number)
         assert one.ask("choice", body)[0] == 400, body
-    assert one.ask("done", "[]")[0] == 400 and one.ask("elsewhere", "[]")[0] == 404
-    assert one.ask("choice", " " * (64 * 1024 + 1))[0] == 413
+    for body in ("", "x", "{}", "[1]", "null", '{"number": 1}', '{"number": 1, "chosen": 1}',
+                 '{"chosen": true}', "\u0000", "[" * 999):
+        assert one.ask("choice", body)[0] == 400, body
+    assert one.ask("done", "")[0] == 400 and one.ask("elsewhere", "[]")[0] == 404
+    assert one.ask("choice", " " * 2000)[0] == 413
     assert one.ask("choice", "[1]", headers={"Content-Length": "-5"})[0] == 411
     assert one.ask("choice", "[1]", headers={"Transfer-Encoding": "chunked"})[0] in (400, 411)
     assert one.state["chosen"] == [] and one.thread.is_alive()
@@ -159,7 +223,10 @@ def test_browser_opens_only_on_a_desktop(tmp_path, monkeypatch):
     def browse(address):
         opened.append(address)
         connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=10)
-        connection.request("POST", urlsplit(address).path + "done", "[4]")
+        path = urlsplit(address).path
+        connection.request("POST", path + "choice", '{"number": 4, "chosen": true}')
+        connection.getresponse().read()
+        connection.request("POST", path + "done", "")
         connection.getresponse()
 
     monkeypatch.setattr(human_feedback.webbrowser, "open", browse)
@@ -204,6 +271,13 @@ def until(condition):
     WebDriverWait(None, 10, poll_frequency=0.05).until(lambda _: condition())
 
 
+def question(browser):
+    """The page's question, when it comes."""
+    from selenium.webdriver.support.ui import WebDriverWait
+    from selenium.webdriver.support.expected_conditions import alert_is_present
+    return WebDriverWait(browser, 10, poll_frequency=0.05).until(alert_is_present())
+
+
 def cards(browser):
     return browser.find_elements("css selector", "main button")
 
@@ -236,7 +310,13 @@ def test_click_keyboard_reload_done(browser, session):
     browser.refresh()
     until(lambda: [card.get_attribute("aria-checked") for card in cards(browser)].count("true") ==
           3)
+    keys("d")                                               # below the goal it asks
+    asked = question(browser)
+    assert "3 of 10" in asked.text
+    asked.dismiss()
+    assert one.thread.is_alive() and not one.state["done"]
     keys("d")
+    question(browser).accept()
     assert one.finish() == [0, 2, 6]
     until(lambda: "Thank you" in browser.find_element("id", "end").text)
     assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
@@ -247,11 +327,29 @@ def test_a_lost_server_is_said(browser, session):
     one = session()
     browser.get(one.address)
     until(lambda: len(cards(browser)) == 12)
-    one.ask("done", "[1]")
+    one.choose(1)
+    one.ask("done", "")
     one.finish()
     cards(browser)[0].click()
     until(lambda: "Not kept" in browser.find_element("id", "trouble").text)
+    assert cards(browser)[0].get_attribute("aria-checked") == "false"
     browser.get_log("browser")
+
+
+def test_two_tabs(browser, session):
+    """What another tab chose stays, and is seen after the next click; Done counts it too."""
+    one = session()
+    browser.get(one.address[:-1])
+    until(lambda: len(cards(browser)) == 12)
+    one.choose(*range(2, 11))
+    cards(browser)[0].click()
+    until(lambda: browser.find_element("id", "counter").text == "10 of 10")
+    one.choose(10, chosen=False)
+    browser.find_element("id", "done").click()
+    asked = question(browser)
+    assert "9 of 10" in asked.text
+    asked.accept()
+    assert one.finish() == [0, *range(2, 10)]
 
 
 @pytest.mark.parametrize("width", [1100, 360])

@@ -1,14 +1,22 @@
 """train.py: from one picture to a run folder, and refusals that leave nothing behind."""
 
 import json
+import math
+import os
+import platform
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import noise_images
+from PIL import Image
 
 import data
 import pretrain.clip
@@ -63,21 +71,56 @@ def test_shape_of_the_adapter(tune, options, config):
 
 
 def test_the_same_command_gives_the_same_bytes(tune):
-    """Trap: a date, a path or global chance in the adapter or in the picture. Tuned again,
-    a folder is replaced.
-    """
+    """Trap: a date, a path or global chance in the adapter or in the picture."""
     tune("--out", "runs/a", "--content", "a house"), tune("--out", "runs/b", "--content", "a house")
     a, b = content("runs/a"), content("runs/b")
     assert a["adapter.pt"] == b["adapter.pt"] and a["samples.png"] == b["samples.png"]
-    assert tune("--out", "runs/b", "--content", "a house", "--seed", 1)[0] == 0
-    assert sorted(content("runs/b")) == RUN and content("runs/b")["adapter.pt"] != b["adapter.pt"]
-    assert sorted(p.name for p in Path("runs").iterdir()) == ["a", "b"]
+    assert tune("--out", "runs/c", "--content", "a house", "--seed", 1)[0] == 0
+    assert content("runs/c")["adapter.pt"] != b["adapter.pt"]
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--seed", 1], "another seed"), (["--steps", 3], "another steps"),
+    (["--content", "a tree"], "another content"), (["--ref", "there/ref.png"], "another pictures"),
+    (["--style", "blurry"], "another style"), (["--method", "lora"], "another method")])
+def test_a_run_is_never_replaced(tune, picture, options, words):
+    """Another picture of the same name, other settings: refused, and all in the folder stays."""
+    tune = partial(tune, "--style", "flat vector")
+    tune("--content", "a house")
+    Path("runs/ref/notes.txt").write_text("mine")
+    before = content("runs/ref")
+    Path("there").mkdir()
+    picture("there/ref.png", 3)
+    code, _, err = tune("--content", "a house", *options)
+    assert code == 2 and words in err and "--out" in err and err.count("\n") == 1
+    assert content("runs/ref") == before
+
+
+def test_the_same_command_again_says_so(tune):
+    tune = partial(tune, "--style", "flat vector")
+    tune("--content", "a house")
+    Path("runs/ref/notes.txt").write_text("mine")
+    before = content("runs/ref")
+    code, out, err = tune("--content", "a house")
+    assert code == 0 and err == "" and "is finished" in out and content("runs/ref") == before
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "7", "{", "[" * 100_000, '{"seed": [' * 9999])
+def test_a_damaged_config(tune, damage):
+    tune("--content", "a house")
+    Path("runs/ref/config.json").write_text(damage)
+    before = content("runs/ref")
+    code, _, err = tune("--content", "a house")
+    assert code == 2 and "config.json is damaged" in err and err.count("\n") == 1
+    assert content("runs/ref") == before
 
 
 def test_several_references(tune, cli, weights, picture, monkeypatch):
     """All pictures reach the tuning, each with its phrase. Trap: nargs that keeps the last one."""
     seen, real = [], StyleDrop.tune
-    monkeypatch.setattr(StyleDrop, "tune", lambda self, *a: seen.append(a[:2]) or real(self, *a))
+    monkeypatch.setattr(StyleDrop, "tune",
+                        lambda self, *a, **k: seen.append(a[:2]) or real(self, *a, **k))
     refs = [picture(name, seed) for seed, name in enumerate(("a.png", "b.png"))]
     assert cli(train.main, "--ref", *refs, "--content", "a cat", "a house", "--weights", weights,
                "--steps", 1)[0] == 0
@@ -132,65 +175,85 @@ def broken_base(weights, folder, part):
     return folder
 
 
-BAD = {
-    "missing reference": (["--ref", "nothing.png"], "nothing.png"), "a folder":
-    (["--ref", "folder"], "folder"), "a text file": (["--ref", "text.png"], "text.png"),
-    "an empty file": (["--ref", "empty.png"], "empty"), "a cut picture": (["--ref",
-                                                                           "cut.png"], "cut.png"),
-    "one bad of two": (["--ref", "good.png", "nothing.png"], "nothing.png"), "no steps":
-    (["--ref", "good.png", "--steps",
-      "0"], "--steps"), "steps in words": (["--ref", "good.png", "--steps",
-                                            "many"], "--steps"), "lr nan":
-    (["--ref", "good.png", "--lr",
-      "nan"], "--lr"), "lr inf": (["--ref", "good.png", "--lr",
-                                   "inf"], "--lr"), "lr zero": (["--ref", "good.png", "--lr",
-                                                                 "0"], "--lr"), "a seed too large":
-    (["--ref", "good.png", "--seed",
-      "1" + "0" * 30], "--seed"), "an unknown option": (["--ref", "good.png", "--setps",
-                                                         "3"], "--setps"), "too few contents":
-    (["--ref", "good.png", "good.png", "--content", "a cat"], "2 references"), "too many contents":
-    (["--ref", "good.png", "--content", "a",
-      "cat"], "not 2"), "an empty content": (["--ref", "good.png", "--content",
-                                              " "], "empty"), "out is somebody's folder":
-    (["--ref", "good.png", "--out",
-      "folder"], "not a run folder"), "out is a file": (["--ref", "good.png", "--out", "text.png"],
-                                                        "not a run folder"), "out under a file":
-    (["--ref", "good.png", "--out",
-      "text.png/run"], "text.png"), "no such base": (["--ref", "good.png", "--weights",
-                                                      "nowhere"], "nowhere"), "a damaged base":
-    (["--ref", "good.png", "--weights", "broken"], "muse.pt"), "an adapter as large as the base": ([
-        "--ref", "good.png", "--d-prj", "10000000000"
-    ], "--d-prj"), "a port without a page": (["--ref", "good.png", "--port",
-                                              "8000"], "--rounds"), "words of a stage":
-    (["--stage", "clip", "--content",
-      "a cat"], "--content"), "rounds of a stage": (["--stage", "clip", "--rounds", "2"],
-                                                    "--rounds"), "a bottleneck of all weights":
-    (["--ref", "good.png", "--method", "full", "--d-prj",
-      "8"], "--d-prj"), "feedback without rounds": (["--ref", "good.png", "--feedback",
-                                                     "human"], "--rounds"), "data of a stage":
-    (["--ref", "good.png", "--data", "folder"], "--data"), "an object's words": ([
-        "--ref", "good.png", "--kind", "content", "--content", "a", "--method", "textual-inversion"
-    ], "--kind"), "no such prompts": ([
-        "--ref", "good.png", "--rounds", "2", "--pool-prompts", "nowhere.txt"
-    ], "nowhere.txt"), "both jobs": (["--ref", "good.png", "--stage", "muse"],
-                                     "--ref"), "a stage that is none": (["--stage",
-                                                                         "unet"], "unet"),
-    "a stage without a name": (["--stage"], "--stage"), "an option of another stage": ([
-        "--stage", "muse", "--gan-start", "0.5"
-    ], "--gan-start"), "no job": ([], "--ref"), "a preset for counting": ([
-        "--stage", "muse", "--preset", "paper"
-    ], "paper"), "no such data": (["--stage", "vqgan", "--preset", "toy", "--data",
-                                   "nowhere"], "nowhere"), "data without captions": ([
-                                       "--stage", "vqgan", "--preset", "toy", "--data", "folder"
-                                   ], "folder"),
+GOOD = "--ref good.png"
+BAD = {                                 # case: the options, a word of the line
+    "missing reference": ("--ref nothing.png", "nothing.png"),
+    "a folder": ("--ref folder", "folder"),
+    "a text file": ("--ref text.png", "text.png"),
+    "an empty file": ("--ref empty.png", "empty"),
+    "a cut picture": ("--ref cut.png", "cut.png"),
+    "one bad of two": ("--ref good.png nothing.png", "nothing.png"),
+    "a picture of one colour": ("--ref white.png", "one colour"),
+    "a panorama of sky": ("--ref pano.png", "its centre square"),
+    "an SVG": ("--ref drawing.svg", "convert it to PNG"),
+    "an empty name": ("--ref EMPTY", "--ref: is empty"),
+    "no steps": (f"{GOOD} --steps 0", "--steps"),
+    "steps in words": (f"{GOOD} --steps many", "--steps"),
+    "steps for years": (f"{GOOD} --steps 1000000000", "--steps"),
+    "a batch without end": (f"{GOOD} --batch 1000000000", "--batch"),
+    "a pool without end": (f"{GOOD} --rounds 2 --pool 1000000000000", "--pool"),
+    "rounds without end": (f"{GOOD} --rounds 1000000", "--rounds"),
+    "round steps for years": (f"{GOOD} --rounds 2 --round-steps 10000000000", "--round-steps"),
+    "a round's rate": (f"{GOOD} --rounds 2 --round-lr 1e9", "--round-lr"),
+    "a mask power": (f"{GOOD} --mask-power 1e9", "--mask-power"),
+    "lr nan": (f"{GOOD} --lr nan", "--lr"),
+    "lr inf": (f"{GOOD} --lr inf", "--lr"),
+    "lr zero": (f"{GOOD} --lr 0", "--lr"),
+    "lr too high": (f"{GOOD} --lr 1e9", "--lr"),
+    "a seed too large": (f"{GOOD} --seed 1{'0' * 30}", "--seed"),
+    "an unknown option": (f"{GOOD} --setps 3", "--setps"),
+    "too few contents": ("--ref good.png good.png --content cat", "2 references"),
+    "too many contents": (f"{GOOD} --content a cat", "not 2"),
+    "an empty content": (f"{GOOD} --content EMPTY", "empty"),
+    "out is somebody's folder": (f"{GOOD} --out folder", "not a run folder"),
+    "out is a file": (f"{GOOD} --out text.png", "not a run folder"),
+    "out under a file": (f"{GOOD} --out text.png/run", "text.png"),
+    "out cannot be made": (f"{GOOD} --out /proc/run", "no folder to write to"),
+    "a name too long": (f"{GOOD} --out {'a' * 300}", "too long"),
+    "out is empty": (f"{GOOD} --out EMPTY", "--out: is empty"),
+    "out is not UTF-8": (f"{GOOD} --out a\udcffb", "not UTF-8"),
+    "a reference is not UTF-8": ("--ref a\udcffb.png", "not UTF-8"),
+    "content is not UTF-8": (f"{GOOD} --content a\udcffb", "not UTF-8"),
+    "no such base": (f"{GOOD} --weights nowhere", "nowhere"),
+    "a damaged base": (f"{GOOD} --weights broken", "muse.pt"),
+    "an adapter as large as the base": (f"{GOOD} --d-prj 10000000000", "--d-prj"),
+    "a port without a page": (f"{GOOD} --port 8000", "--rounds"),
+    "a port without a person": (f"{GOOD} --rounds 2 --port 8000", "--feedback human"),
+    "a port beside --pick": (f"{GOOD} --rounds 2 --feedback human --pick 1 --port 8000", "--port"),
+    "a pool without rounds": (f"{GOOD} --pool 8", "--rounds"),
+    "feedback without rounds": (f"{GOOD} --feedback clip", "--rounds"),
+    "style words without style": (f"{GOOD} --rounds 2 --style-words --style=", "--style"),
+    "words of a stage": ("--stage clip --content cat", "--content"),
+    "rounds of a stage": ("--stage clip --rounds 2", "--rounds"),
+    "data of a stage": (f"{GOOD} --data folder", "--data"),
+    "a bottleneck of all weights": (f"{GOOD} --method full --d-prj 4", "--d-prj"),
+    "an unshared LoRA": (f"{GOOD} --method lora --unshared", "--unshared"),
+    "an object's words": (f"{GOOD} --kind content --content a --method textual-inversion",
+                          "--kind"),
+    "an object's style": (f"{GOOD} --kind content --content a --style b", "--style"),
+    "no such prompts": (f"{GOOD} --rounds 2 --pool-prompts nowhere.txt", "nowhere.txt"),
+    "both jobs": (f"{GOOD} --stage muse", "--ref"),
+    "a stage that is none": ("--stage unet", "unet"),
+    "a stage without a name": ("--stage", "--stage"),
+    "an option of another stage": ("--stage muse --gan-start 0.5", "--gan-start"),
+    "no job": ("", "--ref"),
+    "a preset for counting": ("--stage muse --preset paper", "paper"),
+    "no such data": ("--stage vqgan --preset toy --data nowhere", "nowhere"),
+    "data without captions": ("--stage vqgan --preset toy --data folder", "folder"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_refusals(refused, weights, picture, tmp_path, case):
     """One line that names the trouble, exit code 2, no file made or touched."""
-    arguments, word = BAD[case]
+    options, word = BAD[case]
+    arguments = [word.replace("EMPTY", "") for word in options.split()]
     picture("good.png")
+    Image.new("RGB", (90, 90), "white").save(tmp_path / "white.png")
+    wide = Image.new("RGB", (900, 90), "white")
+    wide.paste("red", (0, 0, 90, 90))
+    wide.save(tmp_path / "pano.png")
+    (tmp_path / "drawing.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:300])
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").touch()
@@ -216,6 +279,92 @@ def test_a_kill_while_tuning_leaves_nothing(tune, monkeypatch, tmp_path):
     monkeypatch.setattr(StyleDrop, "generate", killed)
     assert tune("--content", "a house", "--out", "a")[0] == 130
     assert [path.name for path in tmp_path.iterdir()] == ["ref.png"]
+
+
+@pytest.mark.parametrize("parameter", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_at_once(refused, weights, picture, monkeypatch, parameter):
+    """One line, nothing half written. Trap: all steps of NaN, then a traceback."""
+    calls, real = [], StyleDrop.new_adapter
+
+    def poisoned(self, *a, **k):
+        adapter = real(self, *a, **k)
+        calls.append(1)
+        with torch.no_grad():
+            next(adapter.parameters()).fill_(parameter)
+        return adapter
+    monkeypatch.setattr(StyleDrop, "new_adapter", poisoned)
+    ref = picture()
+    line = refused(train.main, "--ref", ref, "--content", "a house", "--style", "blurry",
+                   "--weights", weights, "--steps", 50, "--out", "a")
+    assert "step 1" in line and "lower" in line and "--lr" in line and len(calls) == 1
+
+
+def in_a_shell(folder, *arguments, **more):
+    return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, arguments)], cwd=folder,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def test_terminated(weights, picture, tmp_path):
+    """SIGTERM in the middle of the tuning: nothing is left. A kill leaves a folder; the next
+    run removes it, and only that of a process that is dead.
+    """
+    ref = picture()
+    command = ["--ref", ref, "--content", "a house", "--weights", weights, "--out", "runs/a"]
+    for number, left in ((signal.SIGTERM, 0), (signal.SIGKILL, 1)):
+        one = in_a_shell(tmp_path, *command, "--steps", 10**6)
+        until = time.time() + 60
+        while not list(tmp_path.glob("runs/.tuning-*")) and time.time() < until:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        one.send_signal(number)
+        one.wait(30)
+        assert len(list((tmp_path / "runs").iterdir())) == left
+    alive = tmp_path / f"runs/.tuning-{platform.node()}-{os.getpid()}-x"
+    alive.mkdir()
+    one = in_a_shell(tmp_path, *command, "--steps", 2)
+    assert one.wait(60) == 0
+    assert sorted((tmp_path / "runs").iterdir()) == [alive, tmp_path / "runs/a"]
+
+
+def test_head_does_not_end_the_training(weights, picture, tmp_path):
+    """`| head -1`: the reader is gone after a line; trap: a broken pipe ends the work."""
+    one = in_a_shell(tmp_path, "--ref", picture(), "--content", "a house", "--weights", weights,
+                     "--style", "blurry", "--steps", 200)
+    one.stdout.readline()
+    one.stdout.close()
+    assert one.wait(60) == 0 and one.stderr.read() == ""
+    assert sorted(content(tmp_path / "runs/ref")) == RUN
+
+
+def test_a_terminal_without_the_letters(weights, picture, tmp_path):
+    """Trap: everything is done, then the last line cannot be written."""
+    one = in_a_shell(tmp_path, "--ref", picture("caf\u00e9.png"), "--content", "a house",
+                     "--weights", weights, "--steps", 2,
+                     env=dict(os.environ, PYTHONIOENCODING="ascii"))
+    out, _ = one.communicate(timeout=60)
+    assert one.returncode == 0 and "runs/caf\\xe9" in out
+
+
+def test_next_line_is_for_the_shell(tune):
+    """Trap: a folder with a space or a quote, an object's name with brackets."""
+    out = tune("--content", "it's [V]", "--kind", "content", "--out", "runs/my house")[1]
+    words = shlex.split(out.splitlines()[-1])
+    assert words[:7] == ["next:", "python", "sample.py", "--prompt", "it's [V]", "--content",
+                         "runs/my house"]
+
+
+def test_from_another_folder(cli, monkeypatch):
+    """The shipped base and the examples lie beside the script, wherever the command is given."""
+    seen = []
+    monkeypatch.setattr(StyleDrop, "load", lambda weights, device: seen.append(weights) or Base)
+    monkeypatch.setattr(data, "read_reference", lambda path, size: seen.append(path) or 1 / 0)
+
+    class Base:
+        resolution = 16
+    with pytest.raises(ZeroDivisionError):
+        cli(train.main, "--ref", "examples/house_watercolor.png")
+    assert [Path(path) for path in seen] == [ROOT / "weights/tiny",
+                                             ROOT / "examples/house_watercolor.png"]
 
 
 # -- pretraining is handed over
