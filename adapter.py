@@ -59,7 +59,10 @@ class Tuned(nn.Module):
     (a plain dict) says how it was made: its base, style phrase, prompts and steps.
     """
     about = {}
-    superres = None         # the second stage's own adapter (Table S3, third column)
+
+    def __init__(self):
+        super().__init__()
+        self.superres = None    # the second stage's own adapter (Table S3, third column)
 
     def forward(self):
         """-> a function (h (B, P, D), layer, placement) -> h inside G's blocks, or None."""

@@ -123,7 +123,7 @@ def check_options(args, error):
     if not args.prompt and not args.words:
         error('say what to draw: --prompt "a cat"')
     for name in ("gamma", "gamma_sweep", "lambda_a_content"):
-        if getattr(args, name) not in (None, False) and not args.content:
+        if not (getattr(args, name) is None or getattr(args, name) is False) and not args.content:
             error(f"--{name.replace('_', '-')} is for two adapters: give --content RUN too")
     bare = args.style == "none" and not args.style_phrase and not args.content
     if bare and (args.lambda_grid or args.lambda_a is not None):
@@ -134,7 +134,7 @@ def check_options(args, error):
         error("give --gamma-sweep or --lambda-grid, not both")
     if (args.gamma_sweep or args.lambda_grid) and args.trace:
         error("--trace follows single pictures, not a sheet")
-    if args.lambda_grid and (len(args.prompt) > 1 or args.num > 1):
+    if args.lambda_grid and (len(args.prompt or ()) > 1 or args.num > 1):
         error("--lambda-grid draws one prompt and one seed")
     for path, suffix in ((args.out, ".png"), (args.trace, ".gif")):
         if path is not None and not path.lower().endswith(suffix):
@@ -156,7 +156,12 @@ def main():
     content = load_adapter(args.content) if args.content is not None else None
     if args.gamma_sweep and style is None and not args.style_phrase:
         parser.error("--gamma-sweep mixes a style and an object: give --style RUN or --style-phrase WORDS too")
-    phrase = args.style_phrase if args.style_phrase is not None else style.about["style"] if style else ""
+    styled = style or content or args.style_phrase
+    if (args.lambda_grid or args.lambda_a is not None) and not styled:
+        parser.error("lambda_A is a style's strength: give --style RUN or --style-phrase WORDS too")
+    phrase = args.style_phrase
+    if phrase is None:
+        phrase = style.about["style"] if style else ""
     for prompt in args.prompt:
         check_prompt(pipe, prompt, phrase)
     for adapter, name in ((style, "style"), (content, "content")):

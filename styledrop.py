@@ -45,7 +45,7 @@ def style_prompt(content, style):
     return f"{content} in {style} style" if style else content
 
 
-LAMBDA_A, LAMBDA_A_WORDS = 1.0, 5.0     # the strength of a style: of an adapter's, and of one that stands in words
+LAMBDA_A, LAMBDA_A_WORDS = 1.0, 2.0     # the strength of an adapter's style, and of one in words
 
 
 def guided_logits(tuned, base, null, lambda_a, lambda_b):
@@ -207,7 +207,7 @@ class Sampling:
 @dataclass
 class Tuning:
     """How an adapter is tuned."""
-    steps: int = 100                # [1000]
+    steps: int = 50                 # [1000]
     lr: float = 1e-3                # [3e-5]
     batch: int = 8                  # [8]
     d_prj: int = 4                  # H [4]; LoRA's rank
@@ -284,9 +284,10 @@ class StyleDrop:
 
     @property
     def base(self):
-        """Fingerprint of G: what an adapter must have been tuned on."""
+        """Fingerprint of both stages: what an adapter must have been tuned on."""
         if not hasattr(self, "_base"):
-            self._base = fingerprint(self.muse.state_dict())
+            second = self.superres.state_dict() if self.superres is not None else {}
+            self._base = fingerprint({**self.muse.state_dict(), **{"second." + k: v for k, v in second.items()}})
         return self._base
 
     # -- sampling
@@ -324,8 +325,11 @@ class StyleDrop:
         ids = self.sample_tokens(self.muse, t, c, style, content, s, generators, on_step)
         if self.superres is not None and s.superres:
             second = replace(s, lambda_a=1.0, lambda_a_content=1.0, lambda_b=0.0, steps=12)
-            style, content = style and style.superres, content and content.superres
-            ids = self.sample_tokens(self.superres, t, c, style, content, second, generators, on_step, ids)
+            mixed = content is not None and (style is not None or t != c)
+            style, content = (adapter and adapter.superres or (Tuned() if mixed else None)
+                              for adapter in (style, content))       # Tuned(): nothing learned
+            ids = self.sample_tokens(self.superres, t, c, style, content, second, generators,
+                                     on_step, ids)
         side = math.isqrt(ids.shape[1])
         return self.vqgan.decode(ids.view(-1, side, side))
 
@@ -409,7 +413,8 @@ class StyleDrop:
         low = self.vqgan.encode(small).flatten(1)                                # (R, N)
         adapter = self.new_adapter(how, style, generator).to(self.device)
         self.fit(self.muse, adapter, low, texts, how, generator, on_step)
-        if self.superres is not None and images.shape[-1] == self.resolution and how.superres and how.method == "adapter":
+        both = self.superres is not None and how.superres and how.method == "adapter"
+        if both and images.shape[-1] == self.resolution:
             c, high = self.superres.config, self.vqgan.encode(images).flatten(1)
             second = Adapter(c.width, SECOND.d_prj, c.depth, SECOND.is_shared, generator).to(self.device)
             self.fit(self.superres, second, high, texts, SECOND, generator, on_step, low)

@@ -33,7 +33,7 @@ import data
 from adapter import METHODS
 from human_feedback.rounds import (ROUND, check_rounds, finished, further_rounds, made, read_json,
                                    read_prompts, say, write_json, write_log)
-from styledrop import (RARE_TOKEN, WEIGHTS, Parser, StyleDrop, check_device, check_prompt,
+from styledrop import (RARE_TOKEN, WEIGHTS, Parser, StyleDrop, Tuning, check_device, check_prompt,
                        fingerprint, number, run_command, style_prompt, to_tensor, to_uint8)
 
 ROOT = Path(__file__).parent
@@ -326,8 +326,8 @@ def main():
         help="H of the later, unshared adapters (default %(default)s)")
     add = parser.add_argument_group("how").add_argument
     add("--stage", choices=STAGES, help="pretrain this part of the base; with --help: how")
-    add("--steps", type=count(10**6), default=100, help="(default %(default)s)")
-    add("--batch", type=count(4096), default=8, help="(default %(default)s)")
+    add("--steps", type=count(10**6), default=Tuning.steps, help="(default %(default)s)")
+    add("--batch", type=count(4096), default=Tuning.batch, help="(default %(default)s)")
     add("--lr", type=rate, help="learning rate (default 1e-3; other methods have their own)")
     add("--mask-power", type=number(float, 0, strict=True, high=100), default=2,
         help="1: Muse's law of masking; more masks more (default %(default)s)")

@@ -138,8 +138,10 @@ def phrase(scene, rng=None):
         if len(set(others)) == len(others) and keeps_the_rule(scene, others):
             words = others
     article = "a" if rng is None else pick(rng, ARTICLES)
-    numbered = rng is None or rng.random() > UNNUMBERED
     colours = scene.colours or ("",) * len(words)
+    numbered = rng is None or rng.random() > UNNUMBERED
+    if scene.count > 1 and not numbered:                    # "green notes" may be one tile's name
+        numbered = is_ambiguous(scene, noun_phrase(words[0], colours[0], scene.count, "", False))
     return " and ".join(noun_phrase(word, colour, scene.count, article, numbered)
                         for word, colour in zip(words, colours))
 
@@ -185,6 +187,16 @@ def keeps_the_rule(scene, words):
     held_out, meant = is_held_out(scene), [english.meanings().get(word, ()) for word in words]
     return all(is_held_out(Scene(things, scene.colours)) == held_out
                for things in itertools.product(*meant) if len(set(things)) == len(things))
+
+
+def is_ambiguous(scene, words):
+    """Whether a plural without a number may also mean one coloured thing across the line.
+
+    Three green "musical-note" are "green musical notes", and so is one green "musical-notes".
+    """
+    colour, _, noun = words.partition(" ")
+    return colour in COLOURS and any(is_held_out(Scene((name,), (colour,))) != is_held_out(scene)
+                                     for name in english.meanings().get(noun, ()))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def token_loss(pipe, ids, captions, ratio, generator):
     for rows in torch.arange(len(ids)).split(32):
         x = ids[rows].to(pipe.device)
         mask = torch.rand(x.shape, generator=generator).argsort(1).argsort(1).to(pipe.device) < count
-        logits = pipe.muse(x.masked_fill(mask, c.mask_id), *pipe.embed([captions[i] for i in rows]))     # (B, N, V)
+        logits = pipe.muse(x.masked_fill(mask, c.mask_id), *pipe.embed(pipe.muse, [captions[i] for i in rows]))
         loss = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="none").view(x.shape)
         losses += ((loss * mask).sum(1) / count).tolist()
         right += (((logits.argmax(-1) == x) & mask).sum(1) / count).tolist()

@@ -43,9 +43,10 @@ def main():
     lines = ["| reference | train.py | peak memory | sample.py | peak memory |", "|---|---|---|---|---|"]
     sheets, same = [], None
     with tempfile.TemporaryDirectory() as folder:
-        for file, content, *_ in rows:
+        for file, content, words, *_ in rows:
             run, picture = Path(folder) / Path(file).stem, Path(folder) / "sample.png"
-            tune = ("train.py", "--ref", f"examples/{file}", "--content", content, "--out", run)
+            tune = ("train.py", "--ref", f"examples/{file}", "--content", content, "--style", words,
+                    "--out", run)
             draw = ("sample.py", "--prompt", "a cat", "--style", run, "--out", picture)
             tuning, tuning_memory, said = measured(*tune)
             sampling, sampling_memory, _ = measured(*draw)

@@ -556,7 +556,7 @@ def measure_command(args, about):
         f"{args.scenes} real drawings a row. Trained by `{saved['provenance']['command']}` in "
         f"{saved['provenance']['seconds']} s. The base was trained on all but OpenMoji.",
         *table(found["classifier"])]
-    if args.choose:
+    if args.choose and found["sweep"]:
         lines += ["## Sampling settings", "", f"On {len(half)} other names; one knob after the "
                   "other, the best value by named / distance kept. Only the plain prompts above "
                   "are of names that the sweep did not meet.", *table(found["sweep"])]

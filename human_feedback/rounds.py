@@ -82,7 +82,7 @@ POOL_PROMPTS = """a dog; a cat; a fox; an owl; a horse; a fish; a turtle; a butt
     cherries; a strawberry; a mushroom; a church; a castle; a house; a hut; a tent; a sailboat;
     an automobile; a rocket; a guitar; a teapot"""
 POOL_PROMPTS = [prompt.strip() for prompt in POOL_PROMPTS.split(";")]
-ROUND = dict(steps=200, lr=1e-3, d_prj=8)                    # of the adapters after the first
+ROUND = dict(steps=100, lr=1e-3, d_prj=8)                    # of the adapters after the first
 MOST_POOL = 5000                        # pictures: Pillow opens no larger pool.png
 
 

@@ -18,8 +18,8 @@ from clip_feedback import Tokenizer, train_merges
 from muse import PRESETS, Muse, MuseConfig, decode, masked_loss, random_mask
 from pretrain.common import (Replay, Run, Steps, batches, load_vqgan, optimisers_for, pictures,
                              processes, set_rate, stage_parser, start, to_float, update_average)
-from styledrop import (autocast, grid, guided_logits, load_model, number, run_command, save_model, to_uint8,
-                       write_whole)
+from styledrop import (autocast, grid, guided_logits, load_model, number, run_command, save_model,
+                       to_uint8, write_whole)
 
 
 def main(argv=None):
@@ -42,7 +42,8 @@ def main(argv=None):
     model = Muse(config)
     if args.init:
         earlier, saved = load_model(args.init, "muse", MuseConfig, Muse)
-        if saved["config"] != asdict(config) or saved["merges"] != [" ".join(p) for p in tokenizer.merges]:
+        merges = [" ".join(pair) for pair in tokenizer.merges]
+        if saved["config"] != asdict(config) or saved.get("merges") != merges:
             raise ValueError(f"{args.init} has other sizes or words than this run; leave --init out")
         model.load_state_dict(earlier.state_dict())
     model = model.to(args.device)

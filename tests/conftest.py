@@ -1,5 +1,7 @@
 """Shared by all tests: a random base at toy size, its weights, adapters, the two commands."""
 
+import functools
+import inspect
 import sys
 from dataclasses import replace
 
@@ -9,13 +11,14 @@ import torch
 from PIL import Image
 
 import clip_feedback
+import data
 import muse as muse_
 import pretrain.common
 import styledrop
 import vqgan as vqgan_
 from adapter import Adapter
 from clip_feedback import CLIP, Tokenizer, train_merges
-from muse import Muse
+from muse import SUPERRES, Muse
 from styledrop import StyleDrop, run_command, save_model
 from vqgan import VQGAN
 
@@ -78,6 +81,28 @@ def exact(monkeypatch):
         monkeypatch.setattr(module, "fast_bf16", lambda device: False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def drawings_once():
+    """The sheets are read once for each choice of sets and size; the other options are set anew."""
+    real, read = data.Art.__init__, {}
+    signature = inspect.signature(real)
+
+    @functools.wraps(real)
+    def init(self, *a, **k):
+        given = signature.bind(self, *a, **k)
+        given.apply_defaults()
+        options = dict(list(given.arguments.items())[1:])
+        key = str([options.pop(name) for name in ("sets", "role", "size")])
+        if key not in read:
+            real(self, *a, **k)
+            self.drawings.flags.writeable = False
+            read[key] = dict(vars(self))
+        vars(self).update(read[key] | options)
+    data.Art.__init__ = init
+    yield
+    data.Art.__init__ = real
+
+
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """A weights folder as pretraining writes it, untrained."""
@@ -90,8 +115,25 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pipe(weights):
-    """The toy pipeline. Shared: tests that change it take a copy."""
+    """The toy pipeline, of one stage. Shared: tests that change it take a copy."""
     return StyleDrop.load(weights, "cpu")
+
+
+@pytest.fixture(scope="session")
+def weights2(weights, tmp_path_factory):
+    """The same with a second stage."""
+    folder = tmp_path_factory.mktemp("weights2")
+    for file in weights.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    save_model(folder / "superres.pt", "superres", toy_muse(preset="toy", presets=SUPERRES), {},
+               merges=save_merges(TOKENIZER))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipe2(weights2):
+    """The toy pipeline of both stages."""
+    return StyleDrop.load(weights2, "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +143,7 @@ def make_adapter(pipe):
     """
     def make(seed=0, sd=0.3, style="watercolor painting", base=None):
         c = pipe.muse.config
-        adapter = Adapter(c.width, 4, c.layers, True, torch.Generator().manual_seed(seed))
+        adapter = Adapter(c.width, 4, c.depth, True, torch.Generator().manual_seed(seed))
         adapter.about = dict(base=base or pipe.base, style=style)
         return (shake(adapter, sd, seed) if sd else adapter).requires_grad_(False)
     return make

@@ -15,7 +15,7 @@ flat = lambda theta: {name: p.detach().clone() for name, p in theta.state_dict()
 @pytest.fixture
 def tune(pipe):
     return lambda method, steps=4, lr=1e-2, **options: pipe.tune(noise_images(
-        2), ["a cat", "a house"], PHRASE, steps, lr, d_prj=2, method=method, **options)
+        2), ["a cat", "a house"], PHRASE, steps=steps, lr=lr, d_prj=2, method=method, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -42,7 +42,7 @@ def test_only_theta_learns(pipe, tune, method):
         for name, p in part.state_dict().items()
     }
     losses = []
-    theta = tune(method, steps=30, on_step=lambda step, loss: losses.append(loss))
+    theta = tune(method, steps=30, on_step=lambda step, steps, loss: losses.append(loss))
     after = {
         name: p
         for part in (pipe.muse, pipe.clip, pipe.vqgan)
@@ -94,7 +94,8 @@ def test_full_fine_tuning_has_every_parameter_but_those_of_t(pipe, tune):
 def test_t_reads_as_before(pipe, tune, method):
     """Only textual inversion changes what a text means, and only where its words stand."""
     theta = tune(method, lr=0.1)
-    before, after = pipe.embed(["a house", PHRASE]), pipe.embed(["a house", PHRASE], theta)
+    read = lambda *theta: pipe.embed(pipe.muse, ["a house", PHRASE], *theta)
+    before, after = read(), read(theta)
     assert torch.equal(before[1], after[1]) and torch.equal(before[0][0], after[0][0])
     assert torch.equal(before[0][1], after[0][1]) == (method != "textual-inversion")
 
@@ -116,7 +117,15 @@ def test_textual_inversion_changes_only_its_words(pipe, tune):
 
 def test_textual_inversion_needs_words(pipe):
     with pytest.raises(ValueError, match="words of the style phrase"):
-        pipe.tune(noise_images(1), ["a cat"], "", 1, method="textual-inversion")
+        pipe.tune(noise_images(1), ["a cat"], "", steps=1, method="textual-inversion")
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_they_tune_the_first_stage_alone(pipe2, method):
+    """And draw both. Trap: the second stage's adapter of a method that has none."""
+    theta = pipe2.tune(noise_images(2, 32), ["a cat", "a house"], PHRASE, steps=1, method=method)
+    assert theta.superres is None
+    assert pipe2.generate("a cat", theta, steps=1).shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("method", OTHERS)

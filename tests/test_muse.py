@@ -11,7 +11,8 @@ from conftest import TOKENIZER, shake, toy_muse
 
 import muse as muse_
 import vqgan
-from muse import PRESETS, SUPERRES, Muse, decode, mask_ratio, masked_loss, random_mask
+from muse import (PRESETS, SUPERRES, Muse, decode, draw_tokens, mask_ratio, masked_loss,
+                  no_adapter, random_mask, uniform)
 
 TOY = PRESETS["toy"]
 N, V, MASK = TOY.tokens, TOY.codebook_size, TOY.mask_id
@@ -214,8 +215,8 @@ def trace(logits_fn, n=N, v=V, steps=6, temperature=4.5, seed=0, batch=2):
         seen.append((ids.clone(), logits_fn(ids, step)))
         return seen[-1][1]
     out = decode(
-        spy, batch, n, v, steps, temperature, generator(seed),
-        lambda step, drawn, kept: steps_seen.append((*seen[step], drawn.clone(), kept.clone())))
+        spy, batch, n, v, steps, temperature, generator(seed), on_step=lambda step, drawn, kept:
+        steps_seen.append((*seen[step], drawn.clone(), kept.clone())))
     assert len(steps_seen) == len(seen) == steps
     return out, steps_seen
 
@@ -228,9 +229,8 @@ def test_decode_follows_the_official_rule(monkeypatch, temperature, steps):
     Traps: confidence by raw logit; the most confident masked again; annealing that compounds
     (temperature *= 1 - ratio) or stands still; ratio = k / T; known tokens without +inf.
     """
-    noise, draw = [], torch.Tensor.exponential_
-    monkeypatch.setattr(torch.Tensor, "exponential_",
-                        lambda x, **k: noise.append(draw(x, **k).clone()) or noise[-1])
+    noise, draw = [], muse_.uniform
+    monkeypatch.setattr(muse_, "uniform", lambda *a: noise.append(draw(*a)) or noise[-1])
     n = 40
     out, seen = trace(table(n), n, steps=steps, temperature=temperature)
     known = np.zeros((2, n), bool)
@@ -240,7 +240,11 @@ def test_decode_follows_the_official_rule(monkeypatch, temperature, steps):
         for b in range(2):
             x = logits[b].double().numpy()
             log_p = x - np.log(np.exp(x).sum(1, keepdims=True))
-            gumbel = -np.log(noise[k][b].numpy())
+            u = noise[k][b].double().numpy()                # one to draw by, one for the order
+            cumulative = np.sort(np.exp(log_p), 1)[:, ::-1].cumsum(1)
+            by_hand = np.argsort(-log_p, 1)[np.arange(n), (cumulative < u[0][:, None]).sum(1)]
+            assert (by_hand == drawn[b].numpy())[~known[b]].all()
+            gumbel = -np.log(-np.log(u[1]))
             confidence = log_p[np.arange(n), drawn[b]] + temperature * (1 - ratio) * gumbel
             confidence[known[b]] = np.inf
             known[b] = True
@@ -321,6 +325,55 @@ def test_decode_hangs_on_its_generator_alone():
         return trace(table(N), seed=seed)[0]
     assert torch.equal(run(1, 2), run(1, 3)) and not torch.equal(run(1, 2), run(2, 2))
     assert not torch.equal(*run(1, 2))                      # nor are two pictures of a batch alike
+
+
+def test_tokens_are_drawn_by_the_softmax():
+    """Chi-squared against the exact probabilities, over all and over the three likeliest.
+
+    Traps: the k-th probability left out; what is outside the k still drawn; no renormalising.
+    """
+    logits = torch.randn(8, generator=generator()) * 1.5
+    for top_k, most in ((0, 24.3), (8, 24.3), (3, 13.8), (1, 0)):                # p = .001
+        drawn = draw_tokens(logits.expand(1, 20_000, 8), top_k, uniform(generator(1), 1, 20_000))
+        kept = logits.argsort(descending=True)[:top_k or 8]
+        expected = 20_000 * logits[kept].double().softmax(0)
+        counts = torch.bincount(drawn.flatten(), minlength=8)
+        assert counts[kept].sum() == 20_000
+        assert ((counts[kept] - expected) ** 2 / expected).sum() <= most
+    ends = torch.tensor([[1e-20, 1 - 2 ** -24]])            # of the uniform numbers
+    assert draw_tokens(logits.expand(1, 2, 8), 3, ends)[0].tolist() == kept_ends(logits)
+
+
+kept_ends = lambda logits: logits.argsort(descending=True)[[0, 2]].tolist()
+
+
+def test_top_k_reaches_the_decoding():
+    """No token outside the k likeliest of its own place. Trap: top_k in place of on_step."""
+    logits = torch.randn(1, N, V, generator=generator())
+    likeliest = logits.topk(3, -1).indices[0]
+    draw = lambda **k: decode(lambda ids, step: logits.expand(4, N, V), 4, N, V, 5, 1.0,
+                              generator(), **k)
+    inside = lambda ids: (ids[..., None] == likeliest).any(-1)
+    assert inside(draw(top_k=3)).all() and not inside(draw()).all()
+
+
+def test_a_row_does_not_depend_on_its_company(muse):
+    """Generators of their own: alone, in company, at another place of the batch, the same bits.
+
+    Trap: one generator runs on through the rows, and the second picture hangs on the first.
+    """
+    text = some_text(1)
+
+    def draw(*seeds):
+        fn = lambda ids, step: torch.cat([muse(row[None], text, all_of(1)) for row in ids])
+        return decode(fn, len(seeds), N, MASK, 5, 1.0, [generator(s) for s in seeds], 8)
+    company = draw(5, 6, 7)
+    for row, seed in enumerate((5, 6, 7)):
+        assert torch.equal(company[row], draw(seed)[0])
+    assert torch.equal(draw(7, 5)[1], company[0])
+    assert len({tuple(row.tolist()) for row in company}) == 3
+    numbers = uniform([generator(5), generator(6)], 2, 3, 4)
+    assert torch.equal(numbers[:1], uniform(generator(5), 1, 3, 4))
 
 
 # -- T
@@ -415,7 +468,7 @@ def test_a_low_token_has_the_position_of_what_lies_over_it(patch):
     muse = toy_muse(preset="toy", presets=SUPERRES, patch=patch, low_layers=0)
     muse.row.normal_(generator=generator(1)), muse.col.normal_(generator=generator(2))
     muse.low_token.weight.zero_()
-    states = muse.low_states(torch.zeros(1, 16, dtype=torch.long))[0]            # (4 * 4, D)
+    states = muse.low_states(torch.zeros(1, 16, dtype=torch.long), no_adapter)[0]  # (4 * 4, D)
     for i in range(4):
         for j in range(4):
             row, col = 2 * i // patch, 2 * j // patch       # its first high token is (2 i, 2 j)

@@ -513,6 +513,36 @@ def test_the_average_is_what_ships(stage, name):
     assert said["stage"] == name and {"minutes", "machine", "data", "seed", "lr"} <= said.keys()
 
 
+@pytest.mark.parametrize("wrong", [None, "sizes", "words", "no words", "a vqgan", "nothing"])
+def test_init(stage, weights, monkeypatch, wrong):
+    """All weights of an earlier run, of the same sizes and words, or one line.
+
+    Traps: what does not fit is left at chance; the average starts elsewhere than the model.
+    """
+    monkeypatch.setattr(pretrain.muse, "set_rate", lambda optimisers, *a: [
+        group.update(lr=0.0) for optimiser in optimisers for group in optimiser.param_groups])
+    stage("muse", "first", "--steps", 1)
+    saved, path = torch.load("first/muse.pt", weights_only=True), Path("first/muse.pt")
+    if wrong == "sizes":                                    # the same weights, read otherwise
+        saved["config"]["heads"] = 4
+    elif wrong == "words":
+        saved["merges"] = saved["merges"][::-1]
+    elif wrong == "no words":
+        del saved["merges"]
+    torch.save(saved, path)
+    if wrong in ("a vqgan", "nothing"):
+        path = weights / "vqgan.pt" if wrong == "a vqgan" else Path("nothing.pt")
+    code, _, err = stage("muse", "second", "--steps", 2, "--seed", 5, "--init", path)
+    if wrong:
+        assert code == 2 and err.count("\n") == 1 and str(path) in err, err
+        assert not Path("second").exists()
+        return
+    assert code == 0, err
+    for part in ("model", "average"):
+        found = checkpoint("second")["parts"][part]
+        assert all(torch.equal(found[k].half(), p) for k, p in saved["weights"].items())
+
+
 def test_base_from_scratch(stage, tmp_path, monkeypatch):
     """The stages in order give a folder that tuning and sampling accept."""
     for name in ("muse", "superres"):
@@ -522,7 +552,7 @@ def test_base_from_scratch(stage, tmp_path, monkeypatch):
         assert code == 0, err
         (tmp_path / "base" / "checkpoint.pt").unlink()
     pipe = StyleDrop.load("base", "cpu")
-    assert pipe.generate("a cat", steps=2).shape == (1, 3, 16, 16)
+    assert pipe.generate("a cat", steps=2).shape == (1, 3, 32, 32)
     assert pipe.words == set(VOCABULARY) and pipe.clip.tokenizer.vocab_size > 514
     assert set(pipe.tokenizer.decode(pipe.tokenizer("a cat", 16)[0]).split()) == {"a", "cat"}
     with Image.open("base/samples.png") as sheet:

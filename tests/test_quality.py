@@ -31,7 +31,8 @@ class Pipe:
     vqgan = SimpleNamespace(encode=lambda x: x, decode=lambda x: x)
     side = 64
 
-    def generate(self, prompts, seed=0, steps=18, lambda_b=3.0, temperature=1.0):
+    def generate(self, prompts, seed=0, steps=18, lambda_b=3.0, temperature=1.0, top_k=8,
+                 superres=True):
         self.asked = dict(prompts=prompts, steps=steps, lambda_b=lambda_b)
         generator = torch.Generator().manual_seed(seed)
         coarse = torch.rand(len(prompts), 3, 8, 8, generator=generator) * 2 - 1
@@ -247,7 +248,7 @@ def test_the_page_has_the_controls_and_what_real_drawings_score(tmp_path, monkey
     for row in ("control: class mean", "control: one decoding step", "given back by the tokenizer",
                 "never seen", "OpenMoji"):
         assert row in page
-    assert found["names"] == 4 and set(found["sampling"]) == {"lambda_b", "temperature", "steps"}
-    assert len(found["sweep"]) == 3    # the defaults, lambda_b 1, steps 2: none twice
+    assert found["names"] == 4 and set(found["sampling"]) == set(sweep)
+    assert len(found["sweep"]) == 4    # the defaults, lambda_b 3, steps 2, top_k 0: none twice
     for sheet in ("things_styles", "colours_things", "counts", "two_things"):
         assert (tmp_path / f"{sheet}.png").stat().st_size < 500_000

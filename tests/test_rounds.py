@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import socket
 from pathlib import Path
 
@@ -40,6 +41,24 @@ def rounds(cli, weights, picture, tmp_path):
         train.main, "--ref", ref, "--content", "a house", "--style", "watercolor painting",
         "--weights", weights, "--steps", 2, "--round-steps", 3, "--round-d-prj", 2, "--pool", 4,
         "--pool-prompts", "prompts.txt", "--out", "runs/a", "--rounds", 2, *options)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.fixture
+def finished(rounds, made):
+    """finished(options): runs/a as rounds(options) leaves it, which is made only once."""
+    def run(*options):
+        kept = made / "-".join(["run", *options])
+        if kept.exists():
+            shutil.copytree(kept, "runs/a")
+        else:
+            assert rounds(*options)[0] == 0
+            shutil.copytree("runs/a", kept)
+    return run
 
 
 @pytest.fixture
@@ -207,9 +226,9 @@ def test_the_same_bytes_interrupted_or_not(rounds, monkeypatch, tmp_path):
     (["--style-words"], "style-words"), (["--round-steps", 4], "steps"),
     (["--round-lr", 0.01], "lr"), (["--round-d-prj", 3], "d-prj"),
     (["--pool-prompts", "other.txt"], "prompts")])
-def test_another_wish_is_refused(rounds, options, words):
+def test_another_wish_is_refused(rounds, finished, options, words):
     """Trap: pool, choice and adapter of round 2 are replaced in silence."""
-    rounds()
+    finished()
     Path("other.txt").write_text("a cat\na tree\n")
     before = stamp("runs/a")
     code, _, err = rounds(*options)
@@ -225,10 +244,10 @@ def test_another_wish_is_refused(rounds, options, words):
     (["--pick", "2"], "another chosen (human chose 1, 5, 9)"),
     (["--steps", 3], "another steps;"), (["--batch", 4], "another batch;"),
     (["--style", "flat vector"], "another style;")])
-def test_a_persons_choice_is_never_replaced(rounds, monkeypatch, first, options, words):
+def test_a_persons_choice_is_never_replaced(rounds, finished, monkeypatch, first, options, words):
     """Whether made by number or on the page. The line says what is there, and what to do."""
     monkeypatch.setattr(human_feedback, "pick", lambda *a, **k: [0, 4, 8])
-    assert rounds("--feedback", "human", *first)[0] == 0
+    finished("--feedback", "human", *first)
     before = stamp("runs/a")
     code, _, err = rounds("--feedback", "human", *options)
     assert code == 2 and words in err and "--out" in err and err.count("\n") == 1
@@ -294,9 +313,9 @@ def test_what_would_be_found_late_is_found_first(rounds, monkeypatch, options, w
                                   "round2/picking.json", "round2/adapter.json"])
 @pytest.mark.parametrize("damage", [b"", b"[]", b"3", b"{", b"\xff", b"[" * 100_000,
                                     b'{"a": ' * 20_000])
-def test_damaged_files(rounds, name, damage):
+def test_damaged_files(rounds, finished, name, damage):
     """One line, and nothing is made over the damage."""
-    rounds("--feedback", "human", "--pick", "3,7")
+    finished("--feedback", "human", "--pick", "3,7")
     Path("runs/a", name).write_bytes(damage)
     before = stamp("runs/a")
     code, _, err = rounds("--feedback", "human", "--pick", "3,7")
@@ -305,8 +324,8 @@ def test_damaged_files(rounds, name, damage):
 
 
 @pytest.mark.parametrize("chosen", [None, [], "all", [99], ["1"], [True], {"1": 2}, [[1]]])
-def test_a_choice_of_another_type(rounds, chosen):
-    rounds("--feedback", "random")
+def test_a_choice_of_another_type(rounds, finished, chosen):
+    finished("--feedback", "random")
     path = Path("runs/a/round2/choice.json")
     path.write_text(json.dumps(dict(json.loads(path.read_text()), chosen=chosen)))
     before = stamp("runs/a")

@@ -1,8 +1,10 @@
 """sample.py: which style is used and said, what is written, and refusals that write nothing."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 
 import sample
-from styledrop import StyleDrop, load_adapter, to_uint8
+from styledrop import Sampling, StyleDrop, load_adapter, to_uint8
 
 ROOT = Path(sample.__file__).parent
 
@@ -38,7 +40,7 @@ def test_newest_run_is_used_and_named(draw, pipe):
     """
     code, out, err = draw("--prompt", "a cat", "--scale", 1)
     assert code == 0 and err == ""
-    assert out.splitlines() == [f"style: {Path('runs/new')}, the newest run", "sample.png"]
+    assert out.splitlines() == [f"style: {Path('runs/new')}, the newest run", "sample.png: seed 0"]
     expected = lambda style: to_uint8(
         pipe.generate(["a cat"], style and load_adapter(style), steps=3))[0]
     assert np.array_equal(picture(), expected("runs/new"))
@@ -47,7 +49,8 @@ def test_newest_run_is_used_and_named(draw, pipe):
     assert np.array_equal(picture(), expected("runs/old"))
     assert not np.array_equal(picture(), expected("runs/new"))
     for style in ("runs/new", "runs/new/adapter.pt"):
-        assert draw("--prompt", "a cat", "--scale", 1, "--style", style)[1] == "sample.png\n"
+        out = draw("--prompt", "a cat", "--scale", 1, "--style", style)[1]
+        assert out == "sample.png: seed 0\n"
         assert np.array_equal(picture(), expected("runs/new"))
     assert draw("--prompt", "a cat", "--scale", 1, "--style", "none")[0] == 0
     assert np.array_equal(picture(), expected(None))
@@ -55,44 +58,53 @@ def test_newest_run_is_used_and_named(draw, pipe):
 
 def test_no_run_yet(cli, weights):
     code, out, _ = cli(sample.main, "--weights", weights, "--prompt", "a cat", "--steps", 2)
-    assert code == 0 and "no run yet" in out and picture().shape == (64, 64, 3)
+    assert code == 0 and "no run yet" in out and picture().shape == (32, 32, 3)
 
 
 @pytest.mark.parametrize("options, rows, columns",
                          [(["--prompt", "a cat", "--num", "3"], 1, 3),
                           (["--prompt", "a cat", "--prompt", "a house", "--num", "2"], 2, 2),
-                          (["--prompt", "a cat"] * 3, 1, 3), (["--prompt", "a cat"] * 9, 2, 8),
-                          (["--prompt", "a cat", "--num", "18"], 1, 18)])
+                          (["--prompt", "a cat"] * 3, 3, 1), (["--prompt", "a cat"] * 9, 9, 1),
+                          (["--prompt", "a cat", "--num", "18"], 3, 8)])
 def test_grids(draw, options, rows, columns):
-    """A row for each prompt; more pictures than go through at once come out all the same,
-    and all different.
+    """One prompt in rows of eight, several in a row each, with words beside them.
+
+    More pictures than go through at once come out all the same, and all different.
     """
     assert draw(*options, "--scale", 2, "--out", "grids/a.png")[0] == 0
-    sheet = picture("grids/a.png")
-    assert sheet.shape == (rows * 34 + 2, columns * 34 + 2, 3)
-    cells = {sheet[2:34, 2 + 34 * i:34 + 34 * i].tobytes() for i in range(columns)}
-    assert len(cells) == columns
+    sheet, count = picture("grids/a.png"), len(options) // 2 if "--num" not in options else int(
+        options[-1]) * options.count("--prompt")
+    named = options.count("--prompt") > 1
+    left, top, gap = (96, 18, 4) if named else (2, 2, 2)
+    assert sheet.shape == ((rows * 36 + 18, columns * 36 + 96, 3) if named else
+                           (rows * 34 + 2, columns * 34 + 2, 3))
+    cells = [sheet[y:y + 32, x:x + 32] for y in range(top, len(sheet) - 31, 32 + gap)
+             for x in range(left, sheet.shape[1] - 31, 32 + gap)]
+    assert len(cells) == rows * columns and len({cell.tobytes() for cell in cells[:count]}) == count
+    assert all((cell == 255).all() for cell in cells[count:])
+    assert not named or (sheet[top:, :90] < 100).any()
 
 
 def test_options_reach_the_sampler(draw, monkeypatch):
     """Trap: positional arguments in the wrong order."""
     seen, real = [], StyleDrop.generate
-    names = [
-        "prompts", "style", "content", "lambda_a", "lambda_b", "gamma", "steps", "temperature",
-        "seed", "negative", "style_phrase", "on_step", "lambda_a_content"
-    ]
+    names = ["prompts", "style", "content", "seed", "on_step"]
     monkeypatch.setattr(
         StyleDrop, "generate",
         lambda self, *a, **k: seen.append(dict(zip(names, a), **k)) or real(self, *a, **k))
     assert draw("--prompt", "a cat", "--style", "runs/new", "--content", "runs/old", "--lambda-a",
                 1.5, "--lambda-b", 4, "--lambda-a-content", 0, "--gamma", 0.25, "--temperature", 3,
-                "--steps", 2, "--seed", 9)[0] == 0
+                "--steps", 2, "--seed", 9, "--top-k", 5, "--negative", "blurry", "--style-phrase",
+                "gold", "--no-superres")[0] == 0
     call, = seen
     for role, run in (("style", "runs/new"), ("content", "runs/old")):
         assert torch.equal(call[role].generators["mlp"].up, load_adapter(run).generators["mlp"].up)
-    assert [call[name] for name in names[3:8]] == [1.5, 4, 0.25, 2, 3]
-    assert call["seed"].initial_seed() == 9
-    assert call["lambda_a_content"] == 0
+    assert {name: call[name] for name in call if name not in names} == asdict(
+        Sampling(1.5, 0, 4, 0.25, 2, 3, 5, "blurry", "gold", False))
+    assert call["prompts"] == ["a cat"] and call["seed"] == 9
+    seen.clear()
+    draw("--prompt", "a cat", "--style", "none")            # and the defaults are the pipeline's
+    assert {k: v for k, v in seen[0].items() if k not in names} == asdict(Sampling(steps=3))
 
 
 def test_the_same_command_gives_the_same_bytes(draw):
@@ -102,13 +114,71 @@ def test_the_same_command_gives_the_same_bytes(draw):
     assert a == b and a != c
 
 
+def test_each_picture_is_the_one_of_its_seed(draw):
+    """--num 4 --seed 7 are the pictures of seeds 7, 8, 9 and 10, which are said.
+
+    Also across what is drawn at once. Trap: only the first can be drawn again.
+    """
+    _, out, _ = draw("--prompt", "a cat", "--num", 4, "--seed", 7, "--scale", 1)
+    assert out.endswith("sample.png: seed 7 to 10\n")
+    sheet = picture()
+    for i in range(4):
+        assert draw("--prompt", "a cat", "--seed", 7 + i, "--scale", 1, "--out", "one.png")[0] == 0
+        assert np.array_equal(picture("one.png"), sheet[2:18, 2 + 18 * i:18 + 18 * i])
+    draw("--prompt", "a cat", "--num", 18, "--scale", 1)
+    draw("--prompt", "a cat", "--seed", 17, "--scale", 1, "--out", "one.png")
+    assert np.array_equal(picture("one.png"), picture()[38:54, 20:36])
+
+
+def test_the_png_says_how_it_was_drawn(draw, pipe):
+    """Prompt, seed, style, base and settings, in any script. Trap: Latin-1 text chunks."""
+    draw("--prompt", "a cat", "--prompt", "кот 🐱", "--seed", 3, "--num", 2, "--top-k", 4)
+    with Image.open("sample.png") as image:
+        text = dict(image.text)
+    settings = json.loads(text.pop("settings"))
+    assert text == dict(prompt="a cat | кот 🐱", seed="3", num="2", base=pipe.base,
+                        style=str(Path("runs/new")), content="none")
+    assert settings == asdict(Sampling(steps=3, top_k=4))
+
+
+def test_words(draw, pipe, cli, weights):
+    """The base's vocabulary, a word a line, without a prompt or a picture."""
+    for options in ([], ["--style", "runs/new", "--lambda-grid"]):
+        code, out, err = draw("--words", *options)
+        assert code == 0 and err == "" and out.split("\n")[:-1] == sorted(pipe.words)
+    assert not Path("sample.png").exists()
+
+
+def test_an_unknown_word_is_said_and_drawn(draw):
+    code, _, err = draw("--prompt", "a catt", "--style", "none")
+    assert code == 0 and err.count("\n") == 1 and "'catt'" in err and "near: cat" in err
+    assert Path("sample.png").exists()
+
+
+def test_both_stages(cli, weights2, pipe2):
+    """Twice as many pixels, or the base's with --no-superres; the trace shows both stages."""
+    command = ["--prompt", "a cat", "--weights", weights2, "--steps", 3, "--scale", 1]
+    assert cli(sample.main, *command, "--trace", "t.gif")[0] == 0
+    assert np.array_equal(picture(), to_uint8(pipe2.generate("a cat", steps=3))[0])
+    assert picture().shape == (32, 32, 3)
+    with Image.open("t.gif") as gif:
+        assert gif.n_frames == 3 + 12
+        sizes = []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            sizes.append(gif.size)
+    assert len(set(sizes)) == 1
+    assert cli(sample.main, *command, "--no-superres", "--out", "small.png")[0] == 0
+    assert picture("small.png").shape == (16, 16, 3)
+
+
 @pytest.mark.parametrize("steps, options", [(5, []), (1, []), (5, ["--num", "18"])])
 def test_trace_has_a_frame_for_each_step(draw, steps, options):
     """Grey gives way to the picture, which is the last frame.
 
     Traps: equal frames merged; one step is no animation.
     """
-    assert draw("--prompt", "a cat", "--steps", steps, "--trace", "t.gif", "--scale", 3,
+    assert draw("--prompt", "a cat", "--steps", steps, "--trace", "t.gif", "--scale", 2,
                 *options)[0] == 0
     grey = []
     with Image.open("t.gif") as gif:
@@ -129,7 +199,7 @@ def test_trace_has_a_frame_for_each_step(draw, steps, options):
     "prompt", ["🐱🌳", "قطة على السطح", "一只猫", "кот", "a 'cat' \"in\" $HOME;\n%s {}", "É" * 3])
 def test_prompts_in_any_script(draw, prompt):
     code, _, err = draw("--prompt", prompt)
-    assert code == 0 and "Traceback" not in err and picture().shape == (64, 64, 3)
+    assert code == 0 and "Traceback" not in err and picture().shape == (32, 32, 3)
 
 
 def test_a_long_prompt_is_cut_and_said(draw):
@@ -175,6 +245,11 @@ BAD = {                                             # options besides a prompt, 
     "lambda inf": (["--lambda-b", "inf"], "--lambda-b"),
     "a gamma of one adapter": (["--gamma", "0.6"], "--content"),
     "an object's lambda without one": (["--lambda-a-content", "0"], "--content"),
+    "gamma 0 of one adapter": (["--gamma", "0"], "--content"),
+    "lambda_A of nothing": (["--style", "none", "--lambda-a", "0"], "strength of a style"),
+    "gamma without a style": (["--style", "none", "--content", "runs/new", "--gamma", "0"],
+                              "--style"),
+    "a negative k": (["--top-k", "-1"], "--top-k"),
     "a gamma beyond 1": (["--gamma", "1.1"], "--gamma"),
     "no pictures": (["--num", "0"], "--num"),
     "a negative temperature": (["--temperature", "-1"], "--temperature"),
@@ -223,7 +298,8 @@ def test_from_the_shell(tmp_path, weights):
         "a cat"
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("sample.png\n")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.endswith("sample.png: seed 0\n")
     assert [path.name for path in tmp_path.iterdir()] == ["sample.png"]
 
 
@@ -238,7 +314,7 @@ def spied(monkeypatch):
 
     def spy(self, *a, **k):
         calls.append({**dict(zip(names, a)), **k})
-        return real(self, *a, **{**k, **({"steps": 2} if len(a) < 8 else {})})
+        return real(self, *a, **k)
     monkeypatch.setattr(sample.StyleDrop, "generate", spy)
     return calls
 
@@ -260,7 +336,7 @@ def test_gamma_sweep(cli, weights, two_runs, spied):
     assert code == 0 and [c["gamma"] for c in spied] == 2 * list(sample.GAMMAS)
     assert [c["seed"] for c in spied] == 8 * [0] + 8 * [1] and sample.GAMMAS[0] == 0
     assert sample.GAMMAS[-1] == 1
-    assert Image.open("sample.png").size == (90 + 8 * 20, 18 + 2 * 20)
+    assert Image.open("sample.png").size == (96 + 8 * 20, 18 + 2 * 20)
 
 
 def test_lambda_grid(cli, weights, two_runs, spied):
@@ -278,7 +354,7 @@ def test_lambda_grid(cli, weights, two_runs, spied):
 def test_labelled_puts_pictures_where_the_words_say():
     images = np.stack([np.full((4, 4, 3), 10 * i, np.uint8) for i in range(6)])
     sheet = np.asarray(sample.labelled(images, ["a", "b"], ["x", "y", "z"], 2))
-    assert [sheet[18 + r * 12 + 4, 90 + c * 12 + 4, 0] for r in range(2)
+    assert [sheet[18 + r * 12 + 4, 96 + c * 12 + 4, 0] for r in range(2)
             for c in range(3)] == [0, 10, 20, 30, 40, 50]
 
 

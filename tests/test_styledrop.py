@@ -2,18 +2,20 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TOKENIZER, VOCABULARY, noise_images, save_merges, toy_muse
+from conftest import TOKENIZER, VOCABULARY, noise_images, save_merges, shake, toy_muse
 
 import muse as muse_
 import styledrop
-from muse import Muse
-from styledrop import (LAMBDA_A, LAMBDA_A_WORDS, StyleDrop, fingerprint, grid, guided_logits,
-                       load_adapter, load_model, mix_logits, save_model, style_prompt, to_tensor,
-                       to_uint8, write_whole)
+from adapter import Adapter
+from muse import SUPERRES, Muse
+from styledrop import (LAMBDA_A, LAMBDA_A_WORDS, SECOND, StyleDrop, check_prompt, fingerprint,
+                       grid, guided_logits, load_adapter, load_model, mix_logits, save_model,
+                       style_prompt, to_tensor, to_uint8, unknown_words, write_whole)
 from vqgan import VQGAN, VQGANConfig
 
 PROMPTS = ["a cat", "a house"]
@@ -59,8 +61,8 @@ def test_mix_endpoints():
 
 def test_embed_pads_nothing_into_the_text(pipe):
     """A prompt's states do not hang on the prompts beside it."""
-    both, mask = pipe.embed(["a cat", "a cat in watercolor painting style"])
-    alone, alone_mask = pipe.embed(["a cat"])
+    both, mask = pipe.embed(pipe.muse, ["a cat", "a cat in watercolor painting style"])
+    alone, alone_mask = pipe.embed(pipe.muse, ["a cat"])
     assert torch.equal(mask[:1], alone_mask) and torch.allclose(both[:1], alone, atol=1e-5)
     c = pipe.muse.config
     assert both.shape == (2, c.text_length + c.registers, c.text_width)
@@ -83,7 +85,7 @@ def logits_of(pipe, monkeypatch, prompts=PROMPTS, **options):
 
     @torch.no_grad()
     def G(prompts, adapter=None):
-        text, mask = pipe.embed(prompts)
+        text, mask = pipe.embed(pipe.muse, prompts)
         return pipe.muse(ids, text, mask, None if adapter is None else adapter())
     return caught[0], G, calls
 
@@ -103,12 +105,12 @@ def test_g_runs_in_bf16_where_that_is_fast(pipe, make_adapter, monkeypatch, fast
         Muse, "forward",
         lambda self, *a: seen.append(torch.is_autocast_enabled("cpu")) or forward(self, *a))
     ours, *_ = logits_of(pipe, monkeypatch, style=style)
-    assert ours.dtype == torch.float32 and seen == [fast]
+    assert ours.dtype == torch.float32 and seen == [fast] * 3
     assert (ours - exact).norm() < 0.05 * exact.norm() and torch.equal(ours, exact) == (not fast)
     losses = []
     pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=3,
-              on_step=lambda step, loss: losses.append(loss))
-    assert seen[1:] == [fast] * 3 and all(map(math.isfinite, losses))
+              on_step=lambda step, steps, loss: losses.append(loss))
+    assert seen[3:] == [fast] * 3 and all(map(math.isfinite, losses))
 
 
 @pytest.mark.parametrize("device, able, fast", [("cuda", (), True), ("mps", ("amx_tile", ), False),
@@ -123,14 +125,14 @@ def test_which_machines_are_fast_in_bf16(monkeypatch, device, able, fast):
 
 
 def test_eq4_from_separate_passes(pipe, make_adapter, monkeypatch):
-    """3 G^(t) + 3 G(t) - 5 G(n), t with the style phrase, in one forward pass of three branches.
+    """3 G^(t) + 3 G(t) - 5 G(n), t with the style phrase, in three forward passes.
 
     Traps: the phrase is forgotten; the tuned model sees n; a branch gets its neighbour's text or
     adapter.
     """
     style = make_adapter()
     ours, G, calls = logits_of(pipe, monkeypatch, style=style, lambda_a=2, lambda_b=5)
-    assert close(ours, 3 * G(styled, style) + 3 * G(styled) - 5 * G(null)) and calls == [6]
+    assert close(ours, 3 * G(styled, style) + 3 * G(styled) - 5 * G(null)) and calls == [2] * 3
     assert not close(ours, 3 * G(PROMPTS, style) + 3 * G(PROMPTS) - 5 * G(null))
     assert not close(ours, 3 * G(styled, style) + 3 * G(styled) - 5 * G(null, style))
 
@@ -147,24 +149,26 @@ def test_negative_prompt_and_style_phrase(pipe, make_adapter, monkeypatch):
 def test_no_guidance_is_the_tuned_model_alone(pipe, make_adapter, monkeypatch):
     """Trap: lambda_a = lambda_b = 0 read as "no adapter"."""
     style = make_adapter()
-    ours, G, _ = logits_of(pipe, monkeypatch, style=style, lambda_a=0, lambda_b=0)
+    ours, G, calls = logits_of(pipe, monkeypatch, style=style, lambda_a=0, lambda_b=0)
     assert close(ours, G(styled, style)) and not close(ours, G(styled))
+    assert calls == [2] * 2                                 # and n is not asked
 
 
 def test_base_is_eq1(pipe, monkeypatch):
-    """G(t) + lambda (G(t) - G(n)) whatever lambda_a is; two branches."""
+    """G(t) + lambda (G(t) - G(n)) whatever lambda_a is; two passes."""
     ours, G, calls = logits_of(pipe, monkeypatch, lambda_a=3, lambda_b=2)
-    assert close(ours, 3 * G(PROMPTS) - 2 * G(null)) and calls == [4]
+    assert close(ours, 3 * G(PROMPTS) - 2 * G(null)) and calls == [2] * 2
 
 
 def test_eq4_with_the_style_in_words(pipe, make_adapter, monkeypatch):
-    """The phrase stands in the adapter's place: 3 G(t) - 2 G(c) + 5 (G(c) - G(n)), three branches.
+    """The phrase stands in the adapter's place: 3 G(t) - 2 G(c) + 5 (G(c) - G(n)), three passes.
 
     A phrase for each prompt, or none; lambda_a = lambda_b is Eq. 1 on the whole prompt; beside a
     content adapter Eq. 5 is of the words, and each side has the lambda_a of its kind.
     """
     ours, G, calls = logits_of(pipe, monkeypatch, style_phrase=PHRASE, lambda_a=2, lambda_b=5)
-    assert close(ours, 3 * G(styled) - 2 * G(PROMPTS) + 5 * (G(PROMPTS) - G(null))) and calls == [6]
+    assert close(ours, 3 * G(styled) - 2 * G(PROMPTS) + 5 * (G(PROMPTS) - G(null)))
+    assert calls == [2] * 3
     ours, G, _ = logits_of(pipe, monkeypatch, style_phrase=PHRASE, lambda_a=5, lambda_b=5)
     assert close(ours, 6 * G(styled) - 5 * G(null))
     mixed, G, _ = logits_of(pipe, monkeypatch, style_phrase=["", PHRASE], lambda_a=2, lambda_b=5)
@@ -175,13 +179,13 @@ def test_eq4_with_the_style_in_words(pipe, make_adapter, monkeypatch):
                                lambda_b=5)
     l_s = (1 + w) * G(styled) - w * G(PROMPTS) + 5 * (G(PROMPTS) - G(null))
     l_c = (1 + a) * G(PROMPTS, content) - a * G(PROMPTS) + 5 * (G(PROMPTS) - G(null))
-    assert close(ours, 0.7 * l_s + 0.3 * l_c) and calls == [8]
-    with pytest.raises(ValueError, match="1 style phrases for 2 prompts"):
+    assert close(ours, 0.7 * l_s + 0.3 * l_c) and calls == [2] * 4
+    with pytest.raises(ValueError, match="1 style phrases .* for 2 prompts"):
         pipe.generate(PROMPTS, style_phrase=[PHRASE], steps=1)
 
 
 def test_eq5_and_eq6_from_separate_passes(pipe, make_adapter, monkeypatch):
-    """(1 - g) l_s + g l_c: five branches; c carries no style word.
+    """(1 - g) l_s + g l_c: five passes; c carries no style word.
 
     Traps: adapters swapped, G(t) used for c.
     """
@@ -190,9 +194,9 @@ def test_eq5_and_eq6_from_separate_passes(pipe, make_adapter, monkeypatch):
                                lambda_a=2, lambda_b=5)
     l_s = 3 * G(styled, style) + 3 * G(styled) - 5 * G(null)
     l_c = 3 * G(PROMPTS, content) + 3 * G(PROMPTS) - 5 * G(null)
-    assert close(ours, 0.7 * l_s + 0.3 * l_c) and calls == [10]
+    assert close(ours, 0.7 * l_s + 0.3 * l_c) and calls == [2] * 5
     alone, _, calls = logits_of(pipe, monkeypatch, content=content, lambda_a=2, lambda_b=5)
-    assert close(alone, l_c) and calls == [6]
+    assert close(alone, l_c) and calls == [2] * 3
     ours, G, _ = logits_of(pipe, monkeypatch, style=style, content=content, gamma=0.3, lambda_a=2,
                            lambda_b=5, lambda_a_content=0)
     l_c = G(PROMPTS, content) + 5 * (G(PROMPTS) - G(null))
@@ -215,16 +219,208 @@ def test_a_fresh_adapter_draws_what_the_base_draws(pipe, make_adapter):
     assert not torch.equal(fresh, pipe.generate(styled, style=make_adapter(style=""), steps=4))
 
 
+def tokens_of(pipe, prompts, **options):
+    """What generate() draws: the tokens (B, N) of each stage, and the pictures."""
+    drawn = {}
+    note = lambda step, ids, kept: drawn.update({len(ids[0]): ids})
+    images = pipe.generate(prompts, on_step=note, **options)
+    return *drawn.values(), images
+
+
 def test_the_seed_is_the_picture(pipe, make_adapter):
-    """Traps: global chance leaks in; the seed is set once and runs on; a generator is set back."""
+    """Traps: global chance leaks in; the seed is set once and runs on."""
     draw = lambda seed: pipe.generate(PROMPTS, style=make_adapter(), seed=seed, steps=4)
     first = draw(0)
     torch.manual_seed(99)
     assert torch.equal(first, draw(0)) and not torch.equal(first, draw(1))
     assert first.shape == (2, 3, 16, 16) and first.abs().max() <= 1
-    generator = torch.Generator().manual_seed(0)
-    assert torch.equal(first, draw(generator)) and not torch.equal(first, draw(generator))
+    assert torch.equal(first, draw([0, 1])) and not torch.equal(first, draw([0, 0]))
     assert torch.equal(pipe.generate("a cat", steps=2), pipe.generate(["a cat"], steps=2))
+    with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
+        draw([1, 2, 3])
+
+
+def test_a_picture_is_its_prompt_and_its_seed(pipe2, make_adapter):
+    """Picture i has seed + i: alone, at another place, beside others, in both stages.
+
+    Trap: one generator for the batch, and the company decides.
+    """
+    prompts, style = ["a cat", "a house", "a cat"], second_adapter(pipe2, make_adapter())
+    low, high, images = tokens_of(pipe2, prompts, style=style, seed=7, steps=3)
+    for i, prompt in enumerate(prompts):
+        one, two, image = tokens_of(pipe2, prompt, style=style, seed=7 + i, steps=3)
+        assert torch.equal(one[0], low[i]) and torch.equal(two[0], high[i])
+        assert torch.allclose(image[0], images[i], atol=1e-4)
+    assert not torch.equal(low[0], low[2])                  # a cat of another seed is another cat
+
+
+# -- both stages
+
+def second_adapter(pipe2, adapter, seed=0):
+    """The adapter with another for the second stage, whose effect is plain to see."""
+    c = pipe2.superres.config
+    generator = torch.Generator().manual_seed(seed)
+    second = shake(Adapter(c.width, 4, c.depth, False, generator), 0.3, seed)
+    adapter.superres = second.requires_grad_(False)
+    return adapter
+
+
+def test_the_second_stage_doubles_the_picture(pipe, pipe2):
+    """From the same low tokens, at the same seed; superres=False is the base's own picture."""
+    low, high, images = tokens_of(pipe2, PROMPTS, seed=3, steps=3)
+    small, small_image = tokens_of(pipe2, PROMPTS, seed=3, steps=3, superres=False)
+    assert images.shape == (2, 3, 32, 32) and pipe2.resolution == 32 and pipe.resolution == 16
+    assert (low.shape, high.shape) == ((2, 16), (2, 64)) and torch.equal(low, small)
+    assert torch.equal(small_image, pipe.generate(PROMPTS, seed=3, steps=3))
+    assert torch.equal(images, pipe2.vqgan.decode(high.view(2, 8, 8)))
+
+
+def test_the_second_stage_has_lambdas_of_its_own(pipe2, make_adapter, monkeypatch):
+    """2 G^(t) - G(t) over the low tokens, whatever lambdas the first has, in 12 steps.
+
+    Traps: a null pass that is not needed; the first's strengths; its temperature's steps.
+    """
+    style, calls, forward = second_adapter(pipe2, make_adapter()), [], Muse.forward
+    caught, decode = [], muse_.decode
+    monkeypatch.setattr(muse_, "decode", lambda fn, *a: caught.append((fn, a)) or decode(fn, *a))
+    monkeypatch.setattr(Muse, "forward", lambda self, *a: calls.append(
+        (self is pipe2.superres, a)) or forward(self, *a))
+    low, _, _ = tokens_of(pipe2, PROMPTS, style=style, lambda_a=3, lambda_b=5, steps=2)
+    assert [second for second, _ in calls] == [False] * 2 * 3 + [True] * 12 * 2
+    assert all(torch.equal(a[4], low) for second, a in calls if second)
+    text, mask = pipe2.embed(pipe2.superres, styled)
+    ids = torch.randint(33, (2, 64), generator=torch.Generator().manual_seed(0))
+    G = lambda adapters: pipe2.superres(ids, text, mask, adapters, low)
+    assert close(caught[1][0](ids, 0), 2 * G(style.superres()) - G(None))
+    calls.clear()
+    tokens_of(pipe2, PROMPTS, style_phrase=PHRASE, steps=1)                      # no adapter: G(t)
+    assert close(caught[3][0](ids, 0), pipe2.superres(ids, text, mask, None, calls[-1][1][4]))
+    assert sum(second for second, _ in calls) == 12 + 2
+
+
+def test_each_stage_has_its_own_adapter(pipe2, make_adapter):
+    """.superres changes the second stage's tokens and leaves the first's as they are."""
+    without = tokens_of(pipe2, PROMPTS, style=make_adapter(), steps=3)
+    styles = (second_adapter(pipe2, make_adapter(), seed) for seed in (0, 1))
+    one, two = (tokens_of(pipe2, PROMPTS, style=style, steps=3) for style in styles)
+    assert torch.equal(one[0], without[0]) and torch.equal(two[0], without[0])
+    for a, b in ((one, without), (two, without), (one, two)):
+        assert not torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("has", ["both", "style", "content", "neither"])
+def test_gamma_ends_are_exact_in_both_stages(pipe2, make_adapter, has):
+    """Also where one of the two was tuned without the second stage, or stands in words.
+
+    Trap: at gamma 1 the style goes on drawing in the second stage, at gamma 0 the object.
+    """
+    style, content = make_adapter(1), make_adapter(2, style="teapot")
+    for name, adapter in (("style", style), ("content", content)):
+        if has in ("both", name):
+            second_adapter(pipe2, adapter, 5)
+    draw = lambda **options: tokens_of(pipe2, PROMPTS, steps=2, **options)[:2]
+    same = lambda a, b: all(map(torch.equal, a, b))
+    assert same(draw(style=style, content=content, gamma=0.0), draw(style=style))
+    assert same(draw(style=style, content=content, gamma=1.0), draw(content=content))
+    words = dict(style_phrase=PHRASE)
+    assert same(draw(content=content, gamma=0.0, **words), draw(**words))
+
+
+def test_tuning_changes_only_theta_in_both_stages(pipe2, monkeypatch):
+    """The second stage sees each reference's high tokens with its own low ones, the loss falls.
+
+    Traps: G_sr trained along; low tokens of another reference; on_step of the first stage alone.
+    """
+    monkeypatch.setattr(styledrop, "SECOND", replace(SECOND, steps=3))
+    prints = lambda: [fingerprint(part.state_dict()) for part in
+                      (pipe2.vqgan, pipe2.muse, pipe2.superres)]
+    before, steps, seen, forward = prints(), [], [], Muse.forward
+    images, prompts = noise_images(3, 32, seed=5), ["a cat", "a house", "an owl"]
+    small = torch.nn.functional.interpolate(images, (16, 16), mode="area")
+    low, high = (pipe2.vqgan.encode(x).flatten(1) for x in (small, images))
+    loss = muse_.masked_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(Muse, "forward", lambda self, *a: seen.append(a[4]) or forward(self, *a))
+        patch.setattr(muse_, "masked_loss", lambda logits, ids, mask: seen.append(ids) or loss(
+            logits, ids, mask))
+        adapter = pipe2.tune(images, prompts, PHRASE, steps=2,
+                             on_step=lambda *a: steps.append(a[:2]))
+    assert steps == [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)] and prints() == before
+    assert seen[0] is None and seen[2] is None
+    for shown_low, ids in zip(seen[4::2], seen[5::2]):
+        for a, b in zip(shown_low, ids):
+            row = int((high == b).all(1).nonzero())
+            assert torch.equal(a, low[row])
+    second = adapter.superres
+    assert second.config == dict(d_emb=32, d_prj=SECOND.d_prj, n_layer=3, is_shared=False)
+    assert all(p.grad.abs().sum() > 0 and not p.requires_grad for p in adapter.parameters())
+    for part in (pipe2.muse, pipe2.superres):
+        assert all(p.grad is None for p in part.parameters())
+
+
+def test_when_the_first_stage_is_tuned_alone(pipe2, monkeypatch):
+    """On small references or as told; and with the same bits as beside the second stage."""
+    monkeypatch.setattr(styledrop, "SECOND", replace(SECOND, steps=1))
+    images = noise_images(1, 32)
+    small = torch.nn.functional.interpolate(images, (16, 16), mode="area")
+    tune = lambda images, **how: pipe2.tune(images, ["a cat"], PHRASE, steps=2, **how)
+    both, told, low = tune(images), tune(images, superres=False), tune(small)
+    assert both.superres is not None and told.superres is low.superres is None
+    for alone in (told, low):
+        assert all(torch.equal(p, both.state_dict()[k]) for k, p in alone.state_dict().items())
+
+
+def test_an_adapter_of_both_stages_round_trip(pipe2, make_adapter, tmp_path):
+    """One file; the same pictures. Trap: the second stage's weights are dropped or drawn anew."""
+    adapter = second_adapter(pipe2, make_adapter())
+    adapter.save(tmp_path / "adapter.pt")
+    again = load_adapter(tmp_path)
+    assert again.superres.config == adapter.superres.config and again.about == adapter.about
+    assert fingerprint(again.state_dict()) == fingerprint(adapter.state_dict())
+    assert torch.equal(*(pipe2.generate("a cat", theta, steps=2) for theta in (adapter, again)))
+    saved = torch.load(tmp_path / "adapter.pt", weights_only=True)
+    saved["superres"] = None
+    torch.save(saved, tmp_path / "adapter.pt")
+    with pytest.raises(ValueError, match="does not fit"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["cut", "words", "grid", "codes"])
+def test_a_second_stage_that_does_not_fit_is_one_line(weights2, tmp_path, wrong):
+    """Trap: it is left out in silence, and pictures are small."""
+    for path in weights2.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    changes = dict(grid=dict(grid=4, low_grid=2), codes=dict(codebook_size=33)).get(wrong, {})
+    merges = save_merges(TOKENIZER)[::-1 if wrong == "words" else 1]
+    save_model(tmp_path / "superres.pt", "superres", toy_muse(presets=SUPERRES, **changes), {},
+               merges=merges)
+    if wrong == "cut":
+        (tmp_path / "superres.pt").write_bytes((tmp_path / "superres.pt").read_bytes()[:-500])
+    with pytest.raises(ValueError, match="superres.pt") as error:
+        StyleDrop.load(tmp_path, "cpu")
+    assert one_line(error)
+
+
+# -- words
+
+def test_unknown_words(pipe):
+    """Words of no caption, with what is near them; rare tokens and marks are none of them."""
+    assert unknown_words(pipe.words, "a Catt in WATERCOLOR, painting style.") == {"catt": ["cat"]}
+    assert unknown_words(pipe.words, "a cat! a house; \"an owl\"?") == {}
+    assert unknown_words(pipe.words, "zzz") == {"zzz": []}
+    assert unknown_words({"cat", "[v]", "[v*]"}, "[V] cat [V*]") == {}
+    assert unknown_words({"teapot"}, "pot") == {"pot": ["teapot"]}
+
+
+def test_a_prompt_is_checked_and_drawn_all_the_same(pipe, capsys):
+    """A note for each word, none for a known prompt. Trap: a KeyError, or a refusal."""
+    check_prompt(pipe, "a catt", "watercolor paintin")
+    first, second = capsys.readouterr().err.splitlines()
+    assert "'catt'" in first and "near: cat" in first and "'paintin'" in second
+    check_prompt(pipe, "a cat", PHRASE)
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ValueError, match="empty"):
+        check_prompt(pipe, " ")
 
 
 @pytest.mark.parametrize("role", ["style", "content"])
@@ -293,7 +489,7 @@ def test_every_reference_is_used_with_its_own_prompt(pipe, references, watched, 
     """
     images, prompts, tokens = references
     pipe.tune(images, prompts, style=PHRASE, steps=6, batch=batch)
-    texts, lengths = pipe.embed([style_prompt(p, PHRASE) for p in prompts])
+    texts, lengths = pipe.embed(pipe.muse, [style_prompt(p, PHRASE) for p in prompts])
     counts = [0, 0, 0]
     for _, text, text_mask, ids, _ in watched:
         assert len(ids) == batch
@@ -328,7 +524,7 @@ def test_tuning_is_reproducible(pipe, references, tmp_path):
 def test_loss_falls(pipe, references):
     losses = []
     pipe.tune(*references[:2], style=PHRASE, steps=80, lr=1e-2,
-              on_step=lambda step, loss: losses.append(loss))
+              on_step=lambda step, steps, loss: losses.append(loss))
     assert len(losses) == 80 and np.mean(losses[-15:]) < np.mean(losses[:15]) - 0.5
 
 

@@ -70,7 +70,8 @@ def test_words_drop_only_by_chance():
     whole = styles.phrase(style, "flat vector")
     said = collections.Counter(styles.phrase(style, "flat vector", np.random.default_rng(i)) for i in range(2000))
     as_drawn = [styles.phrase(Style(), "flat vector", np.random.default_rng(i)) for i in range(2000)]
-    assert 0.11 < said[""] / 2000 < 0.18 and 0.79 < as_drawn.count("") / 2000 < 0.87     # 4/5, and 1/7 of the rest
+    assert 0.21 < said[""] / 2000 < 0.29
+    assert 0.79 < as_drawn.count("") / 2000 < 0.87          # 4/5, and 1/7 of the rest
     assert said[whole] > 400 and len(said) > 4
     assert all(set(words.split()) <= set(whole.split()) | {"ground"} for words in said)
 

@@ -310,20 +310,24 @@ def test_terminated(weights, picture, tmp_path):
     """
     ref = picture()
     command = ["--ref", ref, "--content", "a house", "--weights", weights, "--out", "runs/a"]
+    begun = []
     for number, left in ((signal.SIGTERM, 0), (signal.SIGKILL, 1)):
-        one = in_a_shell(tmp_path, *command, "--steps", 10**6)
+        folder = tmp_path / number.name
+        folder.mkdir()
+        begun.append((number, left, folder, in_a_shell(folder, *command, "--steps", 10**6)))
+    for number, left, folder, one in begun:
         until = time.time() + 60
-        while not list(tmp_path.glob("runs/.tuning-*")) and time.time() < until:
+        while not list(folder.glob("runs/.tuning-*")) and time.time() < until:
             time.sleep(0.05)
         time.sleep(0.3)
         one.send_signal(number)
         one.wait(30)
-        assert len(list((tmp_path / "runs").iterdir())) == left
-    alive = tmp_path / f"runs/.tuning-{platform.node()}-{os.getpid()}-x"
+        assert len(list((folder / "runs").iterdir())) == left
+    alive = folder / f"runs/.tuning-{platform.node()}-{os.getpid()}-x"
     alive.mkdir()
-    one = in_a_shell(tmp_path, *command, "--steps", 2)
+    one = in_a_shell(folder, *command, "--steps", 2)
     assert one.wait(60) == 0
-    assert sorted((tmp_path / "runs").iterdir()) == [alive, tmp_path / "runs/a"]
+    assert sorted((folder / "runs").iterdir()) == [alive, folder / "runs/a"]
 
 
 def test_head_does_not_end_the_training(weights, picture, tmp_path):
