@@ -177,7 +177,7 @@ class TextEncoder(nn.Module):
         """
         B, L = ids.shape
         x = (self.token(ids) if vectors is None else vectors) + self.position[:L]
-        x = torch.cat([x, self.registers.to(x.dtype).expand(B, -1, -1)], 1)      # (B, L + R, text_width)
+        x = torch.cat([x, self.registers.to(x.dtype).expand(B, -1, -1)], 1)  # (B, L + R, text_width)
         is_text = torch.arange(L, device=ids.device) <= ids.argmax(1, keepdim=True)
         mask = F.pad(is_text, (0, len(self.registers)), value=True)              # (B, L + R)
         for block in self.blocks:
@@ -195,7 +195,7 @@ class Muse(nn.Module):
         E, group = config.token_width, config.patch ** 2
         self.token = nn.Embedding(config.codebook_size + 1, E)                   # + 1: [MASK]
         self.patch_embed = nn.Linear(group * E, D)
-        self.row = nn.Parameter(torch.zeros(P, 1, D))                            # learned 2D positions
+        self.row = nn.Parameter(torch.zeros(P, 1, D))                         # learned 2D positions
         self.col = nn.Parameter(torch.zeros(1, P, D))
         self.text_proj = nn.Linear(config.text_width, D)
         self.text_norm = nn.LayerNorm(D)
@@ -231,7 +231,7 @@ class Muse(nn.Module):
         x = (self.patch_embed(x) + self.row + self.col).flatten(1, 2)            # (B, P P, D)
         text = self.text_norm(self.text_proj(text))                              # (B, L, D)
         if low is not None:
-            text = torch.cat([text, self.low_states(low, adapters).to(text.dtype)], 1)     # (B, L + low, D)
+            text = torch.cat([text, self.low_states(low, adapters).to(text.dtype)], 1)  # (B, L + low, D)
             text_mask = F.pad(text_mask, (0, low.shape[1]), value=True)
         for layer, block in enumerate(self.blocks):
             x = block(x, None, text, text_mask, adapters, c.low_layers + layer)
@@ -247,7 +247,7 @@ class Muse(nn.Module):
         """
         c = self.config
         position = F.interpolate((self.row + self.col).movedim(-1, 0)[None], c.low_grid, mode="nearest")
-        x = self.low_token(low) + position[0].flatten(1).T                       # (B, low_grid^2, D)
+        x = self.low_token(low) + position[0].flatten(1).T                      # (B, low_grid^2, D)
         for layer, block in enumerate(self.low_blocks):
             x = block(x, adapters=adapters, layer=layer)
         return self.low_norm(x)

@@ -3,11 +3,11 @@
     python sample.py --prompt "a cat"                                   # in the newest run's style
     python sample.py --prompt "a cat" --prompt "a house" --num 4 --out cats.png
     python sample.py --prompt "a cat" --style runs/house --lambda-a 1 --seed 7
-    python sample.py --prompt "a cat" --style none --style-phrase "flat vector"     # the base, the style in words
+    python sample.py --prompt "a cat" --style none --style-phrase "flat vector"  # the base, the style in words
     python sample.py --prompt "a cat" --trace cat.gif                   # the tokens filling in
     python sample.py --prompt "a [V] teapot" --style runs/glow --content runs/teapot --gamma 0.6
     python sample.py --prompt "a [V] teapot" --style runs/glow --content runs/teapot --gamma-sweep
-    python sample.py --prompt "a cat" --lambda-grid                     # lambda_A by lambda_B (B.3.1)
+    python sample.py --prompt "a cat" --lambda-grid                   # lambda_A by lambda_B (B.3.1)
 """
 
 import argparse

@@ -102,7 +102,7 @@ def read_checkpoint(path, kind):
         raise ValueError(f"no {kind} file at {path}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:                                       # pickle, zip and torch all have their own
+    except Exception:                                     # pickle, zip and torch all have their own
         raise ValueError(f"{path} is damaged or no {kind} file; fetch or train it again") from None
     if not isinstance(saved, dict) or saved.get("kind") != kind:
         raise ValueError(f"{path} is no {kind} file")
@@ -121,7 +121,7 @@ def load_model(path, kind, config_class, model_class):
     saved = read_checkpoint(path, kind)
     try:
         model = model_class(config_class(**saved["config"]))
-        model.load_state_dict(saved["weights"])             # strict: no key is filled or dropped in silence
+        model.load_state_dict(saved["weights"])     # strict: no key is filled or dropped in silence
     except (KeyError, TypeError, RuntimeError):
         raise ValueError(f"{path} does not fit this version's {model_class.__name__}; train it again") from None
     return model.float().eval().requires_grad_(False), saved
@@ -347,9 +347,9 @@ class StyleDrop:
             lambda_a = LAMBDA_A_WORDS if in_words else LAMBDA_A
         gamma = 0.0 if content is None else s.gamma if style is not None or in_words else 1.0
         if style is not None:
-            tuned_t = self.forward_pass(G, t, style, low)                        # G^(v, T(t), theta_s)
+            tuned_t = self.forward_pass(G, t, style, low)                     # G^(v, T(t), theta_s)
         if content is not None:
-            tuned_c = self.forward_pass(G, c, content, low)                      # G^(v, T(c), theta_c)
+            tuned_c = self.forward_pass(G, c, content, low)                   # G^(v, T(c), theta_c)
             lambda_a_content = lambda_a if s.lambda_a is not None else LAMBDA_A
             if s.lambda_a_content is not None:
                 lambda_a_content = s.lambda_a_content

@@ -25,7 +25,7 @@ class VQGANConfig:
     codebook_size: int = 1024           # V
     code_width: int = 32                # d; codes live on the unit sphere of this dimension
     decay: float = 0.97                 # of the codebook's moving averages
-    revive_below: float = 0.03          # a code chosen less often than this share of its fair share is dead
+    revive_below: float = 0.03  # a code chosen less often than this share of its fair share is dead
 
     @property
     def factor(self):                   # f: pixels a side for each token
@@ -126,7 +126,7 @@ class Quantizer(nn.Module):
         self.config = config
         V, d = config.codebook_size, config.code_width
         self.register_buffer("codes", torch.zeros(V, d))
-        self.register_buffer("usage", torch.ones(V))        # moving average of (choices / fair share)
+        self.register_buffer("usage", torch.ones(V))      # moving average of (choices / fair share)
         self.register_buffer("sums", torch.zeros(V, d))     # moving average of the chosen features
 
     def forward(self, z):
@@ -137,7 +137,7 @@ class Quantizer(nn.Module):
         term for a wrong beta to land on.
         """
         z = F.normalize(z.float(), dim=1)
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):      # bf16 takes the wrong one of near codes
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # bf16 takes the wrong one of near codes
             ids = torch.einsum("bdhw,vd->bhwv", z, self.codes).argmax(-1)
         e = self.lookup(ids)
         return z + (e - z).detach(), ids, F.mse_loss(z, e.detach()) * z.shape[1]

@@ -61,7 +61,7 @@ def main():
                 share = next(line for line in said.splitlines() if line.startswith("adapter:"))
     results = ROOT / "experiments" / "results"
     results.mkdir(exist_ok=True)
-    Image.fromarray(np.concatenate(sheets)).save(results / "before_after.png", optimize=True)
+    Image.fromarray(np.concatenate(sheets)).quantize(128).save(results / "before_after.png", optimize=True)
     lines += ["", f"On {machine()}, {os.cpu_count()} cores, base {StyleDrop.load().base}.", "", share[0].upper() + share[1:] + ".", "",
               f"The same commands again gave the same adapter and the same picture, byte for byte: {'yes' if same else 'NO'}."]
     (results / "main_job.md").write_text("# The main job, measured\n\n`python experiments/main_job.py`\n\n" + "\n".join(lines) + "\n")

@@ -27,7 +27,7 @@ from styledrop import (RARE_TOKEN, Parser, StyleDrop, grid, number, run_command,
 
 ALL_METRICS = {"palette": 4, "texture": 4, "judge's distance": 3, "style seen": 1, "thing seen": 1, "leakage": 1}   # digits
 SHARES = ("style seen", "thing seen", "leakage")            # in percent
-MADE = ("rare token", "style in words", "tuned")            # sampled; the other rows are drawn
+MADE = ("rare token", "style in words", "tuned", "tuned, style named")           # sampled; the others are drawn
 FLOOR, CEILING = "floor: the truth, reconstructed", "ceiling: the thing in another style"
 SHOWN = (*MADE, FLOOR)
 
@@ -113,10 +113,12 @@ def one_style(pipe, judge, art, style, source, reference, things, other, args):
     words = styles.phrase(style) or art.hands[art.sets.index(source)]
     example = draw(art, [reference], source, style, args.seed)
     adapter = pipe.tune(example, [data.content_phrase(reference)], style=RARE_TOKEN, seed=args.seed, **tuning)
+    named = pipe.tune(example, [data.content_phrase(reference)], style=words, seed=args.seed, **tuning)
     prompts = [data.content_phrase(name) for name in things]
     sample = lambda prompts, style=None, **more: sample_pool(pipe, prompts, args.seeds, style, args.seed, **sampling, **more).images
     with_token = [style_prompt(prompt, RARE_TOKEN) for prompt in prompts]        # what no adapter knows is not to be guided by
-    pictures = dict(zip(MADE, (sample(with_token), sample(prompts, style_phrase=words), sample(prompts, adapter))))
+    pictures = dict(zip(MADE, (sample(with_token), sample(prompts, style_phrase=words), sample(prompts, adapter),
+                               sample(prompts, named))))
     again = lambda images: images.repeat_interleave(args.seeds, 0)               # as many as there are samples
     truth = draw(art, things, source, style, args.seed)
     pictures |= {FLOOR: again(reconstruct(pipe.vqgan, truth)),
@@ -180,6 +182,7 @@ def main():
     if args.quick:
         args.styles, args.things, args.seeds, args.steps = 1, 3, 1, 5
     judge, pipe = judge_or_none(args.judge), StyleDrop.load(args.weights)
+    pipe.superres = None                                    # the first stage alone: the truth has its 64 pixels
     art = data.Art(["noto", "openmoji"])
     things, subjects = choose_subjects(art, args)
     found, rows = [], []

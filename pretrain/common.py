@@ -67,7 +67,7 @@ def start(args, together=False):
     if "LOCAL_RANK" in os.environ:                          # torchrun started us
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        from torch.distributed import nn as _               # imported later, it keeps the group alive
+        from torch.distributed import nn as _             # imported later, it keeps the group alive
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
 
@@ -191,11 +191,11 @@ class Muon(torch.optim.Optimizer):
                 shapes.setdefault(p.shape, []).append(p)
             for shape, ps in shapes.items():
                 state = self.state[ps[0]]                   # one for all matrices of this shape
-                grad = torch.stack([p.grad for p in ps])                         # (n, rows, columns)
+                grad = torch.stack([p.grad for p in ps])                        # (n, rows, columns)
                 momentum = state.setdefault("momentum", torch.zeros_like(grad))
                 momentum.lerp_(grad, 1 - group["momentum"])
                 update = orthogonal(grad.lerp(momentum, group["momentum"]))      # Nesterov
-                scale = 0.2 * group["lr"] * max(shape) ** 0.5                    # as large as AdamW's
+                scale = 0.2 * group["lr"] * max(shape) ** 0.5                  # as large as AdamW's
                 for p, u in zip(ps, update):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(u, alpha=scale)
 
@@ -252,7 +252,7 @@ class Run:
     Raises ValueError in one line where the folder holds another run.
     """
 
-    FREE = ("out", "device", "workers", "log_seconds", "keep_minutes")           # may differ on resuming
+    FREE = ("out", "device", "workers", "log_seconds", "keep_minutes")      # may differ on resuming
 
     def __init__(self, stage, args, **parts):
         self.stage, self.args, self.parts = stage, args, parts

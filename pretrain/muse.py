@@ -67,7 +67,7 @@ def main(argv=None):
         # the batch: tokens of pictures, some new, some seen before; one text in ten is left out
         new = vqgan.encode(to_float(images)).flatten(1)
         ids, text_ids = replay([new, text_ids], generator)                       # (B, N), (B, L)
-        if step < run.step:                                                      # only to fill `replay`
+        if step < run.step:                                                  # only to fill `replay`
             continue
         dropped = torch.rand(len(ids), 1, generator=generator, device=ids.device) < 0.1
         text_ids = torch.where(dropped, empty, text_ids)

@@ -58,7 +58,7 @@ def main(argv=None):
         # the batch: the same pictures at both sizes; one text in ten is left out
         low, high = (vqgan.encode(to_float(images)).flatten(1) for images in (low, high))
         low, ids, text_ids = replay([low, high, text_ids], generator)
-        if step < run.step:                                                      # only to fill `replay`
+        if step < run.step:                                                  # only to fill `replay`
             continue
         draw = torch.rand(3, len(ids), 1, generator=generator, device=ids.device)
         text_ids = torch.where(draw[0] < 0.1, empty, text_ids)

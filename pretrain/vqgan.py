@@ -54,7 +54,7 @@ def main(argv=None):
         reconstruction = reconstruction_loss(fake, images)
         loss = reconstruction + 0.25 * commitment
         if adversarial:
-            gan = -critic(fake).mean()                                           # E and D's side of the hinge loss
+            gan = -critic(fake).mean()                            # E and D's side of the hinge loss
             weight = adaptive_weight(reconstruction, gan, model.decoder[-1].weight)
             loss = loss + args.gan_weight * weight * gan
         optimiser.zero_grad()
