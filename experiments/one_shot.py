@@ -207,7 +207,7 @@ def main():
               f"after. First seeds, none chosen: {', '.join(map(data.content_phrase, things[:8]))}."]
     text = "\n".join(lines)
     picture = grid(np.concatenate([to_uint8(row) for row in rows]), len(rows[0]))
-    write_whole(Path(args.out) / "one_shot.png", lambda file: picture.save(file, format="PNG", optimize=True))
+    write_whole(Path(args.out) / "one_shot.png", lambda file: picture.quantize(128).save(file, format="PNG", optimize=True))
     write_whole(Path(args.out) / "one_shot.md", lambda file: file.write((text + "\n").encode()))
     print(text)
 
