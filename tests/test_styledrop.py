@@ -245,7 +245,8 @@ def test_a_picture_is_its_prompt_and_its_seed(pipe2, make_adapter):
 
     Trap: one generator for the batch, and the company decides.
     """
-    prompts, style = ["a cat", "a house", "a cat"], second_adapter(pipe2, make_adapter())
+    prompts = ["a cat", "a house", "a cat"]
+    style = second_adapter(pipe2, make_adapter(base=pipe2.base))
     low, high, images = tokens_of(pipe2, prompts, style=style, seed=7, steps=3)
     for i, prompt in enumerate(prompts):
         one, two, image = tokens_of(pipe2, prompt, style=style, seed=7 + i, steps=3)
@@ -280,7 +281,7 @@ def test_the_second_stage_has_lambdas_of_its_own(pipe2, make_adapter, monkeypatc
 
     Traps: a null pass that is not needed; the first's strengths; its temperature's steps.
     """
-    style, calls, forward = second_adapter(pipe2, make_adapter()), [], Muse.forward
+    style, calls, forward = second_adapter(pipe2, make_adapter(base=pipe2.base)), [], Muse.forward
     caught, decode = [], muse_.decode
     monkeypatch.setattr(muse_, "decode", lambda fn, *a: caught.append((fn, a)) or decode(fn, *a))
     monkeypatch.setattr(Muse, "forward", lambda self, *a: calls.append(
@@ -300,8 +301,8 @@ def test_the_second_stage_has_lambdas_of_its_own(pipe2, make_adapter, monkeypatc
 
 def test_each_stage_has_its_own_adapter(pipe2, make_adapter):
     """.superres changes the second stage's tokens and leaves the first's as they are."""
-    without = tokens_of(pipe2, PROMPTS, style=make_adapter(), steps=3)
-    styles = (second_adapter(pipe2, make_adapter(), seed) for seed in (0, 1))
+    without = tokens_of(pipe2, PROMPTS, style=make_adapter(base=pipe2.base), steps=3)
+    styles = (second_adapter(pipe2, make_adapter(base=pipe2.base), seed) for seed in (0, 1))
     one, two = (tokens_of(pipe2, PROMPTS, style=style, steps=3) for style in styles)
     assert torch.equal(one[0], without[0]) and torch.equal(two[0], without[0])
     for a, b in ((one, without), (two, without), (one, two)):
@@ -314,7 +315,8 @@ def test_gamma_ends_are_exact_in_both_stages(pipe2, make_adapter, has):
 
     Trap: at gamma 1 the style goes on drawing in the second stage, at gamma 0 the object.
     """
-    style, content = make_adapter(1), make_adapter(2, style="teapot")
+    style = make_adapter(1, base=pipe2.base)
+    content = make_adapter(2, style="teapot", base=pipe2.base)
     for name, adapter in (("style", style), ("content", content)):
         if has in ("both", name):
             second_adapter(pipe2, adapter, 5)
@@ -372,7 +374,7 @@ def test_when_the_first_stage_is_tuned_alone(pipe2, monkeypatch):
 
 def test_an_adapter_of_both_stages_round_trip(pipe2, make_adapter, tmp_path):
     """One file; the same pictures. Trap: the second stage's weights are dropped or drawn anew."""
-    adapter = second_adapter(pipe2, make_adapter())
+    adapter = second_adapter(pipe2, make_adapter(base=pipe2.base))
     adapter.save(tmp_path / "adapter.pt")
     again = load_adapter(tmp_path)
     assert again.superres.config == adapter.superres.config and again.about == adapter.about
@@ -745,3 +747,10 @@ def test_grid_layout():
     for (row, column), value in {(0, 0): 50, (0, 1): 100, (1, 0): 150, (1, 1): 255}.items():
         assert (cell(row, column) == value).all()
     assert (sheet[[0, 5, 10]] == 255).all() and (sheet[:, [0, 7, 14]] == 255).all()
+
+
+def test_an_adapter_knows_both_stages(pipe, pipe2):
+    """Trap: an adapter tuned beside another second stage draws nonsense there, in silence."""
+    assert pipe2.base != pipe.base
+    with pytest.raises(ValueError, match="was tuned on base"):
+        pipe2.generate("a cat", pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=1), steps=1)
