@@ -1,6 +1,6 @@
 """Draws and measures a base: tokenizer, CLIP, Muse, and what an independent judge sees in its samples.
 
-    python experiments/base.py --weights weights/tiny           # experiments/results/base.md, base_grid.png
+    python experiments/base.py --weights weights/tiny           # experiments/results/base.md
     python experiments/base.py --sweep                          # experiments/results/base_sweep.md
     python experiments/base.py --quick                          # the same with numbers too small to mean anything
 
@@ -24,12 +24,9 @@ import data  # noqa: E402
 from data import styles  # noqa: E402
 from experiments.judge import AMONG, VALUES, ask, attributes, held_back, judge_or_none, rank_among, reconstruct  # noqa: E402
 from clip_feedback import image_features, text_score  # noqa: E402
-from styledrop import Parser, StyleDrop, grid, number, run_command, sample_pool, to_tensor, to_uint8, write_whole  # noqa: E402
+from styledrop import Parser, StyleDrop, number, run_command, sample_pool, to_tensor, write_whole  # noqa: E402
 from vqgan import codebook_health, psnr  # noqa: E402
 
-THINGS = ("cat", "house", "deciduous-tree", "automobile", "red-apple", "rocket", "fish", "owl", "teapot", "guitar")
-IN_WORDS = ("", "flat vector", "watercolor", "gold and purple", "pixel art on teal", "line drawing", "neon halftone on purple",
-            "stained glass")                                # the last medium is held out
 LAMBDAS_A, LAMBDAS_B, TEMPERATURES = (1, 3, 5, 7), (1, 2, 3, 5), (1, 2, 4.5, 8)
 WHOLE = ("training style", "held-out style", "held-out combination")            # questions of whole styles
 TOGETHER = "palette + ground + medium"                                          # each named one counts once
@@ -241,18 +238,11 @@ def sweep_words(pipe, judge, names, lambdas_a, lambdas_b, seed):
     return table(["lambda_A", *(f"lambda_B {value:g}" for value in lambdas_b)], rows)
 
 
-def sheet(pipe, seed, things):
-    """The first samples of some things (columns) in some styles (rows)."""
-    contents = [data.content_phrase(thing) for thing in things]
-    rows = [to_uint8(sample_pool(pipe, contents, 1, seed=seed, style_phrase=words).images) for words in IN_WORDS]
-    return grid(np.concatenate(rows), len(things), scale=2)
-
-
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", default="weights/tiny")
     parser.add_argument("--judge", default="experiments/judge.pt")
-    parser.add_argument("--out", default="experiments/results", help="folder of base.md and base_grid.png")
+    parser.add_argument("--out", default="experiments/results", help="folder of base.md")
     parser.add_argument("--names", type=number(int, 1), default=50, help="things asked for")
     parser.add_argument("--seeds", type=number(int, 1), default=4, help="pictures of each, for each question")
     parser.add_argument("--pictures", type=number(int, 2), default=400, help="real ones, to measure Muse on; four times as many for the other parts")
@@ -305,12 +295,7 @@ def main():
                   "samples asked for another one's thing and style. Ceiling: drawings that the judge has never seen. Held-out "
                   "combination: words that the base knows, together for the first time; held-out style: some words are new too.", ""]
         lines += measure_samples(pipe, judge, args.questions, args.names, args.seeds, args.seed, **sampling)
-    things = THINGS[:2] if args.quick else THINGS
-    lines += ["## base_grid.png", "", f"First samples, none chosen. Columns: {', '.join(map(data.content_phrase, things))}. "
-              f"Rows: {', '.join(s or 'no style' for s in IN_WORDS)}."]
-    picture, out = sheet(pipe, args.seed, things), Path(args.out)
-    write_whole(out / "base_grid.png", lambda file: picture.save(file, format="PNG", optimize=True))
-    write_whole(out / "base.md", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    write_whole(Path(args.out) / "base.md", lambda file: file.write(("\n".join(lines) + "\n").encode()))
     print("\n".join(lines))
 
 

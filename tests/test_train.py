@@ -299,9 +299,11 @@ def test_a_loss_that_is_no_number_stops_at_once(refused, weights, picture, monke
     assert "step 1" in line and "lower" in line and "--lr" in line and len(calls) == 1
 
 
-def in_a_shell(folder, *arguments, **more):
+def in_a_shell(folder, *arguments, **env):
+    """One thread each: two torch processes of two threads on two cores wait for each other."""
     return subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, arguments)], cwd=folder,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_terminated(weights, picture, tmp_path):
@@ -330,23 +332,20 @@ def test_terminated(weights, picture, tmp_path):
     assert sorted((folder / "runs").iterdir()) == [alive, folder / "runs/a"]
 
 
-def test_head_does_not_end_the_training(weights, picture, tmp_path):
-    """`| head -1`: the reader is gone after a line; trap: a broken pipe ends the work."""
-    one = in_a_shell(tmp_path, "--ref", picture(), "--content", "a house", "--weights", weights,
-                     "--style", "blurry", "--steps", 200)
-    one.stdout.readline()
-    one.stdout.close()
-    assert one.wait(60) == 0 and one.stderr.read() == ""
+def test_terminals(weights, picture, tmp_path):
+    """`| head -1`: the reader is gone after a line; trap: a broken pipe ends the work.
+    A terminal without a letter; trap: everything is done, then the last line cannot be written.
+    """
+    same = ("--content", "a house", "--weights", weights)
+    head = in_a_shell(tmp_path, "--ref", picture(), *same, "--style", "blurry", "--steps", 100)
+    plain = in_a_shell(tmp_path, "--ref", picture("caf\u00e9.png"), *same, "--steps", 2,
+                       PYTHONIOENCODING="ascii")
+    head.stdout.readline()
+    head.stdout.close()
+    out, _ = plain.communicate(timeout=60)
+    assert plain.returncode == 0 and "runs/caf\\xe9" in out
+    assert head.wait(60) == 0 and head.stderr.read() == ""
     assert sorted(content(tmp_path / "runs/ref")) == RUN
-
-
-def test_a_terminal_without_the_letters(weights, picture, tmp_path):
-    """Trap: everything is done, then the last line cannot be written."""
-    one = in_a_shell(tmp_path, "--ref", picture("caf\u00e9.png"), "--content", "a house",
-                     "--weights", weights, "--steps", 2,
-                     env=dict(os.environ, PYTHONIOENCODING="ascii"))
-    out, _ = one.communicate(timeout=60)
-    assert one.returncode == 0 and "runs/caf\\xe9" in out
 
 
 def test_next_line_is_for_the_shell(tune):
