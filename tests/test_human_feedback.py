@@ -327,6 +327,8 @@ def test_a_lost_server_is_said(browser, session):
     one = session()
     browser.get(one.address)
     until(lambda: len(cards(browser)) == 12)
+    until(lambda: browser.execute_script(
+        "return [...document.images].every(image => image.complete && image.naturalWidth)"))
     one.choose(1)
     one.ask("done", "")
     one.finish()
