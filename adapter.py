@@ -3,11 +3,14 @@
     h  ->  h + gelu(h W_d) W_u          W_d: D x H, W_u: H x D, no biases, no norm
 
 One generator for each placement holds W_d and W_u of every layer, either independently or shared
-across depth up to a small offset. All "up" weights start at zero, so a new adapter changes nothing.
+across depth up to a small offset. All "up" weights start at zero: a new adapter changes nothing.
 Below it, what the paper compares with: full fine-tuning, LoRA and textual inversion (Section 4.2).
 
-Shapes: L layers (n_layer), D width (d_emb), H bottleneck (d_prj).
+Shapes: B batch, P positions, L layers (n_layer), D width (d_emb), H bottleneck (d_prj).
 """
+
+import os
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -17,13 +20,17 @@ PLACEMENTS = ("cross", "mlp")           # after cross-attention, after the MLP (
 
 
 def apply_adapter(emb, wd, wu):
-    """emb (B, P, D), wd (D, H), wu (H, D) -> h + gelu(h wd) wu; gelu by tanh, as jax.nn.gelu is."""
+    """h = emb (B, P, D), wd (D, H), wu (H, D) -> h + gelu(h wd) wu, with jax's gelu (by tanh)."""
     return emb + F.gelu(emb @ wd, approximate="tanh") @ wu
 
 
+def zeros(*shape):
+    return nn.Parameter(torch.zeros(*shape))
+
+
 def small_normal(generator, *shape):
-    """Normals of sd 0.02, cut off at two sd (B.1.1)."""
-    return nn.init.trunc_normal_(torch.empty(*shape), std=0.02, a=-0.04, b=0.04, generator=generator)
+    """A parameter of normals of sd 0.02, cut off at two sd (B.1.1)."""
+    return nn.init.trunc_normal_(zeros(*shape), std=0.02, a=-0.04, b=0.04, generator=generator)
 
 
 class AdapterGenerator(nn.Module):
@@ -37,13 +44,12 @@ class AdapterGenerator(nn.Module):
     def __init__(self, d_emb, d_prj, n_layer, is_shared, generator=None):
         super().__init__()
         self.is_shared = is_shared
-        down = lambda *shape: nn.Parameter(small_normal(generator, *shape))
-        zero = lambda *shape: nn.Parameter(torch.zeros(*shape))
+        layers = () if is_shared else (n_layer,)
+        self.down = small_normal(generator, *layers, d_emb, d_prj)
+        self.up = zeros(*layers, d_prj, d_emb)
         if is_shared:
-            self.down, self.up = down(d_emb, d_prj), zero(d_prj, d_emb)
-            self.depth_down, self.depth_up = down(n_layer, d_prj), zero(n_layer, d_emb)
-        else:
-            self.down, self.up = down(n_layer, d_emb, d_prj), zero(n_layer, d_prj, d_emb)
+            self.depth_down = small_normal(generator, n_layer, d_prj)
+            self.depth_up = zeros(n_layer, d_emb)
 
     def forward(self):
         """-> wd (L, D, H), wu (L, H, D)."""
@@ -53,10 +59,10 @@ class AdapterGenerator(nn.Module):
 
 
 class Tuned(nn.Module):
-    """theta of Eq. 3, whatever it is made of: what tuning learns about a style. Nothing, by default.
+    """theta of Eq. 3: what tuning learns about a style. Each way to tune overrides one method.
 
-    It can enter G in three places, and each way to tune overrides one. `config` rebuilds it, `about`
-    (a plain dict) says how it was made: its base, style phrase, prompts and steps.
+    `config` (keyword arguments) rebuilds it; `about` (a dict) says how it was made: its base, style
+    phrase, prompts, steps.
     """
     about = {}
 
@@ -65,20 +71,33 @@ class Tuned(nn.Module):
         self.superres = None    # the second stage's own adapter (Table S3, third column)
 
     def forward(self):
-        """-> a function (h (B, P, D), layer, placement) -> h inside G's blocks, or None."""
+        """-> a function (h (B, P, D), layer, placement) -> h for G's blocks, or None."""
         return None
 
     def weights(self, muse):
-        """-> {name: tensor}: weights of G that are replaced."""
+        """G -> {name: tensor}: the weights of it that are replaced."""
         return {}
 
+    def save(self, path):
+        """Write both stages' adapters to one file, for styledrop.load_adapter."""
+        method = next(name for name, kind in METHODS.items() if type(self) is kind)
+        saved = dict(kind="adapter", method=method, config=self.config, weights=self.state_dict(),
+                     superres=self.superres and self.superres.config, about=self.about)
+        part = Path(f"{path}.part")
+        try:
+            with open(part, "wb") as file:
+                torch.save(saved, file)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
     def words(self, ids, vectors):
-        """Text token ids (B, L) and their vectors (B, L, D_text) -> the vectors that T reads."""
+        """Text token ids (B, T) and their vectors (B, T, D_text) -> the vectors that T reads."""
         return vectors
 
 
 class Adapter(Tuned):
-    """StyleDrop's: one generator for each placement. Calling it gives the function that Muse takes."""
+    """StyleDrop's adapter: one generator for each placement."""
 
     def __init__(self, d_emb, d_prj, n_layer, is_shared, generator=None):
         super().__init__()
@@ -87,7 +106,7 @@ class Adapter(Tuned):
             {p: AdapterGenerator(d_emb, d_prj, n_layer, is_shared, generator) for p in PLACEMENTS})
 
     def forward(self):
-        """-> a function (h (B, P, D), layer, placement) -> h, with every layer's weights made once."""
+        """-> the function that Muse takes; the weights of all layers are made once."""
         weights = {p: g() for p, g in self.generators.items()}
 
         def adapters(h, layer, placement):
@@ -96,47 +115,49 @@ class Adapter(Tuned):
         return adapters
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Other ways to tune (Section 4.2): the same loss, data and sampler
 
 class FullFineTuning(Tuned):
-    """Every weight of G (DreamBooth without its prior preservation). shapes: {name: shape} of them all."""
+    """Every weight of G, shapes {name: shape} (DreamBooth without its prior preservation)."""
 
     def __init__(self, shapes, start=None):
         super().__init__()
         self.config = dict(shapes={name: list(shape) for name, shape in shapes.items()})
-        self.copies = nn.ParameterList(torch.empty(*shape) if start is None else start[name].detach().clone()
-                                       for name, shape in shapes.items())
+        start = start or {name: torch.empty(*shape) for name, shape in shapes.items()}
+        self.copies = nn.ParameterList(start[name].detach().clone() for name in shapes)
 
     def weights(self, muse):
         return dict(zip(self.config["shapes"], self.copies))
 
 
 class LoRA(Tuned):
-    """W + U A for the queries and values of every attention (Hu et al. 2021), A: r x D, U: D x r from zero."""
+    """W + U A, A: r x D, U: D x r from zero, for all queries and values (Hu et al. 2021)."""
 
     def __init__(self, d_emb, rank, n_layer, generator=None):
         super().__init__()
         self.config = dict(d_emb=d_emb, rank=rank, n_layer=n_layer)
         self.names = [f"blocks.{layer}.{attention}.{matrix}.weight" for layer in range(n_layer)
                       for attention in ("attn", "cross") for matrix in ("q", "v")]
-        self.down = nn.Parameter(small_normal(generator, len(self.names), rank, d_emb))
-        self.up = nn.Parameter(torch.zeros(len(self.names), d_emb, rank))
+        self.down = small_normal(generator, len(self.names), rank, d_emb)
+        self.up = zeros(len(self.names), d_emb, rank)
 
     def weights(self, muse):
-        return {name: muse.get_parameter(name) + change for name, change in zip(self.names, self.up @ self.down)}
+        changes = self.up @ self.down                       # (matrices, D, D)
+        return {name: muse.get_parameter(name) + w for name, w in zip(self.names, changes)}
 
 
 class TextualInversion(Tuned):
     """New vectors for the tokens of the style phrase and nothing else (Gal et al. 2022).
 
-    tokens: their ids; start (len(tokens), D_text): the vectors they have now.
+    tokens: their ids; width: D_text; start (len(tokens), D_text): the vectors they have now.
     """
 
     def __init__(self, tokens, width, start=None):
         super().__init__()
         self.config = dict(tokens=list(tokens), width=width)
-        self.vectors = nn.Parameter(torch.empty(len(tokens), width) if start is None else start.detach().clone())
+        start = torch.empty(len(tokens), width) if start is None else start
+        self.vectors = nn.Parameter(start.detach().clone())
 
     def words(self, ids, vectors):
         for token, vector in zip(self.config["tokens"], self.vectors):
@@ -144,4 +165,5 @@ class TextualInversion(Tuned):
         return vectors
 
 
-METHODS = {"adapter": Adapter, "full": FullFineTuning, "lora": LoRA, "textual-inversion": TextualInversion}
+METHODS = {"adapter": Adapter, "full": FullFineTuning, "lora": LoRA,
+           "textual-inversion": TextualInversion}

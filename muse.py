@@ -1,7 +1,7 @@
-"""Muse: the text encoder T, the masked token transformer G, its masking law, its loss and its decoding.
+"""Muse: text encoder T, masked token transformer G, masking law, loss and parallel decoding.
 
 Muse (arXiv 2301.00704) Sections 2.1-2.8 and MaskGIT (arXiv 2202.04200), as StyleDrop
-(arXiv 2306.00983) Section 3.1 uses them. Adapters arrive as an argument, so the base is never edited.
+(arXiv 2306.00983) Section 3.1 uses them. Adapters are an argument, so the base is never edited.
 
     text, text_mask = muse.text_encoder(text_ids)             # T(t)
     logits = muse(ids, text, text_mask)                       # G(v, T(t))
@@ -55,11 +55,12 @@ PRESETS = {
     "toy": MuseConfig(grid=4, codebook_size=32, width=32, layers=2, heads=2, token_width=32,
                       text_length=16, text_width=24, text_layers=1, text_heads=2, registers=2),
     "tiny": MuseConfig(),
-    "small": MuseConfig(codebook_size=4096, width=640, layers=14, heads=10, patch=1, token_width=640,
-                        text_length=64, text_width=512, text_layers=8, text_heads=8),
+    "small": MuseConfig(codebook_size=4096, width=640, layers=14, heads=10, patch=1,
+                        token_width=640, text_length=64, text_width=512, text_layers=8,
+                        text_heads=8),
     # Muse's base (Table 4): 48 layers of width 2048, MLP 8192, T5-XXL's states. Only for counting.
-    "paper": MuseConfig(codebook_size=8192, width=2048, layers=48, heads=16, patch=1, token_width=2048,
-                        text_width=4096, text_layers=0),
+    "paper": MuseConfig(codebook_size=8192, width=2048, layers=48, heads=16, patch=1,
+                        token_width=2048, text_width=4096, text_layers=0),
 }
 SUPERRES = {                    # the second stage of each preset: twice as many tokens a side
     "toy": MuseConfig(grid=8, codebook_size=32, width=32, layers=2, heads=2, token_width=32,
@@ -70,9 +71,10 @@ SUPERRES = {                    # the second stage of each preset: twice as many
     "small": MuseConfig(grid=32, codebook_size=4096, width=512, layers=8, heads=8, patch=2,
                         token_width=512, text_length=64, text_width=256, text_layers=4, registers=0,
                         low_grid=16, low_layers=4),
-    # Table 6: 16 layers over the low tokens, 32 of width 1024 over 64 x 64 tokens. Only for counting.
+    # Table 6: 16 layers over the low tokens, 32 of width 1024 over 64 x 64. Only for counting.
     "paper": MuseConfig(grid=64, codebook_size=8192, width=1024, layers=32, heads=16, patch=4,
-                        token_width=1024, text_width=4096, text_layers=0, low_grid=16, low_layers=16),
+                        token_width=1024, text_width=4096, text_layers=0, low_grid=16,
+                        low_layers=16),
 }
 
 
@@ -94,7 +96,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x, context, mask=None):
-        """x (B, P, D), context (B, L, D), mask (B, L), true where a key may be seen -> (B, P, D)."""
+        """x (B, P, D), context (B, L, D), mask (B, L): the keys that may be seen -> (B, P, D)."""
         q, k, v = self.split(self.q(x)), self.split(self.k(context)), self.split(self.v(context))
         if x.device.type == "cpu":                          # the backward pass in bf16 crawls there
             q, k, v = q.float(), k.float(), v.float()
@@ -143,7 +145,7 @@ class Block(nn.Module):
 
 
 def initialise(model, layers):
-    """Normals of sd 0.02, cut off at two sd (MaskGIT); what enters a skip is scaled by depth (GPT-2)."""
+    """Normals of sd 0.02, cut off at two sd (MaskGIT); before a skip, scaled by depth (GPT-2)."""
     for name, p in model.named_parameters():
         if p.dim() > 1:
             nn.init.trunc_normal_(p, std=0.02, a=-0.04, b=0.04)
@@ -177,7 +179,8 @@ class TextEncoder(nn.Module):
         """
         B, L = ids.shape
         x = (self.token(ids) if vectors is None else vectors) + self.position[:L]
-        x = torch.cat([x, self.registers.to(x.dtype).expand(B, -1, -1)], 1)  # (B, L + R, text_width)
+        registers = self.registers.to(x.dtype).expand(B, -1, -1)
+        x = torch.cat([x, registers], 1)                                         # (B, L + R, ..)
         is_text = torch.arange(L, device=ids.device) <= ids.argmax(1, keepdim=True)
         mask = F.pad(is_text, (0, len(self.registers)), value=True)              # (B, L + R)
         for block in self.blocks:
@@ -214,11 +217,11 @@ class Muse(nn.Module):
             self.text_encoder = TextEncoder(config)
 
     def forward(self, ids, text, text_mask, adapters=None, low=None):
-        """G, or G^ with adapters.
+        """G, or G^ with adapters -> logits (B, N, V): [MASK] can never be drawn.
 
         ids (B, N) in [0, V], V where masked; text (B, L, text_width) and text_mask (B, L), from T;
-        adapters: None, or a function (h (B, P, D), layer, "cross" | "mlp") -> h; low (B, low_grid^2):
-        the second stage's low-resolution tokens, whose layers count first. Returns logits (B, N, V): [MASK] can never be drawn.
+        adapters: None, or a function (h (B, P, D), layer, "cross" | "mlp") -> h; low (B,
+        low_grid^2): the low-resolution tokens of the second stage, whose layers count first.
 
         With patch = 2, four neighbouring tokens enter through one position, as pixels do in a ViT:
         a quarter of the transformer's cost, and each of the four still has its own mask and its own
@@ -231,23 +234,25 @@ class Muse(nn.Module):
         x = (self.patch_embed(x) + self.row + self.col).flatten(1, 2)            # (B, P P, D)
         text = self.text_norm(self.text_proj(text))                              # (B, L, D)
         if low is not None:
-            text = torch.cat([text, self.low_states(low, adapters).to(text.dtype)], 1)  # (B, L + low, D)
+            states = self.low_states(low, adapters).to(text.dtype)
+            text = torch.cat([text, states], 1)                                  # (B, L + low, D)
             text_mask = F.pad(text_mask, (0, low.shape[1]), value=True)
         for layer, block in enumerate(self.blocks):
             x = block(x, None, text, text_mask, adapters, c.low_layers + layer)
         x = self.to_tokens(self.norm(x)).unflatten(-1, (s, s, -1))               # (B, P P, s, s, E)
         x = x.unflatten(1, (P, P)).transpose(2, 3).flatten(1, 4)                 # (B, N, E)
         x = self.token_norm(F.gelu(x))
-        return (F.linear(x, self.token.weight[:c.codebook_size]) + self.bias).float()  # (B, N, V)
+        x = F.linear(x, self.token.weight[:c.codebook_size]) + self.bias         # (B, N, V)
+        return x.float()
 
     def low_states(self, low, adapters):
-        """The low-resolution tokens (B, low_grid^2) as the second stage reads them (B, low_grid^2, D).
+        """Low-resolution tokens (B, low_grid^2) -> their states (B, low_grid^2, D).
 
         They have the positions of the high tokens that lie over them.
         """
-        c = self.config
-        position = F.interpolate((self.row + self.col).movedim(-1, 0)[None], c.low_grid, mode="nearest")
-        x = self.low_token(low) + position[0].flatten(1).T                      # (B, low_grid^2, D)
+        position = (self.row + self.col).movedim(-1, 0)[None]                    # (1, D, P, P)
+        position = F.interpolate(position, self.config.low_grid, mode="nearest")
+        x = self.low_token(low) + position[0].flatten(1).T                       # (B, low, D)
         for layer, block in enumerate(self.low_blocks):
             x = block(x, adapters=adapters, layer=layer)
         return self.low_norm(x)
@@ -257,14 +262,14 @@ class Muse(nn.Module):
 # Training: M and CE_m of Eq. 2
 
 def mask_ratio(u):
-    """gamma(u) = cos(pi u / 2), u in [0, 1]. For u ~ U the ratio has Muse's density, of mean 2 / pi."""
+    """gamma(u) = cos(pi u / 2), u in [0, 1]. With u ~ U it has Muse's density, of mean 2 / pi."""
     return torch.cos(u * (math.pi / 2)) if torch.is_tensor(u) else math.cos(u * math.pi / 2)
 
 
 def random_mask(batch, tokens, generator, power=1):
-    """M: a bool mask (B, N), true at ceil(gamma(u^power) N) places, u ~ U drawn afresh for each row; at least one.
+    """M: a bool mask (B, N), true at ceil(gamma(u^power) N) places; u ~ U for each row.
 
-    Muse's law has power 1. A higher one masks more: words count only where next to nothing is to be seen.
+    Muse's law has power 1. A higher one masks more: words count only where little is to be seen.
     """
     device = generator.device
     ratio = mask_ratio(torch.rand(batch, 1, generator=generator, device=device) ** power)
@@ -288,7 +293,7 @@ def masked_loss(logits, ids, mask, label_smoothing=0.0):
 # Sampling
 
 def uniform(generator, batch, *shape):
-    """Numbers in [0, 1), (batch, *shape): from one generator, or each row from its own of a list."""
+    """Numbers in [0, 1), (batch, *shape): of one generator, or each row of its own in a list."""
     if isinstance(generator, torch.Generator):
         return torch.rand(batch, *shape, generator=generator, device=generator.device)
     return torch.stack([torch.rand(*shape, generator=g, device=g.device) for g in generator])

@@ -18,13 +18,13 @@ from PIL import Image
 from . import drawing, scenes, styles
 from .english import HERE, caption, content_phrase, names, noun, plural, read_table, synonyms
 from .drawing import bend, place_one
-from .reading import read_image, read_reference
+from .reading import check_path, read_image, read_reference
 from .scenes import Scene
 
 TILE, COLUMNS = 128, 30                 # pixels a side of a tile, tiles in a row of a sheet
 RARE = 0.03                             # share of the captions that say "a [V] cat" for "a cat"
-UNNAMED_STYLE = "[V*]"                  # what captions call a style without naming it. So it means "some
-#                                         style", and an adapter narrows it to one (StyleDrop 4.4.1)
+UNNAMED_STYLE = "[V*]"                  # what captions call a style without naming it. So it means
+#                                         "some style"; an adapter narrows it to one (Section 4.4.1)
 
 
 @functools.lru_cache(None)
@@ -49,10 +49,10 @@ class Art:
     """The drawings of some sets, as uint8 (n, size, size, 4) with straight alpha, in `.drawings`.
 
     sets: names from sets.tsv; by default all of a role ("training", "held-out"). `.names`, `.sets`
-    and `.hands` (the set's style phrase) go along with the drawings, and so do `.boxes` (what each
-    covers of its tile) and `.middles` (its luminance); `.index` is {set: {name: i}}.
-    compose: batches show colours, several and two things too (scenes.py); else one thing as drawn.
-    smallest: single things are this to 1 times the frame, and somewhere in it; None: as they are.
+    and `.hands` (the icon set's style phrase) go along with the drawings, and so do `.boxes` (what
+    each covers of its tile) and `.middles` (its luminance); `.index` is {set: {name: i}}.
+    compose: batches show colours, several and two objects too (scenes.py); else one as drawn.
+    smallest: single objects are this to 1 times the frame, and somewhere in it; None: as they are.
     bare: share of the batches whose captions name no style at all, so that only what they show
     tells their pictures apart. plain: share of pictures that keep the style of their drawings.
     bent: how much each drawing is bent (`bend`).
@@ -114,7 +114,7 @@ class Art:
         images, captions = [], []
         bare = self.bare > 0 and rng.random() < self.bare
         for _ in range(n):
-            i = int(rng.random() * len(self.names))          # the thing, or only whose drawings
+            i = int(rng.random() * len(self.names))          # the object, or only whose drawings
             scene = Scene((self.names[i],))
             if self.compose:
                 scene = scenes.sample(rng, names=self.names_of[self.sets[i]])
@@ -123,7 +123,8 @@ class Art:
                 style = styles.keep_colours(style, scene.colours)
             rgba = scenes.draw(scene, self, rng, resolution, self.sets[i])
             images.append(styles.apply(style, rgba, rng))
-            content, manner = scenes.phrase(scene, rng), styles.phrase(style, self.hands[i], rng)
+            content = scenes.phrase(scene, rng)
+            manner = styles.phrase(style, self.hands[i], rng)
             if self.compose and rng.random() < RARE and content.startswith("a "):
                 content = content.replace("a ", "a [V] ", 1)
             if self.compose and not manner and style != styles.Style():
@@ -145,7 +146,7 @@ class Art:
 
 
 class Folder:
-    """A user's own pictures: a folder with NAME.txt beside each NAME.png, or captions.tsv (file, caption).
+    """A user's own pictures: NAME.txt beside each NAME.png, or captions.tsv (file, caption).
 
     Raises ValueError in one line where the folder, a picture or a caption is missing.
     """
@@ -154,17 +155,18 @@ class Folder:
 
     def __init__(self, path, size=64):
         path = Path(path)
-        if not path.is_dir():
-            raise ValueError(f"{path} is not a folder of pictures")
+        check_path(path, "folder of pictures")
         table = path / "captions.tsv"
         if table.exists():
             rows = [line.split("\t") for line in read_words(table).splitlines() if line.strip()]
-            pairs = [(path / row[0].strip(), " ".join(row[1:]).strip()) for row in rows if row[0].strip() != "file"]
+            rows = [(row[0].strip(), " ".join(row[1:]).strip()) for row in rows]
+            pairs = [(path / file, words) for file, words in rows if file != "file"]
         else:
             files = sorted(file for file in path.iterdir() if file.suffix.lower() in self.SUFFIXES)
             for file in files:
-                if not file.with_suffix(".txt").exists():
-                    raise ValueError(f"{file} has no caption: write {file.with_suffix('.txt').name} beside it")
+                beside = file.with_suffix(".txt")
+                if not beside.exists():
+                    raise ValueError(f"{file} has no caption: write {beside.name} beside it")
             pairs = [(file, read_words(file.with_suffix(".txt"))) for file in files]
         if not pairs:
             raise ValueError(f"{path} holds no pictures with captions")
@@ -177,7 +179,8 @@ class Folder:
     def batch(self, n, rng, resolution):
         """As Art.batch; the pictures keep the style they have."""
         picks = rng.integers(len(self.images), size=n)
-        images = [np.asarray(Image.fromarray(self.images[i]).resize((resolution,) * 2, Image.BICUBIC)) for i in picks]
+        images = [Image.fromarray(self.images[i]).resize((resolution, resolution), Image.BICUBIC)
+                  for i in picks]
         return np.stack(images), [self.captions[i] for i in picks]
 
     def words(self):
@@ -189,7 +192,8 @@ class Folder:
 
 
 def read_words(path):
-    """A text file of the user's, without a byte-order mark. Raises ValueError in one line if it is not UTF-8."""
+    """A text file of the user's, without a byte-order mark. Raises ValueError in one line."""
+    check_path(path, "text file")
     try:
         return path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:

@@ -6,16 +6,18 @@
 """
 
 import csv
+import difflib
 import functools
 import re
+import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 
 NO_ARTICLE = set("""bacon broccoli cheese chocolate corn fire fog garlic ginger honey ice jeans
-    lightning milk money oil popcorn rice sake salt sushi sunshine tempura thread water wood yarn tea butter
-    sheep-wool luggage spaghetti sashimi curry-rice cooked-rice bread wc badminton bowling
-    camping construction cooking coral dna ice-hockey field-hockey lacrosse ping-pong tennis
+    lightning milk money oil popcorn rice sake salt sushi sunshine tempura thread water wood yarn
+    tea butter sheep-wool luggage spaghetti sashimi curry-rice cooked-rice bread wc badminton
+    bowling camping construction cooking coral dna ice-hockey field-hockey lacrosse ping-pong tennis
     high-voltage soap skis oden beer coffee confetti champagne curry cutlery earth fruit-juice
     lettuce mail maize meat medicine music pasta planet-earth rain ramen saturn snow
     table-tennis toilet-paper treasure whiskey wine green-tea french-bread ginger-root
@@ -31,10 +33,10 @@ SINGULAR = ("ss", "us", "is", "rhinoceros", "tennis", "abacus", "lens", "chess",
 AFTER_HEAD = re.compile(" (with|without|of|in|on|and|at|from|to|showing|facing up|behind|tilted|"
                         r"fluttering|increasing|decreasing)\b")
 PLURALS = {word: word for word in """fish sheep deer moose bison squid shrimp dice blowfish
-    jellyfish angelfish""".split()} | dict(pair.split(":") for pair in """mouse:mice goose:geese ox:oxen
-    snowman:snowmen leaf:leaves knife:knives wolf:wolves loaf:loaves scarf:scarves sheaf:sheaves
-    cactus:cacti potato:potatoes tomato:tomatoes mosquito:mosquitoes volcano:volcanoes die:dice
-    mango:mangoes tornado:tornadoes buffalo:buffaloes""".split())
+    jellyfish angelfish""".split()} | dict(pair.split(":") for pair in """mouse:mice goose:geese
+    ox:oxen snowman:snowmen leaf:leaves knife:knives wolf:wolves loaf:loaves scarf:scarves
+    sheaf:sheaves cactus:cacti potato:potatoes tomato:tomatoes mosquito:mosquitoes
+    volcano:volcanoes die:dice mango:mangoes tornado:tornadoes buffalo:buffaloes""".split())
 
 
 def head(words):
@@ -112,3 +114,32 @@ def meanings():
 def caption(content, style):
     """The paper's template (Section 3.2.1): "{content} in {style} style"; or the content alone."""
     return f"{content} in {style} style" if style else content
+
+
+# --------------------------------------------------------------------------------------------------
+# Words that a base does not know
+
+def unknown_words(words, text):
+    """{word of `text` that is not in the vocabulary `words`: up to three of `words` near it}."""
+    found = {}
+    for word in re.findall(r"[^\s,.;:!?\"]+", text.lower()):
+        if word not in words:
+            inside = sorted((w for w in words if len(w) > 2 and (w in word or word in w)), key=len)
+            near = difflib.get_close_matches(word, words, 3, 0.75) + inside[::-1]
+            found[word] = list(dict.fromkeys(near))[:3]
+    return found
+
+
+def note_unknown(pipe, text):
+    """Say on stderr what of a text the base `pipe` (a StyleDrop) cannot read.
+
+    That is what lies behind the last token that T reads, and words that no training caption has.
+    """
+    length, notes = pipe.muse.config.text_length, []
+    if not pipe.tokenizer.fits(text, length):
+        notes.append(f"a prompt is longer than {length} tokens; what comes after is not read")
+    for word, near in unknown_words(pipe.words, text).items() if pipe.words else ():
+        near = f"; near: {', '.join(near)}" if near else ""
+        notes.append(f"no training caption has {word!r}{near}")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)

@@ -1,30 +1,69 @@
-"""Draw data/contact_sheet.png, training examples with their captions, and examples/, pictures to learn
-a style or an object from.
+"""Images side by side on a sheet.
 
-    python -m data.pictures
+    python -m data.pictures     # draws data/contact_sheet.png, training examples, and examples/
 """
 
 import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from . import HERE, Art, content_phrase, styles
 from .styles import Style
 
-EXAMPLES = [                                        # file, name, set, style; none of these styles is ever trained on
+EXAMPLES = [                            # file, name, set, style: none of these styles is trained on
     ("house_watercolor", "house", "twemoji", Style("navy and gold", "", "watercolor", "cream")),
     ("mushroom_glowing", "mushroom", "noto", Style("neon", "", "glowing", "black")),
     ("cat_stained_glass", "cat", "fluent-emoji-flat", Style("", "", "stained glass", "navy")),
-    ("fish_embroidery", "tropical-fish", "twemoji", Style("brown and gold", "", "embroidery", "red")),
+    ("fish_embroidery", "tropical-fish", "twemoji",
+     Style("brown and gold", "", "embroidery", "red")),
     ("teapot_golden", "teapot", "noto", Style("", "", "golden", "purple")),
     ("owl_halftone", "owl", "twemoji", Style("purple and gold", "", "halftone", "navy")),
     ("rocket_sticker", "rocket", "twemoji", Style("", "", "", "teal", "sticker")),
     ("tree_openmoji", "deciduous-tree", "openmoji", Style()),
 ]
-# An object, one by each hand; each on a ground of its own, so that the object is all they share
-OBJECT = "teapot", {"noto": "cream", "twemoji": "teal", "fluent-emoji": "gold", "fluent-emoji-flat": "grey"}
+# An object from four icon sets, each on another background, so that the object is all they share
+OBJECT = "teapot", {"noto": "cream", "twemoji": "teal", "fluent-emoji": "gold",
+                    "fluent-emoji-flat": "grey"}
+LICENCES = {"noto": "Apache-2.0", "twemoji": "CC BY 4.0", "openmoji": "CC BY-SA 4.0"}    # else MIT
+README = """# Styles to learn from
+
+One picture each, in styles that no training picture of the shipped base has. Drawn by
+`python -m data.pictures` from the sets credited in `data/LICENSES.md`; each picture is under its \
+drawing's licence.
+
+| file | content | style in words | drawing | licence |
+|---|---|---|---|---|
+"""
+
+
+def grid(images, columns, scale=1, gap=2, top=(), left=(), captions=(), lines=1):
+    """uint8 (B, H, W, 3) -> one PIL image, row by row, each pixel `scale` times as large.
+
+    top: words above the columns; left: words beside the rows; captions: words above each image, in
+    so many lines.
+    """
+    (_, h, w, _), rows = images.shape, -(-len(images) // columns)
+    band = (12 * lines + 4) * bool(captions)                 # pixels above each image
+    width, height = w * scale + gap, h * scale + gap + band
+    x0, y0 = gap + 96 * bool(left), gap + 16 * bool(top)
+    sheet = Image.new("RGB", (x0 + columns * width, y0 + rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+
+    def write(x, y, words, letters, lines):
+        pen.text((x, y), "\n".join(textwrap.wrap(words, letters)[:lines]), fill="black", spacing=1)
+
+    for i, image in enumerate(images):
+        x, y = x0 + i % columns * width, y0 + i // columns * height
+        sheet.paste(Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)), (x, y + band))
+        if captions:
+            write(x, y, captions[i], width // 6, lines)
+    for i, words in enumerate(top):
+        write(x0 + i * width, 2, words, width // 6, 1)
+    for i, words in enumerate(left):
+        write(4, y0 + i * height, words, 14, height // 13)
+    return sheet
 
 
 def draw(art, name, set_name, style, rng):
@@ -32,25 +71,11 @@ def draw(art, name, set_name, style, rng):
     return styles.apply(style, art.drawings[art.find(name, set_name)], rng)
 
 
-def captioned(images, captions, columns, width=124, lines=4):
-    """A page of pictures (B, H, W, 3), each with its caption printed under it."""
-    side, font = images.shape[1], ImageFont.load_default(10)
-    high = side + 11 * lines + 8
-    page = Image.new("RGB", (columns * width, -(-len(images) // columns) * high), "white")
-    pen = ImageDraw.Draw(page)
-    for k, (image, words) in enumerate(zip(images, captions)):
-        x, y = k % columns * width, k // columns * high
-        page.paste(Image.fromarray(image), (x + (width - side) // 2, y + 2))
-        for row, line in enumerate(textwrap.wrap(words, 24)[:lines]):
-            place = x + width // 2, y + side + 3 + 11 * row
-            pen.text(place, line, fill="black", font=font, anchor="ma")
-    return page
-
-
 def contact_sheet(columns=10, rows=6):
     """What the base is trained on, captions and all."""
     art = Art(size=64, smallest=0.9)
-    return captioned(*art.batch(columns * rows, np.random.default_rng(3), 64), columns)
+    images, captions = art.batch(columns * rows, np.random.default_rng(3), 64)
+    return grid(images, columns, 2, 6, captions=captions, lines=4).quantize(256)
 
 
 def main():
@@ -58,22 +83,21 @@ def main():
     folder = Path("examples")
     folder.mkdir(exist_ok=True)
     art = Art(sets=("noto", "twemoji", "fluent-emoji", "fluent-emoji-flat", "openmoji"), size=128)
-    table = ["| file | content | style in words | drawing | licence |", "|---|---|---|---|---|"]
+    page = README
     for file, name, set_name, style in EXAMPLES:
         image = draw(art, name, set_name, style, np.random.default_rng(1))
         Image.fromarray(image).save(folder / f"{file}.png", optimize=True)
-        hand = art.hands[art.find(name, set_name)]
-        licence = {"noto": "Apache-2.0", "twemoji": "CC BY 4.0", "openmoji": "CC BY-SA 4.0"}.get(set_name, "MIT")
-        table.append(f"| {file}.png | {content_phrase(name)} | {styles.phrase(style, hand)} | {set_name} | {licence} |")
-    name, grounds = OBJECT
+        words = styles.phrase(style, art.hands[art.find(name, set_name)])
+        page += (f"| {file}.png | {content_phrase(name)} | {words} | {set_name} "
+                 f"| {LICENCES.get(set_name, 'MIT')} |\n")
+    name, backgrounds = OBJECT
     (folder / name).mkdir(exist_ok=True)
-    for k, (set_name, ground) in enumerate(grounds.items()):
-        image = draw(art, name, set_name, Style(ground=ground), np.random.default_rng(1))
+    for k, (set_name, background) in enumerate(backgrounds.items()):
+        image = draw(art, name, set_name, Style(ground=background), np.random.default_rng(1))
         Image.fromarray(image).save(folder / name / f"{k + 1}.png", optimize=True)
-    (folder / "README.md").write_text(
-        "# Styles to learn from\n\nOne picture each, in styles that no training picture of the shipped base has. Drawn by\n"
-        "`python -m data.pictures` from the sets credited in `data/LICENSES.md`; each picture is under its drawing's licence.\n\n"
-        + "\n".join(table) + f"\n\n`{name}/` is an object to learn: 1.png to {len(grounds)}.png are from {', '.join(grounds)}, each on a ground of its own.\n")
+    page += (f"\n`{name}/` is an object to learn: 1.png to {len(backgrounds)}.png are from "
+             f"{', '.join(backgrounds)}, each on a background of its own.\n")
+    (folder / "README.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

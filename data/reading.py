@@ -4,10 +4,13 @@
     read_reference("cat.png", 64)           # the same, and refused where there is nothing to learn
 
 Each picture is turned upright, its colours become sRGB, its greys are scaled to 8 bits, and what
-is transparent gets a ground. Metadata that cannot be read is passed over: the picture counts.
+is transparent gets a background. Metadata that cannot be read is passed over: the picture counts.
 """
 
+import errno
 import io
+import os
+import stat
 import sys
 import warnings
 from pathlib import Path
@@ -16,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 MAX_PIXELS = 64_000_000                 # of a picture we agree to open
-WHITE, DARK = (255, 255, 255), (48, 48, 48)                  # the grounds of transparent pictures
+WHITE, DARK = (255, 255, 255), (48, 48, 48)                  # behind transparent pictures
 FAINT = 16                              # of 255: nobody sees less of a difference
 FOREIGN = {b"<svg": "SVG", b"ftyp": "HEIC or AVIF", b"%PDF": "PDF", b"%!PS": "PostScript",
            b"JXL ": "JPEG XL", b"\xff\x0a": "JPEG XL", b"\x1f\x8b": "compressed (SVGZ?)"}
@@ -31,7 +34,7 @@ def read_image(path, size):
     """Any picture file -> RGB uint8 (size, size, 3); what is not square loses its long ends.
 
     Of an animation it is the first frame that is not of one colour. A light drawing on nothing
-    gets a dark ground, any other a white one. Raises ValueError in one line for what is no
+    gets a dark background, any other a white one. Raises ValueError in one line for what is no
     picture, is damaged, too large to open safely, or does not say which value is white.
     """
     return square(open_picture(Path(path)), size)
@@ -59,12 +62,29 @@ def one_colour(pixels):
     return (away > FAINT).mean() < 0.005
 
 
+def check_path(path, what):
+    """Raise ValueError, in one line, where no `what` ("picture", "folder of ...") can be read."""
+    name = path if len(str(path)) < 300 else f"{str(path)[:40]}...{str(path)[-20:]}"
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"no {what} at {name}") from None
+    except (OSError, ValueError) as error:                   # ValueError: a zero in the name
+        why = {errno.ENAMETOOLONG: "the name is too long", errno.ELOOP: "its links go in a circle",
+               errno.EACCES: "its folder may not be read"}.get(getattr(error, "errno", None))
+        raise ValueError(f"no {what} at {name}: {why or 'that cannot be a name'}") from None
+    is_pipe = stat.S_ISFIFO(mode) and what == "text file"    # <(echo a cat)
+    kind = ("folder" if stat.S_ISDIR(mode) else
+            "file" if stat.S_ISREG(mode) or is_pipe else "device or a pipe")
+    if (kind == "folder") != what.startswith("folder") or kind.startswith("device"):
+        raise ValueError(f"{name} is a {kind}, not a {what}")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{name} may not be read; change its permissions")
+
+
 def open_picture(path):
     """The file -> a Pillow image, RGB. Raises ValueError in one line: see `read_image`."""
-    if not path.exists():
-        raise ValueError(f"no picture at {path}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a picture")
+    check_path(path, "picture")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     try:
@@ -150,7 +170,7 @@ def upright(rgb, image):
 
 
 def to_rgb(image, path):
-    """An open image of any mode -> RGB, 8 bits, sRGB, on a ground."""
+    """An open image of any mode -> RGB, 8 bits, sRGB, on a background."""
     info, alpha = image.info, None
     if image.mode.startswith("I") or image.mode == "F":
         image = scale_greys(image, path)
@@ -158,7 +178,7 @@ def to_rgb(image, path):
         clear = image.convert("RGBA")
         image, alpha = clear.convert("RGB"), clear.getchannel("A")
     image = to_srgb(image, info)
-    return image if alpha is None else lay_on_ground(image, alpha, path)
+    return image if alpha is None else lay_on_background(image, alpha, path)
 
 
 def scale_greys(image, path):
@@ -211,17 +231,17 @@ def to_srgb(image, info):
     return image
 
 
-def lay_on_ground(image, alpha, path):
-    """RGB and its alpha -> RGB on white; on a dark ground where only that shows the drawing."""
-    on = {ground: Image.composite(image, Image.new("RGB", image.size, ground), alpha)
-          for ground in (WHITE, DARK)}
+def lay_on_background(image, alpha, path):
+    """RGB and its alpha -> RGB on white; on a dark background where only that shows the drawing."""
+    on = {colour: Image.composite(image, Image.new("RGB", image.size, colour), alpha)
+          for colour in (WHITE, DARK)}
     drawn = np.asarray(alpha) > 0
 
-    def seen(ground):                                        # share of what is drawn
-        away = np.abs(np.asarray(on[ground]).astype(np.int16) - ground).max(2)
+    def seen(colour):                                        # share of what is drawn
+        away = np.abs(np.asarray(on[colour]).astype(np.int16) - colour).max(2)
         return (away[drawn] > FAINT).mean() if drawn.any() else 0
 
     if seen(WHITE) >= 0.05 or seen(DARK) <= seen(WHITE):
         return on[WHITE]
-    print(f"note: {path} is a light drawing on nothing; it gets a dark ground", file=sys.stderr)
+    print(f"note: {path} is a light drawing on nothing; it gets a dark background", file=sys.stderr)
     return on[DARK]

@@ -25,10 +25,10 @@ from .drawing import COLOURS, bend, inked, layout, place_one, recolour, scaled
 HUES = tuple(COLOURS)
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 KINDS = {"one": 0.55, "coloured": 0.19, "several": 0.13, "two": 0.13}   # shares of the pictures
-ALSO_COLOURED = {"several": 0.35, "two": 0.2}   # chance of a colour in these (two: for each thing)
-UNNUMBERED = 0.25            # share of the captions of several things that do not say how many
+ALSO_COLOURED = {"several": 0.35, "two": 0.2}   # chance of a colour in these (two: for each)
+UNNUMBERED = 0.25            # share of the captions of several that do not say how many
 ARTICLES = {"a": 0.8, "the": 0.1, "": 0.1}
-SYNONYM = 0.4                # chance of another word for a thing that has some
+SYNONYM = 0.4                # chance of another word for an object that has some
 
 # Whole views and signs: no colour of their own, no plural, no place beside something else
 VIEWS = set("""airplane-arrival airplane-departure beach-with-umbrella bridge-at-night camping
@@ -47,10 +47,10 @@ COLOUR_WORDS = {*COLOURS, "gold", "golden", "silver", "cream", "teal", "navy"}
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing, several of it, or two things side by side."""
+    """One object, several of it, or two side by side."""
     things: tuple            # one or two names of tiles, left to right
-    colours: tuple = ()      # a word of COLOURS for each thing, "" as drawn; () for none
-    count: int = 1           # of the one thing, up to 4
+    colours: tuple = ()      # a word of COLOURS for each, "" as drawn; () for none
+    count: int = 1           # of the one object, up to 4
 
 
 # ---------------------------------------------------------------------------------------------
@@ -82,10 +82,10 @@ def is_pair_held_out(a, b):
 
 
 def is_held_out(scene):
-    """True for what the base never sees: a fifth of all (colour, thing) and (thing, thing) pairs.
+    """True for what the base never sees: a fifth of all pairs of colour and object, or two objects.
 
-    A pair is held out where the CRC-32 of its words divides by 5, as in styles.py; two things in
-    either order. Things go by the names of their tiles, whatever words a caption has for them.
+    A pair is held out where the CRC-32 of its words divides by 5, as in styles.py; two objects in
+    either order. Objects go by the names of their tiles, whatever words a caption has for them.
     """
     return any(c and is_pair_held_out(c, name) for c, name in zip(scene.colours, scene.things)) or (
         len(scene.things) == 2 and is_pair_held_out(*sorted(scene.things)))
@@ -101,7 +101,7 @@ def sample(rng, held_out=False, names=None, kind=None):
     if kind is None:
         kind = pick(rng, {k: KINDS[k] for k in ("coloured", "two")} if held_out else KINDS)
     elif held_out and kind == "one":
-        raise ValueError("one thing without a colour is never held out; "
+        raise ValueError("one object without a colour is never held out; "
                          "ask for coloured, several or two")
     must = kind == "coloured" or held_out and kind == "several"
     chance = 1 if must else ALSO_COLOURED.get(kind, 0)
@@ -169,7 +169,7 @@ def english_phrase(word):
 
 
 def other_word(name, scene, rng):
-    """A synonym of a thing of the scene that can take its colour and number, or ""."""
+    """A synonym of an object of the scene that can take its colour and number, or ""."""
     words = english.synonyms().get(name)
     if not words or rng.random() >= SYNONYM:
         return ""
@@ -190,7 +190,7 @@ def keeps_the_rule(scene, words):
 
 
 def is_ambiguous(scene, words):
-    """Whether a plural without a number may also mean one coloured thing across the line.
+    """Whether a plural without a number may also mean one coloured object across the line.
 
     Three green "musical-note" are "green musical notes", and so is one green "musical-notes".
     """
@@ -205,7 +205,7 @@ def is_ambiguous(scene, words):
 def draw(scene, art, rng, size, set_name=None):
     """The scene from drawings of one set of `art` -> uint8 (size, size, 4), straight alpha.
 
-    set_name: whose drawings; else any set that has all things. Art's `smallest` and `bent` hold.
+    set_name: whose drawings; else any set that has all of it. Art's `smallest` and `bent` hold.
     """
     sets = [s for s in art.index if all(name in art.index[s] for name in scene.things)]
     if set_name is None and sets:

@@ -24,8 +24,9 @@ import data  # noqa: E402
 from data import styles  # noqa: E402
 from experiments.judge import AMONG, VALUES, ask, attributes, held_back, judge_or_none, rank_among, reconstruct  # noqa: E402
 from clip_feedback import image_features, text_score  # noqa: E402
-from styledrop import Parser, StyleDrop, number, run_command, sample_pool, to_tensor, write_whole  # noqa: E402
-from vqgan import codebook_health, psnr  # noqa: E402
+from commandline import Parser, number, run_command  # noqa: E402
+from styledrop import StyleDrop, to_tensor, write_whole  # noqa: E402
+from pretrain.vqgan import codebook_health, psnr  # noqa: E402
 
 LAMBDAS_A, LAMBDAS_B, TEMPERATURES = (1, 3, 5, 7), (1, 2, 3, 5), (1, 2, 4.5, 8)
 WHOLE = ("training style", "held-out style", "held-out combination")            # questions of whole styles
@@ -189,7 +190,7 @@ def measure_samples(pipe, judge, questions, count, seeds, seed, **sampling):
         rng, began = np.random.default_rng((seed, number_)), time.time()
         chosen = [draw_style(question, rng) for _ in picks]
         contents, phrases = [data.content_phrase(n) for n in names], [styles.phrase(s) for s in chosen]
-        samples = sample_pool(pipe, contents, 1, seed=seed, style_phrase=phrases, **sampling).images
+        samples = pipe.generate(contents, seed=seed, style_phrase=phrases, **sampling).cpu()
         real = to_tensor(np.stack([styles.apply(s, data.jitter(art.drawings[i], 64, rng), rng) for i, s in zip(picks, chosen)]))
         say = lambda images, names=names, chosen=chosen: verdicts(judge, images, names, chosen,
                                                                   torch.Generator().manual_seed(seed))
@@ -214,7 +215,7 @@ def sweep(pipe, scores, names, lambdas, temperatures, seed):
     for temperature in temperatures:
         cells = []
         for lambda_b in lambdas:
-            images = sample_pool(pipe, prompts, 1, seed=seed, lambda_b=lambda_b, temperature=temperature).images
+            images = pipe.generate(prompts, seed=seed, lambda_b=lambda_b, temperature=temperature).cpu()
             rank = rank_among(scores(images), wanted, torch.Generator().manual_seed(seed))
             cells.append(f"{100 * (rank < 1).float().mean():.0f} / {100 * (rank < 5).float().mean():.0f}")
             print(f"temperature {temperature:g}, lambda_B {lambda_b:g}: {cells[-1]} %", flush=True)
@@ -230,7 +231,7 @@ def sweep_words(pipe, judge, names, lambdas_a, lambdas_b, seed):
     for lambda_a in lambdas_a:
         cells = []
         for lambda_b in lambdas_b:
-            images = sample_pool(pipe, contents, 1, seed=seed, style_phrase=phrases, lambda_a=lambda_a, lambda_b=lambda_b).images
+            images = pipe.generate(contents, seed=seed, style_phrase=phrases, lambda_a=lambda_a, lambda_b=lambda_b).cpu()
             right = verdicts(judge, images, names, chosen, torch.Generator().manual_seed(seed))
             cells.append(f"{100 * right['palette'].mean():.0f} / {100 * right['thing, top 1'].mean():.0f}")
             print(f"lambda_A {lambda_a:g}, lambda_B {lambda_b:g}: {cells[-1]} %", flush=True)

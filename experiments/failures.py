@@ -17,8 +17,10 @@ import data  # noqa: E402
 import vqgan as vqgan_  # noqa: E402
 from data import styles  # noqa: E402
 from pretrain.common import Steps, to_float  # noqa: E402
-from sample import labelled  # noqa: E402
-from styledrop import Parser, StyleDrop, number, run_command, to_tensor, to_uint8, write_whole  # noqa: E402
+from pretrain.vqgan import codebook_health, reconstruction_loss, update_codes  # noqa: E402
+from data.pictures import grid  # noqa: E402
+from commandline import Parser, number, run_command  # noqa: E402
+from styledrop import StyleDrop, to_tensor, to_uint8, write_whole  # noqa: E402
 
 NAMES = ("red-apple", "cat", "house", "deciduous-tree", "rocket", "fish", "automobile", "owl")
 PROMPTS = tuple(map(data.content_phrase, NAMES))
@@ -35,14 +37,14 @@ def tokenizer(pipe, steps, drawings, **config):
     for step in range(steps):
         images, generator = to_float(batches[step][0]), torch.Generator().manual_seed(step)
         fake, z, ids, commitment = model(images)
-        loss = vqgan_.reconstruction_loss(fake, images) + 0.25 * commitment
+        loss = reconstruction_loss(fake, images) + 0.25 * commitment
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        model.quantizer.update(z.detach(), ids, generator)
+        update_codes(model.quantizer, z.detach(), ids, generator)
     images, model = to_float(batches[10 ** 6][0]), model.eval()
-    usage, _ = vqgan_.codebook_health(model.encode(images), model.config.codebook_size)
+    usage, _ = codebook_health(model.encode(images), model.config.codebook_size)
     return usage, model.decode(model.encode(drawings))
 
 
@@ -78,7 +80,7 @@ def main():
         ("codes dead", f"the same with `revive_below = 0`: {dead[0]:.0%} in use; colours and outlines have nowhere to go", dead[1]),
     ]
     images = to_uint8(torch.cat([row[2] for row in rows]))
-    sheet = labelled(images, [row[0] for row in rows], prompts, 2)
+    sheet = grid(images, len(prompts), 2, 4, prompts, [row[0] for row in rows])
     lines = ["# Known failures, made on purpose", "", f"`python {' '.join(sys.argv)}`, base {pipe.base}.", "",
              "| row | what was done, and why it looks so |", "|---|---|"]
     lines += [f"| {name} | {why} |" for name, why, _ in rows]

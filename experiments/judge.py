@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import styles  # noqa: E402
-from styledrop import Parser, load_model, number, read_checkpoint, run_command, save_model, to_tensor, write_whole  # noqa: E402
+from commandline import Parser, number, run_command  # noqa: E402
+from styledrop import load_model, read_checkpoint, save_model, to_tensor, write_whole  # noqa: E402
 from vqgan import VQGAN, VQGANConfig  # noqa: E402
 
 SETS = [row["set"] for row in data.read_table("sets.tsv")]

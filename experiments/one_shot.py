@@ -20,10 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import styles  # noqa: E402
+from human_feedback.rounds import sample_pool  # noqa: E402
 from experiments.base import table, with_error  # noqa: E402
 from experiments.judge import attributes, content_correct, held_back, judge_or_none, reconstruct, style_features  # noqa: E402
-from styledrop import (RARE_TOKEN, Parser, StyleDrop, grid, number, run_command, sample_pool, style_prompt,  # noqa: E402
-                       to_tensor, to_uint8, write_whole)
+from data.pictures import grid  # noqa: E402
+from commandline import Parser, number, run_command  # noqa: E402
+from styledrop import (RARE_TOKEN, StyleDrop, style_prompt, to_tensor, to_uint8,  # noqa: E402
+                       write_whole)
 
 ALL_METRICS = {"palette": 4, "texture": 4, "judge's distance": 3, "style seen": 1, "thing seen": 1, "leakage": 1}   # digits
 SHARES = ("style seen", "thing seen", "leakage")            # in percent

@@ -37,8 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import Scene, scenes, styles  # noqa: E402
-from styledrop import (Parser, Sampling, StyleDrop, autocast, load_model, number,  # noqa: E402
-                       read_checkpoint, run_command, save_model, to_tensor, to_uint8, write_whole)
+from data.pictures import grid  # noqa: E402
+from commandline import Parser, number, run_command  # noqa: E402
+from styledrop import (Sampling, StyleDrop, autocast, load_model, read_checkpoint,  # noqa: E402
+                       save_model, to_tensor, to_uint8, write_whole)
 
 COLOURS = list(scenes.COLOURS)
 KINDS = {"one": 0.52, "coloured": 0.16, "several": 0.16, "two": 0.16}          # of its pictures
@@ -325,9 +327,8 @@ def table(rows):
 
 def sample(pipe, prompts, seed, **sampling):
     """One picture of each prompt by the base; larger ones are made smaller by area."""
-    images = [pipe.generate(prompts[i:i + 16], seed=1000 * seed + i, **sampling).cpu()
-              for i in range(0, len(prompts), 16)]
-    return F.interpolate(torch.cat(images), size=(64, 64), mode="area")
+    images = pipe.generate(prompts, seed=1000 * seed, **sampling).cpu()
+    return F.interpolate(images, size=(64, 64), mode="area")
 
 
 @torch.no_grad()
@@ -481,7 +482,6 @@ def choose(net, pipe, art, names, per, seed, sampling):
 
 def sheets(pipe, seed, sampling):
     """{file name: sheet of samples}: the first seed, nothing chosen."""
-    from sample import labelled
     say = lambda *scene: scenes.phrase(Scene(*scene))
     several = {"one": ((), 1), "two": ((), 2), "three": ((), 3), "four": ((), 4),
                "three red": (("red",), 3)}
@@ -496,7 +496,7 @@ def sheets(pipe, seed, sampling):
     for name, (rows, columns, prompt) in plans.items():
         prompts = [prompt(r, c) for r in rows for c in columns]
         images = to_uint8(sample(pipe, prompts, seed, **sampling))
-        sheet = labelled(images, [word(r) for r in rows], [word(c) for c in columns], scale=2)
+        sheet = grid(images, len(columns), 2, 4, [word(c) for c in columns], [word(r) for r in rows])
         out[name] = sheet.quantize(256)                     # a third of the bytes
     return out
 

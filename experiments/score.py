@@ -13,7 +13,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 from clip_feedback import load_clip, style_score, text_score  # noqa: E402
-from styledrop import Parser, run_command, to_tensor  # noqa: E402
+from commandline import Parser, run_command  # noqa: E402
+from styledrop import to_tensor  # noqa: E402
 
 
 def main():

@@ -29,10 +29,14 @@ from experiments.base import table, with_error  # noqa: E402
 from experiments.judge import AMONG, ask, load_judge, rank_among, style_features  # noqa: E402
 from experiments.one_shot import choose_subjects, draw, measure, paired_bootstrap  # noqa: E402
 from pretrain.common import machine  # noqa: E402
-from styledrop import (FEEDBACK, RARE_TOKEN, Parser, Pool, StyleDrop, grid, load_adapter, number, run_command,  # noqa: E402
-                       sample_pool, style_prompt, to_tensor, to_uint8, write_whole)
+from commandline import Parser, number, run_command  # noqa: E402
+from data.pictures import grid  # noqa: E402
+from human_feedback.rounds import FEEDBACK, Pool, sample_pool  # noqa: E402
+from styledrop import (RARE_TOKEN, StyleDrop, load_adapter, style_prompt, to_tensor,  # noqa: E402
+                       to_uint8, write_whole)
 from human_feedback.rounds import POOL_PROMPTS, ROUND, write_json  # noqa: E402
-from train import METHOD_LR, peak_memory  # noqa: E402
+from commandline import peak_memory  # noqa: E402
+from train import METHOD_LR  # noqa: E402
 
 BASE, WORDS = "base, style in words", "base, its words guided"
 ROUNDS = ("R2-CLIP", "R2-CLIP, style in the text", "R2-CLIP, its ten best", "R2-random", "R2-oracle")

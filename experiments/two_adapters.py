@@ -27,7 +27,10 @@ from data import styles  # noqa: E402
 from experiments.base import table, with_error  # noqa: E402
 from experiments.judge import judge_or_none  # noqa: E402
 from experiments.one_shot import choose_subjects, draw, measure, paired_bootstrap  # noqa: E402
-from styledrop import LAMBDA_A, Parser, StyleDrop, grid, number, run_command, sample_pool, to_uint8, write_whole  # noqa: E402
+from commandline import Parser, number, run_command  # noqa: E402
+from data.pictures import grid  # noqa: E402
+from human_feedback.rounds import sample_pool  # noqa: E402
+from styledrop import LAMBDA_A, StyleDrop, to_uint8, write_whole  # noqa: E402
 from train import ROUND  # noqa: E402
 
 GAMMAS = (0.0, 0.5, 0.6, 0.7, 1.0)

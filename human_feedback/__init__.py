@@ -18,8 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from data.pictures import grid
 from styledrop import write_whole
 
 PAGE = Path(__file__).with_name("page.html")
@@ -44,7 +45,7 @@ class Picking:
             saved = json.loads(self.path.read_text(encoding="utf-8"))
             pool, chosen = saved["pool"], check_choice(saved["chosen"], math.inf)
             self.chosen = chosen if pool != self.pool else check_choice(chosen, self.count)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path} is damaged; move it away to choose anew") from None
         if pool != self.pool and chosen:
             raise ValueError(f"{path} holds a choice from another pool; move it away")
@@ -218,18 +219,11 @@ def pick(images, prompts, reference, chosen_path, goal=10, port=0, open_browser=
 
 def contact_sheets(images, prompts, per_sheet=60):
     """A pool, uint8 (B, H, W, 3) and B phrases -> PIL sheets, numbered from 1, as --pick counts."""
-    columns, side, words = 10, 128, 28
     sheets = []
     for first in range(0, len(images), per_sheet):
         part = images[first:first + per_sheet]
-        rows = -(-len(part) // columns)
-        sheet = Image.new("RGB", (columns * (side + 6) + 6, rows * (side + words) + 6), "white")
-        draw = ImageDraw.Draw(sheet)
-        for i, image in enumerate(part):
-            x, y = 6 + i % columns * (side + 6), 6 + i // columns * (side + words)
-            draw.text((x, y), f"{first + i + 1}  {prompts[first + i]}"[:21], fill="black")
-            sheet.paste(Image.fromarray(image).resize((side, side), Image.NEAREST), (x, y + 16))
-        sheets.append(sheet)
+        captions = [f"{first + i + 1}  {prompts[first + i]}" for i in range(len(part))]
+        sheets.append(grid(part, 10, max(1, 128 // part.shape[1]), 6, captions=captions))
     return sheets
 
 

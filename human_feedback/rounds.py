@@ -5,32 +5,92 @@ last part; a command that wants another recipe is refused, so nobody's choice is
 """
 
 import json
-import os
-import sys
+import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
+import clip_feedback
 import data
 import human_feedback
-from styledrop import (FEEDBACK, Pool, check_prompt, choose_by_clip, fingerprint, grid,
-                       load_adapter, measure, sample_pool, style_prompt, to_tensor, to_uint8,
-                       write_whole)
+from commandline import say
+from data.english import note_unknown
+from data.pictures import grid
+from styledrop import (fingerprint, load_adapter, style_prompt,
+                       to_tensor, to_uint8, write_whole)
+
+
+# ---------------------------------------------------------------------------------------------
+# The pool, and who chooses from it
+
+@dataclass
+class Pool:
+    """Images sampled for a choice: K in a row for each of P prompts."""
+    images: torch.Tensor        # (P K, 3, H, W) in [-1, 1]
+    prompts: list               # P content phrases
+    style: str                  # the style phrase that all of them were drawn with
+
+    @property
+    def contents(self):
+        """P K content phrases, one for each image."""
+        return [p for p in self.prompts for _ in range(len(self.images) // len(self.prompts))]
+
+
+def sample_pool(pipe, prompts, count, style=None, seed=0, on_batch=None, **sampling):
+    """`count` images for each prompt in the style of an adapter (None: of the base) -> Pool.
+
+    The other arguments are those of `StyleDrop.generate`.
+    """
+    wanted = [prompt for prompt in prompts for _ in range(count)]
+    images = pipe.generate(wanted, style, seed=seed, on_batch=on_batch, **sampling).cpu()
+    return Pool(images, list(prompts), style.about.get("style", "") if style is not None else "")
+
+
+def choose_by_clip(pipe, pool, generator=None):
+    """CLIP feedback: of each prompt's images the one nearest to its text -> P sorted indices.
+
+    The paper does not say whether that text names the style; here it does not.
+    """
+    scores = clip_feedback.text_score(pipe.clip, pool.images, pool.contents)
+    scores = scores.view(len(pool.prompts), -1)
+    return flat(clip_feedback.select_best(scores), scores.shape[1])
+
+
+def choose_at_random(pipe, pool, generator):
+    """The paper's control: one image of each prompt, whichever -> P sorted indices."""
+    count = len(pool.images) // len(pool.prompts)
+    picks = torch.rand(len(pool.prompts), count, generator=generator).argsort(1)[:, :1]
+    return flat(picks, count)
+
+
+def flat(columns, count):
+    """Indices (P, k) within each prompt's `count` images -> sorted indices within the pool."""
+    return sorted((columns.cpu() + count * torch.arange(len(columns))[:, None]).flatten().tolist())
+
+
+FEEDBACK = {"clip": choose_by_clip, "random": choose_at_random}      # and a person, on the page
+
+
+def measure(pipe, images, contents, references, reference_contents):
+    """What the paper reports, and what it warns of -> {"text", "style", "leakage"}: tensors (B,).
+
+    text: cosine of image and content phrase; style: cosine of image and reference; leakage: 1 where
+    CLIP sees the reference's content in an image of something else, nan where it was asked for.
+    """
+    text = clip_feedback.text_score(pipe.clip, images, contents)
+    rivals = [clip_feedback.text_score(pipe.clip, images, c) for c in reference_contents]
+    same = torch.tensor([c in reference_contents for c in contents], device=text.device)
+    leakage = (torch.stack(rivals).amax(0) > text).float().masked_fill(same, math.nan)
+    style = clip_feedback.style_score(pipe.clip, images, references)
+    return dict(text=text, style=style, leakage=leakage)
 
 
 # ---------------------------------------------------------------------------------------------
 # The run folder
-
-def say(line):
-    """A line of progress. Where nobody reads on, as behind `| head -1`, the work goes on."""
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
 
 def write_log(path, log):
     text = "".join(json.dumps(line) + "\n" for line in log)
@@ -48,7 +108,7 @@ def read_json(path):
         there = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, OSError):
         there = None
     if not isinstance(there, dict):
         raise ValueError(f"{path} is damaged; move it away, or give another --out")
@@ -65,9 +125,11 @@ def made(path, recipe):
         return False
     other = [name.replace("_", "-") for name in recipe if there.get(name) != recipe[name]]
     if other:
-        chosen = there.get("chosen")
-        numbers = [i + 1 for i in chosen[:20] if type(i) is int] if isinstance(chosen, list) else []
-        who = f" ({there.get('feedback')} chose {', '.join(map(str, numbers))})" if numbers else ""
+        who, chosen = there.get("feedback"), there.get("chosen")
+        who = who if who in ("human", "clip", "random") else "somebody"
+        numbers = [i + 1 for i in chosen[:20] if type(i) is int and 0 <= i < MOST_POOL
+                   ] if isinstance(chosen, list) else []
+        who = f" ({who} chose {', '.join(map(str, numbers))})" if numbers else ""
         raise ValueError(f"{path.parent} was made with another {', '.join(other)}{who}; "
                          f"give another --out, or move {path.parent} away")
     return True
@@ -82,7 +144,7 @@ POOL_PROMPTS = """a dog; a cat; a fox; an owl; a horse; a fish; a turtle; a butt
     cherries; a strawberry; a mushroom; a church; a castle; a house; a hut; a tent; a sailboat;
     an automobile; a rocket; a guitar; a teapot"""
 POOL_PROMPTS = [prompt.strip() for prompt in POOL_PROMPTS.split(";")]
-ROUND = dict(steps=100, lr=1e-3, d_prj=8)                    # of the adapters after the first
+ROUND = dict(steps=100, lr=1e-3, d_prj=8, is_shared=False)   # of the adapters after the first
 MOST_POOL = 5000                        # pictures: Pillow opens no larger pool.png
 
 
@@ -91,16 +153,15 @@ def finished(out, rounds):
     parts = ["rounds.png", "scores.json"] * (rounds > 1)
     for n in range(2, rounds + 1):
         parts += [f"round{n}/adapter.json", f"round{n}/adapter.pt"]
-    return (read_json(out / "config.json").get("round", 1) == rounds
+    return ((read_json(out / "config.json") or {}).get("round", 1) == rounds
             and all((out / part).exists() for part in parts))
 
 
 def wishes(args, prompts):
     """What a command says of the pool, the choice and the adapter of a later round: three dicts."""
     pool = dict(prompts=prompts, pool=args.pool, seed=args.seed)
-    choice = dict(pool, feedback=args.feedback, style_words=args.style_words)
-    adapter = dict(steps=args.round_steps, lr=args.round_lr, d_prj=args.round_d_prj)
-    return pool, choice, dict(choice, **adapter)
+    choice = dict(pool, feedback=args.feedback)
+    return pool, choice, dict(choice, **ROUND)
 
 
 def read_choice(path, recipe, count):
@@ -149,8 +210,9 @@ def further_rounds(args, out, pipe, references, settings, prompts, teach):
     """
     style = settings["style"]
     for prompt in prompts:
-        check_prompt(pipe, prompt, style)
+        note_unknown(pipe, style_prompt(prompt, style))
     if not (out / "round1" / "adapter.pt").exists():
+        (out / "round1").mkdir(exist_ok=True)
         load_adapter(out).save(out / "round1" / "adapter.pt")
     adapters = [load_adapter(out / "round1")]
     for turn in range(2, args.rounds + 1):
@@ -162,9 +224,7 @@ def further_rounds(args, out, pipe, references, settings, prompts, teach):
         recipe = dict(for_adapter, chosen=chosen)
         if not (made(here / "adapter.json", recipe) and (here / "adapter.pt").exists()):
             say(f"round {turn}: {len(chosen)} chosen pictures teach a new adapter")
-            tuning = dict(steps=args.round_steps, lr=args.round_lr, batch=args.batch,
-                          d_prj=args.round_d_prj, is_shared=False, mask_power=args.mask_power,
-                          superres=args.superres)
+            tuning = dict(ROUND, batch=args.batch, superres=args.superres)
             adapter, log = teach(pipe, pool.images[chosen], [pool.contents[i] for i in chosen],
                                  style, args.seed, tuning)
             write_log(here / "log.jsonl", log)
@@ -220,8 +280,6 @@ def choose(args, here, pipe, pool, references, recipe, pick):
             f"{here}/sheet*.png and run this command again with --pick 3,17,20")
         chosen = human_feedback.pick(images, pool.contents, to_uint8(references),
                                      here / "picking.json", port=args.port, announce=say)
-    elif args.feedback == "clip":
-        chosen = choose_by_clip(pipe, pool, None, args.style_words)
     else:
         chosen = FEEDBACK[args.feedback](pipe, pool, torch.Generator().manual_seed(args.seed))
     write_whole(here / "chosen.png", lambda file: grid(images[chosen], 10, 2).save(file, "PNG"))
@@ -231,28 +289,22 @@ def choose(args, here, pipe, pool, references, recipe, pick):
 
 def compare_rounds(args, out, pipe, references, settings, prompts, adapters):
     """rounds.png, scores.json: base and rounds, the same prompts and seed, the three scores."""
-    style, size, edge = settings["style"], 128, 8
-    shown = prompts[:8]
-    width, height = (2 + len(shown)) * (size + edge), (1 + len(adapters)) * (size + edge)
-    sheet = Image.new("RGB", (width, 16 + height), "white")
-    draw, scores = ImageDraw.Draw(sheet), {}
-    enlarge = lambda image: Image.fromarray(image).resize((size, size), Image.NEAREST)
-    draw.text((edge, 2), "reference", fill="black")
-    sheet.paste(enlarge(to_uint8(references)[0]), (edge, 16))
-    for row, adapter in enumerate([None, *adapters]):
-        name = "base" if adapter is None else f"round {row}"
+    style, shown, scores = settings["style"], min(len(prompts), 8), {}
+    reference = to_uint8(references)[:1]
+    rows, left = [], []
+    for turn, adapter in enumerate([None, *adapters]):
+        name = "base" if adapter is None else f"round {turn}"
         texts = prompts if adapter else [style_prompt(prompt, style) for prompt in prompts]
         pool = sample_pool(pipe, texts, 1, adapter, args.seed)
         values = measure(pipe, pool.images, prompts, references, settings["content"])
         scores[name] = {k: round(v.nanmean().item(), 4) for k, v in values.items()}
-        line = "\n".join([name, *(f"{k} {v:.3f}" for k, v in scores[name].items())])
-        y = 16 + row * (size + edge)
-        draw.text((edge + size + edge, y), line, fill="black")
-        for i, image in enumerate(to_uint8(pool.images[:len(shown)])):
-            sheet.paste(enlarge(image), ((2 + i) * (size + edge), y))
-            draw.text(((2 + i) * (size + edge), 2), shown[i][:size // 6], fill="black")
-        say(f"{name}: " + "  ".join(f"{k} {v:.3f}" for k, v in scores[name].items()))
+        left.append(" ".join([f"{name:14}", *(f"{k} {v:.3f}" for k, v in scores[name].items())]))
+        rows += [reference if turn == 0 else np.full_like(reference, 255),
+                 to_uint8(pool.images[:shown])]
+        say(" ".join(left[-1].split()))
+    top = ["reference", *prompts[:shown]]
+    sheet = grid(np.concatenate(rows), len(top), 128 // reference.shape[1], 8, top, left)
     write_whole(out / "rounds.png", lambda file: sheet.save(file, "PNG"))
-    scorer = (f"{Path(args.weights).name}/clip.pt, one picture of each of {len(prompts)} prompts, "
+    scorer = (f"{Path(args.weights).name}/clip.pt, one image of each of {len(prompts)} prompts, "
               "those of the pool; texts without the style phrase")
     write_json(out / "scores.json", dict(scores, scorer=scorer))

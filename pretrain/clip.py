@@ -1,4 +1,4 @@
-"""Pretrain CLIP, which judges pictures: both towers, contrastively (Radford et al. 2021).
+"""Pretrain CLIP, which judges images: both towers, contrastively (Radford et al. 2021).
 
     python train.py --stage clip                                # -> runs/clip/clip.pt
     python train.py --stage clip --batch 1024 --reuse 16 --workers 15 --steps 15000   # on one GPU
@@ -6,6 +6,7 @@
 The same command goes on where it was stopped.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -13,20 +14,23 @@ import torch
 import torch.nn.functional as F
 
 import data
-from clip_feedback import (CLIP, MAX_LOGIT_SCALE, PRESETS, Tokenizer, contrastive_loss,
-                           image_features, train_merges)
+from clip_feedback import CLIP, PRESETS, Tokenizer, image_features
 from data import styles
-from pretrain.common import (Replay, Run, Steps, batches, optimisers_for, pictures, set_rate,
-                             stage_parser, start, to_float)
-from styledrop import autocast, run_command, save_model, to_tensor
+from commandline import say
+from pretrain.common import (Replay, Run, Steps, batches, image_source, optimisers_for, set_rate,
+                             stage_parser, start, to_float, train_merges)
+from commandline import run_command
+from styledrop import autocast, save_model, to_tensor
+
+MAX_LOGIT_SCALE = math.log(100)         # CLIP 2.5: sharper than this, training becomes unstable
 
 
 class InTurn(torch.utils.data.Dataset):
-    """Batches of several kinds in turn, the same kind in each of its captions.
+    """Batches of several kinds in turn; all captions of a batch are of one kind.
 
-    A batch asks only for what tells its pictures apart. Where captions name thing and style, either
-    one is nearly enough. So half of the batches name no styles: only what a picture shows counts.
-    And a quarter name nothing else: features that differ by style are what the style score needs.
+    The loss only asks for what tells the images of a batch apart. Where captions name an object and
+    a style, either one is nearly enough. So half of the batches name no styles: only the object
+    counts. And a quarter name styles alone: the style score needs features that differ by style.
     """
 
     def __init__(self, *kinds):
@@ -40,7 +44,7 @@ class InTurn(torch.utils.data.Dataset):
 
 
 class StyleWords:
-    """The pictures of a source; "a cat in watercolor style" becomes "watercolor style"."""
+    """The images of a source; of "a cat in watercolor style", only "watercolor style" is left."""
 
     def __init__(self, source):
         self.source = source
@@ -52,11 +56,11 @@ class StyleWords:
 
 
 def augment(images, generator):
-    """Images (B, 3, H, W) in [-1, 1] -> seen anew: a picture that is used again is another one.
+    """Augment images (B, 3, H, W) in [-1, 1], so that a reused image is another one.
 
-    Turned, sheared, scaled and shifted a little, the edge continued, mirrored half the time, and
-    lighter or darker by less than a colour's name allows. Three in ten only mirrored or not: their
-    texture is as sharp as in the pictures that will be judged.
+    They are turned, sheared, scaled and shifted a little, with the edge continued; mirrored half
+    the time; and made lighter or darker by less than a colour's name allows. Three in ten are only
+    mirrored or not: their texture is as sharp as in the images that will be judged.
     """
     B, device = len(images), images.device
     normal = lambda *shape: torch.randn(B, *shape, generator=generator, device=device)
@@ -72,6 +76,27 @@ def augment(images, generator):
     return (images * gain + tint).clamp(-1, 1)
 
 
+def contrastive_loss(image_features, text_features, logit_scale, same=None):
+    """Symmetric InfoNCE (CLIP Figure 3): find each image's caption, and each caption's image.
+
+    image_features, text_features (B, E), of any length. logit_scale: the model's parameter, the log
+    of the factor of the cosines, read no higher than ln 100. same (B, B) bool: text j is right for
+    image i too; None: only i = j is. Returns a scalar.
+
+    Plain CLIP counts every other caption of the batch as wrong. Here "a cat" comes twice in many
+    batches, so the target is spread evenly over all right captions. The least loss is then the mean
+    log of their number, not 0.
+    """
+    image_features = F.normalize(image_features.float(), dim=-1)
+    text_features = F.normalize(text_features.float(), dim=-1)
+    scale = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+    logits = scale * image_features @ text_features.T                    # (B images, B texts)
+    same = torch.eye(len(logits), device=logits.device) if same is None else same.to(logits.dtype)
+    to_text = F.cross_entropy(logits, same / same.sum(1, keepdim=True))
+    to_image = F.cross_entropy(logits.T, same.T / same.T.sum(1, keepdim=True))
+    return (to_text + to_image) / 2
+
+
 def main(argv=None):
     parser = stage_parser("clip", __doc__, steps=9000, batch=128, lr=1.5e-3)
     args = parser.parse_args(argv)
@@ -80,7 +105,7 @@ def main(argv=None):
     # data and models
     size = PRESETS[args.preset].resolution
     how = dict(compose=False, smallest=0.75, bent=0.13)
-    styled, bare = (pictures(args, size, bare=share, **how) for share in (0.0, 1.0))
+    styled, bare = (image_source(args, size, bare=share, **how) for share in (0.0, 1.0))
     tokenizer = Tokenizer(train_merges(styled.words(), 2000))
     config = replace(PRESETS[args.preset], vocab_size=tokenizer.vocab_size)
     model = CLIP(config, tokenizer).to(args.device)
@@ -89,21 +114,20 @@ def main(argv=None):
     muon, adamw = optimisers_for(model, model.transformer.resblocks, args.lr)
     run = Run("clip", args, model=model, muon=muon, adamw=adamw)
     kinds = styled, bare, StyleWords(styled), bare
-    replays = [Replay(args.batch, args.reuse) for _ in kinds]
-    for replay in replays:
-        replay.WINDOW //= len(kinds)                         # they share the steps of `batches`
+    window = Replay.WINDOW // len(kinds)                     # they share the steps of `batches`
+    replays = [Replay(args.batch, args.reuse, window) for _ in kinds]
     steps = InTurn(*(Steps([source], [size], replays[0].fresh, args.seed, tokenizer,
                            config.context_length) for source in kinds))
 
     for step, item, generator in batches(args, steps, run.step):
-        # the batch: pictures, some new, some seen before, and their captions
+        # the batch: images, some new, some seen before, and their captions
         images, ids = replays[step % len(kinds)](item, generator)  # (B, H, W, 3), (B, L)
         if step < run.step:                                  # only to fill them
             continue
         images = augment(to_float(images), generator)        # (B, 3, H, W)
         same = (ids[:, None] == ids[None]).all(-1)           # (B, B): one caption
 
-        # the loss: find each picture's caption in the batch, and each caption's picture
+        # the loss: find each image's caption in the batch, and each caption's image
         with autocast(args.device):
             image = model.encode_image(images)               # (B, E)
             text = model.encode_text(ids)                    # (B, E)
@@ -129,7 +153,7 @@ def main(argv=None):
                 provenance["held_out"] = measure(model)
                 model.train()
                 said = "  ".join(f"{k} {v:.1%}" for k, v in provenance["held_out"].items())
-                print(f"held-out drawings:  {said}", flush=True)
+                say(f"held-out drawings:  {said}")
             save_model(run.out / "clip.pt", "clip", model, provenance,
                        merges=[" ".join(pair) for pair in tokenizer.merges])
             run.keep(step + 1)

@@ -9,7 +9,10 @@ import json
 import math
 import os
 import platform
+import signal
+import sys
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +21,16 @@ import torch.distributed as dist
 
 import data
 import vqgan
-from styledrop import (Parser, check_device, fast_bf16, load_model, number, read_checkpoint,
-                       write_whole)
+from clip_feedback import merge_pair, split_words
+from commandline import Parser, number, say
+from styledrop import check_device, fast_bf16, load_model, read_checkpoint, write_whole
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Options
 
 def stage_parser(stage, description, steps, batch, lr):
-    """The options that all stages have; a stage adds its own."""
+    """The options that all stages have. A stage adds its own."""
     parser = Parser(prog=f"train.py --stage {stage}", description=description,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -35,17 +39,20 @@ def stage_parser(stage, description, steps, batch, lr):
     add("--steps", type=number(int, 1, high=10**8), default=steps, help="(default %(default)s)")
     add("--batch", type=number(int, 1, high=65536), default=batch, help="(default %(default)s)")
     add("--reuse", type=number(int, 1, high=64), default=1,
-        help="how often each drawn picture is used: more where a GPU outruns the drawing")
-    add("--lr", type=number(float, 0, strict=True, high=1), default=lr, help="(default %(default)s)")
+        help="how often each drawn image is used; more where a GPU outruns the drawing")
+    add("--lr", type=number(float, 0, strict=True, high=1), default=lr,
+        help="(default %(default)s)")
     add("--seed", type=number(int, 0, high=2**31), default=0)
-    add("--workers", type=number(int, 0, high=256), default=1, help="processes that draw pictures")
+    add("--workers", type=number(int, 0, high=256), default=1, help="processes that draw images")
     add("--warmup", type=number(int, 1, high=10**8), default=100,
         help="steps until the learning rate is at its peak (default %(default)s)")
     add("--weights", default="weights/tiny", help="folder of the base's other parts")
     add("--out", default=f"runs/{stage}", help="folder of the run (default %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--log-seconds", type=number(float, 0, high=86400), default=20, help="between lines of the log")
-    add("--keep-minutes", type=number(float, 0, high=86400), default=4, help="between checkpoints")
+    add("--log-seconds", type=number(float, 0, high=86400), default=20,
+        help="between lines of the log (default %(default)s)")
+    add("--keep-minutes", type=number(float, 0, high=86400), default=4,
+        help="between checkpoints (default %(default)s)")
     return parser
 
 
@@ -54,6 +61,7 @@ def start(args, together=False):
 
     together: may several processes share a batch? Raises ValueError where they cannot.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # write_whole removes its half file
     check_device(args.device)
     world = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if args.batch % args.reuse:
@@ -88,18 +96,52 @@ def machine():
     return f"{torch.get_num_threads()} threads of {model}, torch {torch.__version__}"
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The vocabulary
+
+def train_merges(texts, n_merges):
+    """Learn BPE merges (Sennrich et al. 2016): again and again, join the most frequent pair.
+
+    Ties go to the lexicographically first pair, so the same texts give the same merges everywhere.
+    Returns pairs of symbols in merge order: n_merges, or fewer when every word has become one
+    symbol.
+    """
+    counts = Counter(word for text in texts for word in split_words(text))
+    words, weight = list(counts), list(counts.values())
+    pairs, where = Counter(), defaultdict(set)  # pair -> its count, pair -> the words that hold it
+
+    def count_word(w, sign):
+        for pair in zip(words[w], words[w][1:]):
+            pairs[pair] += sign * weight[w]
+            (where[pair].add if sign > 0 else where[pair].discard)(w)
+            if not pairs[pair]:
+                del pairs[pair], where[pair]
+
+    for w in range(len(words)):
+        count_word(w, +1)
+    merges = []
+    while pairs and len(merges) < n_merges:
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for w in list(where[best]):             # only these words change
+            count_word(w, -1)
+            words[w] = merge_pair(words[w], best)
+            count_word(w, +1)
+    return merges
+
+
+# --------------------------------------------------------------------------------------------------
 # Batches
 
-def pictures(args, size, **how):
-    """The training pictures: the drawings of data/, or the folder of --data, at `size` pixels a side."""
+def image_source(args, size, **how):
+    """Training images, `size` pixels a side: the drawings of data/, or the folder of --data."""
     return data.Folder(args.data, size) if args.data else data.Art(size=size, **how)
 
 
 class Steps(torch.utils.data.Dataset):
-    """The pictures of step number `step`, always the same ones.
+    """Item number `step`: the images and captions of that training step, always the same ones.
 
-    sources: what draws them; several draw the same pictures, each at its own resolution.
+    sources: what draws them; several draw the same images, each at its own resolution.
     An item is a list: uint8 (n, H, W, 3) from each source, then the captions' BPE ids (n, L).
     """
 
@@ -121,27 +163,29 @@ class Steps(torch.utils.data.Dataset):
 
 
 class Replay:
-    """Batches of which one in `reuse` pictures is new; the others were drawn in the last steps.
+    """Batches of which one in `reuse` images is new; the others were drawn in the last steps.
 
-    On a GPU drawing a picture takes longer than a step on it; with another mask it is as good as new.
+    On a GPU, drawing an image takes longer than a step on it. With another mask, an old image is as
+    good as a new one.
     """
 
-    WINDOW = 256                        # steps whose pictures are kept
+    WINDOW = 256                        # steps whose images are kept
 
-    def __init__(self, batch, reuse):
-        self.batch, self.fresh, self.kept, self.count = batch, batch // reuse, None, 0
+    def __init__(self, batch, reuse, window=None):
+        self.batch, self.fresh, self.window = batch, batch // reuse, window or self.WINDOW
+        self.kept, self.count = None, 0
 
     def __call__(self, new, generator):
-        """new: a list of tensors (fresh, ...) -> a list of tensors (batch, ...), the new ones first."""
+        """new: a list of tensors (fresh, ...) -> a list of tensors (batch, ...), new ones first."""
         if self.fresh == self.batch:
             return new
         if self.kept is None:
-            self.kept = [x.new_empty(self.WINDOW * self.fresh, *x.shape[1:]) for x in new]
-        place = self.count % self.WINDOW * self.fresh
+            self.kept = [x.new_empty(self.window * self.fresh, *x.shape[1:]) for x in new]
+        place = self.count % self.window * self.fresh
         for kept, x in zip(self.kept, new):
             kept[place:place + self.fresh] = x
         self.count += 1
-        n = min(self.count, self.WINDOW) * self.fresh
+        n = min(self.count, self.window) * self.fresh
         ago = torch.randint(n, (self.batch - self.fresh,), generator=generator,
                             device=generator.device)        # 0: the newest; so it is when resumed
         rows = (place + self.fresh - 1 - ago) % len(self.kept[0])
@@ -151,7 +195,7 @@ class Replay:
 def batches(args, steps, first):
     """(step, item on the device, that step's generator) from `first` on, for steps (a Steps).
 
-    Where pictures are reused, the ones before `first` come too: see `Replay`.
+    Where images are reused, the ones before `first` come too: see `Replay`.
     """
     if first >= args.steps:
         return
@@ -170,7 +214,7 @@ def to_float(images):
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Optimisers
 
 class Muon(torch.optim.Optimizer):
@@ -201,19 +245,19 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x):
-    """The nearest orthogonal matrices, nearly, to x (n, rows, columns), by five Newton-Schulz steps."""
+    """x (n, rows, columns) -> orthogonal matrices near it, by five Newton-Schulz steps."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x.bfloat16() if fast_bf16(x.device.type) else x
     x = x / x.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-7)
-    for _ in range(5):                                      # pulls every singular value towards 1
+    for _ in range(5):                                      # moves every singular value towards 1
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return (x.mT if tall else x).float()
 
 
 def optimisers_for(model, blocks, lr):
-    """Muon for the matrices inside `blocks`, AdamW for embeddings, norms and the way in and out.
+    """Muon for the matrices inside `blocks`, AdamW for all other parameters.
 
     Norms, biases and other vectors are not decayed.
     """
@@ -227,7 +271,7 @@ def optimisers_for(model, blocks, lr):
 
 
 def set_rate(optimisers, step, args):
-    """Warm up, then fall to 2 % of the peak along a cosine squared. A group may have a `share` of it."""
+    """Warm up, then fall to 2 % of the peak along a squared cosine. A group may have a `share`."""
     rate = 0.02 + 0.98 * math.cos(math.pi / 2 * step / args.steps) ** 2
     for optimiser in optimisers:
         for group in optimiser.param_groups:
@@ -242,14 +286,14 @@ def update_average(average, model, step, decay=0.999):
         a.lerp_(p, 1 - decay)
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run folder
 
 class Run:
     """log.jsonl and checkpoint.pt of one stage in args.out, and where to go on.
 
-    parts: name -> model or optimiser, all that a checkpoint holds. `.step` is the first step to take.
-    Raises ValueError in one line where the folder holds another run.
+    parts: name -> model or optimiser, all that a checkpoint holds. `.step` is the first step to
+    take. Raises ValueError in one line where the folder holds another run.
     """
 
     FREE = ("out", "device", "workers", "log_seconds", "keep_minutes")      # may differ on resuming
@@ -280,16 +324,17 @@ class Run:
         except (KeyError, RuntimeError, ValueError, TypeError):
             raise ValueError(f"{path} does not fit this version; give another --out") from None
         if self.rank == 0:
-            print(f"going on from step {self.step} of {path}")
+            say(f"going on from step {self.step} of {path}")
             log = self.out / "log.jsonl"
             lines = log.read_text().splitlines() if log.exists() else []
             lines = [line + "\n" for line in lines if step_of(line) <= self.step]
             write_whole(log, lambda file: file.write("".join(lines).encode()))
 
     def log(self, done, **figures):
-        """Add a step's figures; every --log-seconds print their means. Tensors are read only then.
+        """Add a step's figures; every --log-seconds print their means.
 
-        Raises ValueError where the loss is not a number any more.
+        Tensors are read only then: each reading would stop a GPU. Raises ValueError where the loss
+        is not a number any more.
         """
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -303,8 +348,8 @@ class Run:
             speed = n * self.args.batch / max(now - self.logged_at, 1e-9)
             left = int((self.args.steps - done) * self.args.batch / speed)
             words = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-            print(f"step {done}/{self.args.steps}  {words}  {speed:.0f} images/s  "
-                  f"{left // 60}:{left % 60:02d} left", flush=True)
+            say(f"step {done}/{self.args.steps}  {words}  {speed:.0f} images/s  "
+                f"{left // 60}:{left % 60:02d} left")
             line = dict(step=done, images=done * self.args.batch, **means,
                         minutes=round(self.minutes + (now - self.began) / 60, 2))
             with open(self.out / "log.jsonl", "a") as file:
@@ -314,11 +359,11 @@ class Run:
     def check(self, done, *values):
         """Raise ValueError where a tensor is not finite any more: nothing good is overwritten."""
         if not all(value.isfinite().all() for value in values):
-            raise ValueError(f"the loss is no number any more at step {done}; the last checkpoint is "
-                             "as it was. Give a lower --lr, and another --out")
+            raise ValueError(f"the loss is no number any more at step {done}; the last checkpoint "
+                             "is as it was. Give a lower --lr, and another --out")
 
     def due(self, done):
-        """Is it time to save, after `done` steps? ValueError where a weight is too large for a half."""
+        """Is it time to save after `done` steps? ValueError if a weight is too large for fp16."""
         late = time.time() - self.kept_at > self.args.keep_minutes * 60
         if self.rank > 0 or not (late and self.logged == done or done == self.args.steps):
             return False
@@ -327,16 +372,18 @@ class Run:
         return True
 
     def provenance(self, done):
-        a = self.args
-        return dict(stage=self.stage, steps=done, batch=a.batch, reuse=a.reuse, images=done * a.batch,
-                    drawn=done * a.batch // a.reuse, lr=a.lr, seed=a.seed, data=a.data or "data/",
-                    minutes=round(self.minutes + (time.time() - self.began) / 60, 1), machine=machine())
+        """A dict that says how the weights were made."""
+        a, minutes = self.args, self.minutes + (time.time() - self.began) / 60
+        return dict(stage=self.stage, steps=done, batch=a.batch, reuse=a.reuse,
+                    images=done * a.batch, drawn=done * a.batch // a.reuse, lr=a.lr, seed=a.seed,
+                    data=a.data or "data/", minutes=round(minutes, 1), machine=machine())
 
     def keep(self, done):
-        """Write the checkpoint. Call it last: where it is, all that goes with it is there."""
+        """Write the checkpoint. Call it last: where it is, the other files are complete."""
         minutes = self.minutes + (time.time() - self.began) / 60
-        saved = dict(kind=f"{self.stage} checkpoint", step=done, minutes=minutes, recipe=self.recipe,
-                     parts={name: part.state_dict() for name, part in self.parts.items()})
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        saved = dict(kind=f"{self.stage} checkpoint", step=done, minutes=minutes,
+                     recipe=self.recipe, parts=parts)
         write_whole(self.out / "checkpoint.pt", lambda file: torch.save(saved, file))
         self.kept_at = time.time()
 
@@ -349,8 +396,8 @@ def step_of(line):
         return math.inf
 
 
-# ---------------------------------------------------------------------------------------------
-# Parts that are there already
+# --------------------------------------------------------------------------------------------------
+# Parts that were trained before
 
 def load_vqgan(args):
     """The frozen E and D, whose tokens G learns."""

@@ -1,4 +1,4 @@
-"""Pretrain Muse's base: T and G together, from chance, on the tokens of a frozen tokenizer (Eq. 2).
+"""Pretrain Muse's base: T and G together, on the tokens of a frozen tokenizer (Eq. 2).
 
     python train.py --stage muse                                # -> runs/muse/muse.pt
     torchrun --nproc_per_node=2 train.py --stage muse           # on two GPUs, or two CPU processes
@@ -9,17 +9,18 @@ The folder of --weights holds vqgan.pt. The same command goes on where it was st
 
 import copy
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from clip_feedback import Tokenizer, train_merges
+from clip_feedback import Tokenizer
 from muse import PRESETS, Muse, MuseConfig, decode, masked_loss, random_mask
-from pretrain.common import (Replay, Run, Steps, batches, load_vqgan, optimisers_for, pictures,
-                             processes, set_rate, stage_parser, start, to_float, update_average)
-from styledrop import (autocast, grid, guided_logits, load_model, number, run_command, save_model,
-                       to_uint8, write_whole)
+from pretrain.common import (Replay, Run, Steps, batches, image_source, load_vqgan, optimisers_for,
+                             processes, set_rate, stage_parser, start, to_float, train_merges,
+                             update_average)
+from data.pictures import grid
+from commandline import number, run_command
+from styledrop import autocast, guided_logits, load_model, save_model, to_uint8, write_whole
 
 
 def main(argv=None):
@@ -35,7 +36,7 @@ def main(argv=None):
 
     # data and models
     vqgan = load_vqgan(args)
-    source = pictures(args, vqgan.config.resolution)
+    source = image_source(args, vqgan.config.resolution)
     tokenizer = Tokenizer(train_merges(source.words(), 10_000))                  # a token a word
     config = replace(PRESETS[args.preset], codebook_size=vqgan.config.codebook_size,
                      vocab_size=tokenizer.vocab_size)
@@ -44,7 +45,8 @@ def main(argv=None):
         earlier, saved = load_model(args.init, "muse", MuseConfig, Muse)
         merges = [" ".join(pair) for pair in tokenizer.merges]
         if saved["config"] != asdict(config) or saved.get("merges") != merges:
-            raise ValueError(f"{args.init} has other sizes or words than this run; leave --init out")
+            raise ValueError(f"{args.init} has other sizes or words than this run; leave --init "
+                             "out")
         model.load_state_dict(earlier.state_dict())
     model = model.to(args.device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -56,7 +58,7 @@ def main(argv=None):
     empty = tokenizer("", config.text_length).to(args.device)                    # the prompt n
 
     def loss_and_accuracy(ids, text_ids, mask):
-        """ids (B, N), text_ids (B, L), mask (B, N) -> CE_m, and the share of masked tokens guessed."""
+        """ids (B, N), text_ids (B, L), mask (B, N) -> CE_m, share of masked tokens guessed."""
         text, text_mask = model.text_encoder(text_ids)
         logits = model(ids.masked_fill(mask, config.mask_id), text, text_mask)
         right = (logits.argmax(-1) == ids) & mask
@@ -64,7 +66,7 @@ def main(argv=None):
 
     step_on = torch.compile(loss_and_accuracy) if args.compile else loss_and_accuracy
     for step, (images, text_ids), generator in batches(args, steps, run.step):
-        # the batch: tokens of pictures, some new, some seen before; one text in ten is left out
+        # the batch: tokens of images, some new, some seen before; one text in ten is left out
         new = vqgan.encode(to_float(images)).flatten(1)
         ids, text_ids = replay([new, text_ids], generator)                       # (B, N), (B, L)
         if step < run.step:                                                  # only to fill `replay`
@@ -103,15 +105,15 @@ def main(argv=None):
 
 
 def samples(muse, vqgan, tokenizer, prompts, args):
-    """One picture of each prompt by Eq. 1, on a sheet."""
+    """One image of each prompt by Eq. 1, on a sheet."""
     c = muse.config
     with torch.no_grad():
-        text, text_mask = muse.text_encoder(tokenizer([*prompts, ""], c.text_length).to(args.device))
+        text_ids = tokenizer([*prompts, *[""] * len(prompts)], c.text_length).to(args.device)
+        text, text_mask = muse.text_encoder(text_ids)                            # t, then n
 
         def logits_fn(ids, step):
             with autocast(args.device):
-                base = muse(ids, text[:-1], text_mask[:-1])
-                null = muse(ids, text[-1:].expand(len(ids), -1, -1), text_mask[-1:].expand(len(ids), -1))
+                base, null = muse(ids.repeat(2, 1), text, text_mask).chunk(2)
             return guided_logits(base, base, null, 0, 3)
 
         generator = torch.Generator(args.device).manual_seed(0)

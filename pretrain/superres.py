@@ -1,22 +1,23 @@
-"""Pretrain Muse's second stage: the tokens of a picture twice as large, given its own (Muse 2.4).
+"""Pretrain Muse's second stage: the tokens of an image at twice the size (Muse 2.4).
 
     python train.py --stage superres                            # -> runs/superres/superres.pt
 
-The folder of --weights holds vqgan.pt. This stage has a small T of its own, learned with it, so that
-neither stage has to wait for the other. The same command goes on where it was stopped.
+The folder of --weights holds vqgan.pt. This stage has a small T of its own, trained with it, so
+that neither stage has to wait for the other. The same command goes on where it was stopped.
 """
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from clip_feedback import Tokenizer, train_merges
+from clip_feedback import Tokenizer
 from muse import SUPERRES, Muse, decode, masked_loss, random_mask
-from pretrain.common import (Replay, Run, Steps, batches, load_vqgan, optimisers_for, pictures,
-                             set_rate, stage_parser, start, to_float, update_average)
-from styledrop import autocast, grid, number, run_command, save_model, to_uint8, write_whole
+from pretrain.common import (Replay, Run, Steps, batches, image_source, load_vqgan, optimisers_for,
+                             set_rate, stage_parser, start, to_float, train_merges, update_average)
+from data.pictures import grid
+from commandline import number, run_command
+from styledrop import autocast, save_model, to_uint8, write_whole
 
 NOISE = 0.2                             # most of the low tokens that are replaced at random
 
@@ -34,9 +35,10 @@ def main(argv=None):
     vqgan = load_vqgan(args)
     config = SUPERRES[args.preset]
     sizes = [vqgan.config.resolution, vqgan.config.resolution * config.grid // config.low_grid]
-    sources = [pictures(args, size) for size in sizes]
+    sources = [image_source(args, size) for size in sizes]
     tokenizer = Tokenizer(train_merges(sources[0].words(), 10_000))              # a token a word
-    config = replace(config, codebook_size=vqgan.config.codebook_size, vocab_size=tokenizer.vocab_size)
+    config = replace(config, codebook_size=vqgan.config.codebook_size,
+                     vocab_size=tokenizer.vocab_size)
     model = Muse(config).to(args.device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     muon, adamw = optimisers_for(model, [*model.blocks, *model.low_blocks,
@@ -55,16 +57,18 @@ def main(argv=None):
 
     step_on = torch.compile(loss_and_accuracy) if args.compile else loss_and_accuracy
     for step, (low, high, text_ids), generator in batches(args, steps, run.step):
-        # the batch: the same pictures at both sizes; one text in ten is left out
+        # the batch: the same images at both sizes; one text in ten is left out
         low, high = (vqgan.encode(to_float(images)).flatten(1) for images in (low, high))
         low, ids, text_ids = replay([low, high, text_ids], generator)
         if step < run.step:                                                  # only to fill `replay`
             continue
         draw = torch.rand(3, len(ids), 1, generator=generator, device=ids.device)
         text_ids = torch.where(draw[0] < 0.1, empty, text_ids)
-        # half of the pictures have some low tokens wrong, as samples of the base have
-        noise = torch.rand(low.shape, generator=generator, device=low.device) < NOISE * draw[1] * (draw[2] < 0.5)
-        wrong = torch.randint(config.codebook_size, low.shape, generator=generator, device=low.device)
+        # half of the images have some low tokens wrong, as samples of the base have
+        share = NOISE * draw[1] * (draw[2] < 0.5)                                # (B, 1)
+        noise = torch.rand(low.shape, generator=generator, device=low.device) < share
+        wrong = torch.randint(config.codebook_size, low.shape, generator=generator,
+                              device=low.device)
         low = torch.where(noise, wrong, low)
         mask = random_mask(len(ids), config.tokens, generator, args.mask_power)  # (B, N)
 
@@ -90,7 +94,7 @@ def main(argv=None):
 
 @torch.no_grad()
 def samples(model, vqgan, tokenizer, sources, sizes, args):
-    """Rows: pictures at the low size, drawn anew from their true low tokens, and the true large ones."""
+    """Rows: images at the low size; drawn from their low tokens; the same images at full size."""
     c = model.config
     steps = Steps(sources, sizes, 8, args.seed + 1, tokenizer, c.text_length)
     low, high, text_ids = (x.to(args.device) for x in steps[0])

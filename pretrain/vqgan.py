@@ -9,12 +9,94 @@ The same command goes on where it was stopped.
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
-from pretrain.common import Run, Steps, batches, pictures, set_rate, stage_parser, start, to_float
-from styledrop import autocast, grid, number, run_command, save_model, to_uint8, write_whole
-from vqgan import (PRESETS, VQGAN, Discriminator, adaptive_weight, codebook_health,
-                   discriminator_loss, psnr, reconstruction_loss)
+from pretrain.common import (Run, Steps, batches, image_source, set_rate, stage_parser, start,
+                             to_float)
+from data.pictures import grid
+from commandline import number, run_command
+from styledrop import autocast, save_model, to_uint8, write_whole
+from vqgan import PRESETS, VQGAN
+
+
+class Discriminator(nn.Module):
+    """Patch discriminator: one real-or-fake logit for each overlapping patch (pix2pix, VQGAN)."""
+
+    def __init__(self, channels=48):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(channels, 2 * channels, 4, stride=2, padding=1),
+            nn.GroupNorm(8, 2 * channels), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * channels, 2 * channels, 3, padding=1),
+            nn.GroupNorm(8, 2 * channels), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * channels, 1, 3, padding=1))
+
+    def forward(self, images):                              # (B, 3, H, W) -> (B, 1, H/4, W/4)
+        return self.layers(images)
+
+
+def reconstruction_loss(x, y):
+    """L1 + L2 + the difference of image gradients at three scales. x, y (B, 3, H, W) in [-1, 1].
+
+    The gradient term stands where VQGAN has LPIPS, which needs a downloaded network. Gradients are
+    the edges and textures that a token must hold.
+    """
+    loss = F.l1_loss(x, y) + F.mse_loss(x, y)
+    for _ in range(3):
+        loss = loss + F.l1_loss(x.diff(dim=-1), y.diff(dim=-1))
+        loss = loss + F.l1_loss(x.diff(dim=-2), y.diff(dim=-2))
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return loss
+
+
+def discriminator_loss(real, fake):
+    """Hinge loss on the discriminator's logits of real and of reconstructed images."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def adaptive_weight(reconstruction, adversarial, last_layer):
+    """lambda = |grad L_rec| / (|grad L_gan| + 1e-4) at D's last layer, at most 1e4 (Eq. 7)."""
+    grad = lambda loss: torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+    return (grad(reconstruction) / (grad(adversarial) + 1e-4)).clamp(0, 1e4).detach()
+
+
+@torch.no_grad()
+def update_codes(q, z, ids, generator):
+    """One step of a Quantizer's averages: features z (B, d, h, w) and their ids (B, h, w)."""
+    V, decay = len(q.codes), q.config.decay
+    z = F.normalize(z.float(), dim=1).movedim(1, -1).flatten(0, -2)          # (B h w, d)
+    ids = ids.flatten()
+    error = (z - q.codes[ids]).square().sum(1) + 1e-6
+    fresh = z[torch.multinomial(error, V, replacement=True, generator=generator)]
+    if not q.codes.any():                            # first batch: start at its features
+        q.codes.copy_(fresh)
+        q.sums.copy_(fresh)
+        return
+    fair = len(ids) / V                                 # uses of each code, if all were alike
+    counts = torch.bincount(ids, minlength=V) / fair
+    sums = torch.zeros_like(q.sums).index_add_(0, ids, z) / fair
+    q.usage.lerp_(counts, 1 - decay)
+    q.sums.lerp_(sums, 1 - decay)
+    dead = q.usage < q.config.revive_below
+    q.sums[dead] = fresh[dead]
+    q.usage[dead] = 1.0
+    q.codes.copy_(F.normalize(q.sums, dim=1))
+
+
+def codebook_health(ids, codebook_size):
+    """ids, any shape -> (share of the codes used at all, perplexity in [1, V])."""
+    p = torch.bincount(ids.flatten(), minlength=codebook_size).float() / ids.numel()
+    entropy = -(p * p.clamp_min(1e-12).log()).sum()
+    return (p > 0).float().mean().item(), entropy.exp().item()
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB of images x, y (B, 3, H, W) in [-1, 1], whose peak is 2."""
+    mse = (x - y).square().flatten(1).mean(1).clamp_min(1e-10)
+    return (10 * torch.log10(4 / mse)).mean().item()
 
 
 def main(argv=None):
@@ -31,7 +113,7 @@ def main(argv=None):
 
     # data and models
     config = PRESETS[args.preset]
-    source = pictures(args, config.resolution, smallest=0.9, compose=False)
+    source = image_source(args, config.resolution, smallest=0.9, compose=False)
     model = VQGAN(config).to(args.device, memory_format=torch.channels_last)
     critic = Discriminator().to(args.device, memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -64,7 +146,7 @@ def main(argv=None):
         optimiser.step()
 
         # the codebook
-        model.quantizer.update(z.detach(), ids, generator)
+        update_codes(model.quantizer, z.detach(), ids, generator)
 
         # the discriminator
         figures = {}
@@ -86,7 +168,7 @@ def main(argv=None):
 
 
 def reconstructions(model, images):
-    """Pictures (16, 3, H, W) above what the tokenizer gives back of them, on a sheet."""
+    """A sheet of images (16, 3, H, W), each above its reconstruction."""
     again = model.decode(model.encode(images))
     return grid(to_uint8(torch.cat([images[:8], again[:8], images[8:], again[8:]])), 8, scale=2)
 

@@ -17,9 +17,12 @@ import pretrain.common
 import styledrop
 import vqgan as vqgan_
 from adapter import Adapter
-from clip_feedback import CLIP, Tokenizer, train_merges
+from clip_feedback import CLIP, Tokenizer
 from muse import SUPERRES, Muse
-from styledrop import StyleDrop, run_command, save_model
+from pretrain.common import train_merges
+from pretrain.vqgan import update_codes
+from commandline import run_command
+from styledrop import StyleDrop, save_model
 from vqgan import VQGAN
 
 torch.set_num_threads(1)                # toy tensors gain nothing from a second thread
@@ -53,7 +56,7 @@ def toy_vqgan(seed=0):
     torch.manual_seed(seed)
     vqgan = VQGAN(vqgan_.PRESETS["toy"]).eval()
     z = vqgan.encoder(noise_images(16, seed=seed)).detach()
-    vqgan.quantizer.update(z, vqgan.quantizer(z)[1], torch.Generator().manual_seed(seed))
+    update_codes(vqgan.quantizer, z, vqgan.quantizer(z)[1], torch.Generator().manual_seed(seed))
     return vqgan
 
 

@@ -13,17 +13,16 @@ from muse import PRESETS, SUPERRES, Block
 TOY = PRESETS["toy"]
 L, D, H = 3, TOY.width, 4
 generator = lambda seed=0: torch.Generator().manual_seed(seed)
+draw = lambda *shape, seed=0: torch.randn(*shape, generator=generator(seed))
 sharing = pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "unshared"])
 
 
 @pytest.fixture(scope="module")
 def base():
-    """G with everything but the adapters set: adapters -> logits of two pictures."""
-    muse = toy_muse(layers=L)
+    """G with everything but the adapters set: adapters -> logits of two images."""
+    muse, text = toy_muse(layers=L), draw(2, 5, TOY.text_width)
     ids = torch.randint(TOY.codebook_size + 1, (2, TOY.tokens), generator=generator())
-    text = torch.randn(2, 5, TOY.text_width, generator=generator())
-    return lambda adapters=None, rows=slice(None): muse(ids[rows], text[rows],
-                                                        torch.ones(2, 5).bool()[rows], adapters)
+    return lambda adapters=None: muse(ids, text, torch.ones(2, 5).bool(), adapters)
 
 
 def test_apply_adapter_equals_a_hand_loop():
@@ -31,19 +30,16 @@ def test_apply_adapter_equals_a_hand_loop():
 
     Traps: torch's erf gelu; a lost residual; transposed weights.
     """
-    h, wd, wu = (torch.randn(*shape, generator=generator(i))
-                 for i, shape in enumerate([(1, 2, 3), (3, 2), (2, 3)]))
+    h, wd, wu = draw(1, 2, 3), draw(3, 2, seed=1), draw(2, 3, seed=2)
     gelu = lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
     for p in range(2):
-        middle = [
-            gelu(sum(h[0, p, i].item() * wd[i, j].item() for i in range(3))) for j in range(2)
-        ]
+        middle = [gelu(sum(h[0, p, i].item() * wd[i, j].item() for i in range(3)))
+                  for j in range(2)]
         for i in range(3):
             by_hand = h[0, p, i].item() + sum(middle[j] * wu[j, i].item() for j in range(2))
             assert apply_adapter(h, wd, wu)[0, p, i].item() == pytest.approx(by_hand, abs=1e-5)
-    x = torch.full((1, 1, 1), 2.2)
-    assert apply_adapter(x, torch.ones(1, 1),
-                         torch.ones(1, 1)).item() == pytest.approx(2.2 + gelu(2.2), abs=1e-6)
+    x, one = torch.full((1, 1, 1), 2.2), torch.ones(1, 1)             # where the two gelus differ
+    assert apply_adapter(x, one, one).item() == pytest.approx(2.2 + gelu(2.2), abs=1e-6)
 
 
 @pytest.mark.parametrize("d_emb, d_prj, is_shared, count", [
@@ -75,11 +71,9 @@ def test_shared_weights_are_one_matrix_and_an_offset():
     """
     g = shake(AdapterGenerator(5, 2, L, True), 1.0)
     wd, wu = g()
-    for l in range(L):
-        for i in range(5):
-            for j in range(2):
-                assert wd[l, i, j] == g.down[i, j] + g.depth_down[l, j]
-                assert wu[l, j, i] == g.up[j, i] + g.depth_up[l, i]
+    for l, i, j in ((l, i, j) for l in range(L) for i in range(5) for j in range(2)):
+        assert wd[l, i, j] == g.down[i, j] + g.depth_down[l, j]
+        assert wu[l, j, i] == g.up[j, i] + g.depth_up[l, i]
 
 
 @sharing
@@ -94,12 +88,8 @@ def test_initial_weights(is_shared):
             assert not p.any()
         else:                                               # a normal cut at two sd has sd 0.88
             assert p.std().item() == pytest.approx(0.0176, rel=0.12) and p.abs().max() <= 0.04
-            assert torch.equal(p, make(0)[name])
-            assert not torch.equal(p, make(1)[name])
+            assert torch.equal(p, make(0)[name]) and not torch.equal(p, make(1)[name])
     assert not torch.equal(make(0)["generators.mlp.down"], make(0)["generators.cross.down"])
-
-
-def test_lora_is_cut_at_two_sd():
     lora = LoRA(256, 4, 8, generator())
     assert 0.039 < lora.down.abs().max() <= 0.04 and not lora.up.any()
 
@@ -119,16 +109,16 @@ def test_no_row_is_dead(base, is_shared, layer, placement):
     Trap (zideliu): the layer index stands still after the first half, and half of the rows are
     never read.
     """
+    down, up = ("depth_down", "depth_up") if is_shared else ("down", "up")
     fresh = Adapter(D, H, L, is_shared, generator())
     base(fresh()).square().sum().backward()
     g = fresh.generators[placement]
-    assert (g.depth_up if is_shared else g.up).grad[layer].abs().sum() > 0
-    # W_u = 0 blocks W_d
-    assert (g.depth_down if is_shared else g.down).grad[layer].abs().sum() == 0
+    assert getattr(g, up).grad[layer].abs().sum() > 0
+    assert getattr(g, down).grad[layer].abs().sum() == 0    # W_u = 0 blocks W_d
     adapter = shake(Adapter(D, H, L, is_shared, generator()), 0.3)
     before = base(adapter())
     before.square().sum().backward()
-    for name in ("depth_down", "depth_up") if is_shared else ("down", "up"):
+    for name in (down, up):
         row = getattr(adapter.generators[placement], name)
         assert row.grad[layer].abs().sum() > 0
         old = row.detach().clone()
@@ -138,33 +128,27 @@ def test_no_row_is_dead(base, is_shared, layer, placement):
             row.copy_(old)
 
 
-def test_adapters_work_on_the_sub_layer_before_its_skip():
-    """x + A(sublayer(norm(x))), after cross-attention and the MLP.
+@pytest.mark.parametrize("cross", [True, False])
+def test_adapters_work_on_the_sub_layer_before_its_skip(cross):
+    """x + A(sublayer(norm(x))), after cross-attention and the MLP. A layer without cross-attention
+    has the first one after self-attention.
 
-    Traps: A(x + sublayer); one after self-attention.
+    Traps: A(x + sublayer); one after each attention; half of the second stage has none.
     """
-    block = shake(Block(D, 2), 0.2).requires_grad_(False)
+    block = shake(Block(D, 2, cross=cross), 0.2).requires_grad_(False)
     adapter = shake(Adapter(D, H, 1, True), 0.3).requires_grad_(False)
     weights = {p: [w[0] for w in adapter.generators[p]()] for p in PLACEMENTS}
     adapt = lambda h, p: h + F.gelu(h @ weights[p][0], approximate="tanh") @ weights[p][1]
-    x = torch.randn(2, 4, D, generator=generator(1))
-    text = torch.randn(2, 5, D, generator=generator(2))
+    x, text = draw(2, 4, D, seed=1), draw(2, 5, D, seed=2)
     h = block.norm1(x)
-    y = x + block.attn(h, h)
-    y = y + adapt(block.cross(block.norm2(y), text), "cross")
+    h = block.attn(h, h)
+    y = x + (h if cross else adapt(h, "cross"))
+    if cross:
+        y = y + adapt(block.cross(block.norm2(y), text), "cross")
     y = y + adapt(block.mlp(block.norm3(y)), "mlp")
-    assert torch.allclose(block(x, None, text, None, adapter()), y, atol=1e-5)
-
-
-def test_a_layer_without_cross_attention_has_it_after_self_attention():
-    """x + A(attention(norm(x))), then the MLP as ever. Trap: half of the second stage has none."""
-    block = shake(Block(D, 2, cross=False), 0.2).requires_grad_(False)
-    adapter = shake(Adapter(D, H, 1, True), 0.3).requires_grad_(False)
-    x, adapt = torch.randn(2, 4, D, generator=generator(1)), adapter()
-    h = block.norm1(x)
-    y = x + adapt(block.attn(h, h), 0, "cross")
-    y = y + adapt(block.mlp(block.norm3(y)), 0, "mlp")
-    assert torch.equal(block(x, adapters=adapt), y) and not torch.allclose(block(x), y, atol=0.1)
+    found = block(x, None, text, None, adapter())
+    assert torch.allclose(found, y, atol=1e-5)
+    assert not torch.allclose(block(x, None, text), y, atol=0.1)
 
 
 def test_layers_of_the_second_stage_are_counted_through():

@@ -1,5 +1,6 @@
 """experiments/quality.py: a ruler that is wrong measures nothing."""
 
+import functools
 import math
 import sys
 from types import SimpleNamespace
@@ -27,20 +28,17 @@ def small(names=837):
 class Pipe:
     """A base that draws coarse noise, and a tokenizer that gives back what it gets."""
 
-    device, base = torch.device("cpu"), "noise"
+    device, base, side = torch.device("cpu"), "noise", 64
     vqgan = SimpleNamespace(encode=lambda x: x, decode=lambda x: x)
-    side = 64
 
     def generate(self, prompts, seed=0, steps=18, lambda_b=3.0, temperature=1.0, top_k=8,
                  superres=True):
-        self.asked = dict(prompts=prompts, steps=steps, lambda_b=lambda_b)
         generator = torch.Generator().manual_seed(seed)
         coarse = torch.rand(len(prompts), 3, 8, 8, generator=generator) * 2 - 1
         return torch.nn.functional.interpolate(coarse, size=(self.side, self.side))
 
 
-# ---------------------------------------------------------------------------------------------
-# Numbers
+# -- numbers
 
 def with_moments(mean, covariance, n, seed):
     """(n, D) features of exactly this mean and covariance."""
@@ -59,64 +57,52 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     y = with_moments(0 * mean, turn @ b.diag() @ turn.T, 70, 1)              # the roots subtract
     wanted = (mean ** 2).sum() + ((a.sqrt() - b.sqrt()) ** 2).sum()
     assert quality.frechet(x, y) == pytest.approx(wanted.item(), rel=1e-9)
-
-
-def test_frechet_distance_of_covariances_that_do_not_commute():
-    A = torch.tensor([[2.0, 0.6], [0.6, 1.0]]).double()
+    A = torch.tensor([[2.0, 0.6], [0.6, 1.0]]).double()                      # these do not
     B = torch.tensor([[1.0, -0.5], [-0.5, 3.0]]).double()
-    zero = torch.zeros(2).double()
-    x, y = with_moments(zero, A, 40, 0), with_moments(zero, B, 40, 1)
+    x, y = (with_moments(mean[:2] * 0, C, 40, seed) for seed, C in enumerate((A, B)))
     root_trace = math.sqrt(torch.trace(A @ B) + 2 * torch.det(A @ B).sqrt())     # of any 2 x 2
-    wanted = (A.trace() + B.trace()).item() - 2 * root_trace
-    assert quality.frechet(x, y) == pytest.approx(wanted)
-
-
-def test_frechet_distance_of_equal_sets_is_0_even_with_fewer_pictures_than_features():
-    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    assert quality.frechet(x, y) == pytest.approx((A + B).trace().item() - 2 * root_trace)
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))      # fewer than features
     assert abs(quality.frechet(x, x)) < 1e-4
     assert quality.frechet(x, x + 1) == pytest.approx(64, rel=1e-4)
-    assert quality.frechet(x, x[:10] * 2) == pytest.approx(quality.frechet(x[:10] * 2, x), rel=1e-6)
+    y = x[:10] * 2
+    assert quality.frechet(x, y) == pytest.approx(quality.frechet(y, x), rel=1e-6)
 
 
 def test_among_is_what_drawing_the_rivals_would_show():
     scores, wanted = torch.tensor([[3.0, 2.0, 5.0, 1.0, 4.0, 0.0]]), torch.tensor([4])
     draws = torch.rand(20000, 5, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :2]
-    others = torch.tensor([3.0, 2.0, 5.0, 1.0, 0.0])
-    assert quality.among(scores, wanted, 2).item() == pytest.approx(0.6)         # C(4, 2) / C(5, 2)
+    others = scores[0, [0, 1, 2, 3, 5]]
+    assert quality.among(scores, wanted, 2).item() == pytest.approx(0.6)     # C(4, 2) / C(5, 2)
     assert (others[draws] < 4).all(1).double().mean().item() == pytest.approx(0.6, abs=0.02)
     assert quality.among(scores, torch.tensor([2]), 2) == 1
     assert quality.among(scores, torch.tensor([5]), 2) == 0
     assert quality.among(torch.zeros(1, 6), wanted, 2) == 0                  # ties count against
 
 
-def test_share_groups_pictures_and_leaves_out_what_was_not_asked():
+def test_share_and_sample():
+    """What was not asked is left out, pictures are grouped, larger ones made smaller by area."""
     assert quality.share(torch.tensor([1.0, 0.0, math.nan]))[0] == 50
     assert quality.share(torch.tensor([[1, 1], [0, 0]]))[1] == pytest.approx(50)
+    pipe = Pipe()
+    pipe.side = 128
+    images, big = quality.sample(pipe, ["a cat"], seed=0), pipe.generate(["a cat"], seed=0)
+    torch.testing.assert_close(images, torch.nn.functional.avg_pool2d(big, 2))
 
 
 def test_class_means_are_pixel_means(art):
     found = quality.class_means(art, ["cat", "house", "cat"])
     rng, plain = np.random.default_rng(0), quality.styles.Style()
-    cats = [art.drawings[art.index[s]["cat"]] for s in art.index]
-    pictures = [quality.styles.apply(plain, cat, rng) for cat in cats]
+    cats = [quality.styles.apply(plain, art.drawings[art.index[s]["cat"]], rng) for s in art.index]
+    by_hand = np.stack(cats).astype(float).mean(0).transpose(2, 0, 1) / 127.5 - 1
     assert found.shape == (3, 3, 64, 64) and torch.equal(found[0], found[2])
-    by_hand = np.stack(pictures).astype(float).mean(0).transpose(2, 0, 1) / 127.5 - 1
     np.testing.assert_allclose(found[0].numpy(), by_hand, atol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------
-# The classifier
-
-def test_heads_and_size():
-    seen = small()(torch.zeros(2, 3, 64, 64))
-    assert {k: tuple(v.shape) for k, v in seen.items()} == {
-        "features": (2, 16), "names": (2, 837), "colour": (2, 11), "count": (2, 4)}
-    count = sum(p.numel() for p in Classifier(ClassifierConfig()).parameters())
-    assert 1.5e6 < count < 2.5e6                            # at most 5 MB in half precision
-
+# -- the classifier
 
 def test_drawings_kept_back_are_in_no_training_picture_and_no_name_is_lost():
-    art = data.Art()
+    art = data.Art(size=16)
     new = quality.is_new(art)
     known, rest = quality.part(art, ~new), quality.part(art, new)
     assert 0.08 < new.mean() < 0.12 and set(known.names) == set(data.names())
@@ -128,92 +114,77 @@ def test_drawings_kept_back_are_in_no_training_picture_and_no_name_is_lost():
             assert (some.drawings[i] == art.drawings[j]).all() and some.boxes[i] == art.boxes[j]
 
 
-def test_labels():
+def test_labels_and_chunks(art):
+    """A chunk is always the same, shows all kinds, and its heads fit what is shown."""
     cat, owl = data.names().index("cat"), data.names().index("owl")
     red = quality.COLOURS.index("red")
     assert quality.labels_of(Scene(("cat",))) == [cat, cat, -1, 0]
     assert quality.labels_of(Scene(("cat",), ("red",), 3)) == [cat, cat, red, 2]
     assert quality.labels_of(Scene(("cat", "owl"), ("red", ""))) == [cat, owl, -1, -1]
-
-
-def test_a_chunk_is_always_the_same_and_shows_all_kinds(art):
     images, labels = quality.Chunks(art, 64, 0)[3]
-    again, _ = quality.Chunks(art, 64, 0)[3]
     assert images.shape == (64, 64, 64, 3) and images.dtype == torch.uint8
-    assert torch.equal(images, again)
+    assert torch.equal(images, quality.Chunks(art, 64, 0)[3][0])
     first, second, colour, count = labels.unbind(1)
     assert (colour >= 0).any() and {0, 1, 2, 3} <= set(count.tolist())
     assert ((count < 0) == (first != second)).all()
-
-
-def test_vary_keeps_shape_and_range():
-    images = torch.rand(8, 3, 64, 64) * 2 - 1
+    images = quality.to_tensor(images[:8].numpy())
     varied = quality.vary(images, torch.Generator().manual_seed(0))
     assert varied.shape == images.shape and varied.abs().max() <= 1
     assert not torch.equal(varied, images)
-
-
-def test_a_training_step_lowers_the_loss(art):
-    images, labels = quality.Chunks(art, 16, 0)[0]
-    images, net = quality.to_tensor(images.numpy()), small().train()
+    assert {k: tuple(v.shape) for k, v in small()(images).items()} == {
+        "features": (8, 16), "names": (8, 837), "colour": (8, 11), "count": (8, 4)}
+    net = small().train()
     optimiser = torch.optim.AdamW(net.parameters(), 1e-2)
-    losses = [quality.train_step(net, optimiser, images, labels).item() for _ in range(12)]
+    losses = [quality.train_step(net, optimiser, images, labels[:8]).item() for _ in range(10)]
     assert losses[-1] < 0.8 * losses[0]
 
 
-def training(path, **changes):
-    usual = dict(chunks=4, reuse=2, batch=8, pool=2, lr=1e-3, seed=0, workers=0, every=1)
-    return SimpleNamespace(device="cpu", classifier=str(path / "quality.pt"), **usual | changes)
-
-
 def test_a_resumed_run_is_the_unbroken_one(tmp_path, art, monkeypatch):
-    whole = quality.train(training(tmp_path / "a"), art, small())[0].state_dict()
+    def train(folder, **changes):
+        usual = dict(chunks=4, reuse=2, batch=8, pool=2, lr=1e-3, seed=0, workers=0, every=1)
+        path = str(tmp_path / folder / "quality.pt")
+        args = SimpleNamespace(device="cpu", classifier=path, **usual | changes)
+        return quality.train(args, art, small())[0].state_dict()
 
     class Stop(Exception):
         pass
 
-    def stop_after(path, write):
-        whole_file(path, write)
+    def stop_after(*a):
+        saved(*a)
         if next(count) == 2:
             raise Stop
-    whole_file, count = quality.write_whole, iter(range(9))
+
+    whole, saved, count = train("a"), quality.write_whole, iter(range(9))
     monkeypatch.setattr(quality, "write_whole", stop_after)
     clock = iter(range(0, 10 ** 6, 100))                    # saves after each chunk
     monkeypatch.setattr(quality.time, "time", lambda: next(clock))
     with pytest.raises(Stop):
-        quality.train(training(tmp_path / "b"), art, small())
-    resumed = quality.train(training(tmp_path / "b"), art, small())[0].state_dict()
+        train("b")
+    resumed = train("b")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     with pytest.raises(ValueError, match="give the same"):
-        quality.train(training(tmp_path / "b", lr=1e-2), art, small())
+        train("b", lr=1e-2)
 
 
-# ---------------------------------------------------------------------------------------------
-# Questions
-
-def seen_as(names, colours, counts):
-    one_hot = lambda rows, n: torch.stack([sum(torch.eye(n)[i] for i in row) for row in rows])
-    return {"names": one_hot([[data.names().index(n) for n in row] for row in names], 837),
-            "colour": one_hot([[quality.COLOURS.index(c)] for c in colours], len(quality.COLOURS)),
-            "count": one_hot([[n - 1] for n in counts], 4)}
-
+# -- questions
 
 def test_what_counts_as_obeyed():
-    say = lambda chosen, title, *seen: {k: v.double().tolist()[0] for k, v in
-                                        quality.obeyed(seen_as(*seen), [chosen], title).items()}
-    red_cat = Scene(("cat",), ("red",))
-    found = say(red_cat, "colours, trained", [["cat"]], ["red"], [1])
-    assert found == {"colour": 1, "thing": 1, "all of it": 1}
-    assert say(red_cat, "colours, trained", [["owl"]], ["red"], [1])["all of it"] == 0
-    cats = Scene(("cat",), (), 2)
-    found = say(cats, "counts", [["cat"]], ["red"], [3])
+    def say(chosen, title, names, colour="red", count=1):
+        one_hot = lambda n, *rows: torch.eye(n)[list(rows)].sum(0)[None]
+        seen = {"names": one_hot(837, *map(data.names().index, names)),
+                "colour": one_hot(len(quality.COLOURS), quality.COLOURS.index(colour)),
+                "count": one_hot(4, count - 1)}
+        return {k: v.double().item() for k, v in quality.obeyed(seen, [chosen], title).items()}
+
+    red_cat, cats, both = Scene(("cat",), ("red",)), Scene(("cat",), (), 2), Scene(("cat", "owl"))
+    assert say(red_cat, "colours, trained", ["cat"]) == {"colour": 1, "thing": 1, "all of it": 1}
+    assert say(red_cat, "colours, trained", ["owl"])["all of it"] == 0
+    found = say(cats, "counts", ["cat"], count=3)
     assert found["number"] == 0 and found["thing"] == 1 and found["all of it"] == 0
     assert math.isnan(found["colour"])                      # nobody asked
-    assert say(cats, "plurals", [["cat"]], ["red"], [3])["at least two"] == 1
-    both = Scene(("cat", "owl"))
-    for names, wanted in ((["owl", "cat"], 1), (["owl", "dog"], 0)):
-        found = say(both, "two things, trained", [names], ["red"], [1])
-        assert found == {"one of them": 1, "both": wanted}
+    assert say(cats, "plurals", ["cat"], count=3)["at least two"] == 1
+    assert say(both, "two things, trained", ["owl", "cat"]) == {"one of them": 1, "both": 1}
+    assert say(both, "two things, trained", ["owl", "dog"]) == {"one of them": 1, "both": 0}
 
 
 def test_questions_are_held_out_as_they_say(art):
@@ -224,19 +195,12 @@ def test_questions_are_held_out_as_they_say(art):
         assert all(numbered) if title == "counts" else not any(numbered)
 
 
-def test_larger_samples_are_made_smaller_by_area():
-    pipe = Pipe()
-    pipe.side = 128
-    images = quality.sample(pipe, ["a cat"] * 3, seed=0, lambda_b=2)
-    big = pipe.generate(["a cat"] * 3, seed=0)
-    torch.testing.assert_close(images, torch.nn.functional.avg_pool2d(big, 2))
-
-
 def test_the_page_has_the_controls_and_what_real_drawings_score(tmp_path, monkeypatch):
     path = tmp_path / "quality.pt"
     quality.save_model(path, "classifier", small(), dict(command="none", seconds=0),
                        names=data.names(), colours=quality.COLOURS)
     monkeypatch.setattr(quality.StyleDrop, "load", lambda *_: Pipe())
+    monkeypatch.setattr(quality.data, "Art", functools.partial(data.Art, ["noto", "twemoji"]))
     sweep = dict(lambda_b=(1, 3), temperature=(1,), steps=(2,), top_k=(0,))
     monkeypatch.setattr(quality, "SWEEP", sweep)
     options = "--device cpu --names 8 --per 1 --scenes 4 --choose --grids".split()

@@ -1,590 +1,384 @@
 """styledrop.py: guidance by separate passes, tuning by Eq. 3, files that are whole or not there."""
 
 import copy
-import math
+import platform
+import random
+import shutil
+import subprocess
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TOKENIZER, VOCABULARY, noise_images, save_merges, shake, toy_muse
 
 import muse as muse_
 import styledrop
 from adapter import Adapter
-from muse import SUPERRES, Muse
-from styledrop import (LAMBDA_A, LAMBDA_A_WORDS, SECOND, StyleDrop, check_prompt, fingerprint,
-                       grid, guided_logits, load_adapter, load_model, mix_logits, save_model,
-                       style_prompt, to_tensor, to_uint8, unknown_words, write_whole)
+from muse import PRESETS, SUPERRES, Muse
+from styledrop import (AT_ONCE, LAMBDA_A, LAMBDA_A_WORDS, SECOND_TUNING, StyleDrop, fingerprint,
+                       guided_logits, load_adapter, load_model, mix_logits, partial_prefix,
+                       save_model, style_prompt, to_tensor, to_uint8, write_whole)
 from vqgan import VQGAN, VQGANConfig
 
-PROMPTS = ["a cat", "a house"]
+PROMPTS, NULL = ["a cat", "a house"], ["", ""]
 PHRASE = "watercolor painting"
+styled = [style_prompt(p, PHRASE) for p in PROMPTS]
+close = lambda x, y: torch.allclose(x, y, atol=1e-4, rtol=1e-4)
+same = lambda a, b: all(map(torch.equal, a, b))
+small = lambda images: F.interpolate(images, (16, 16), mode="area")
 
 
 # -- equations
 
-def test_style_prompt():
-    """Content phrase, then style phrase (Table S4); without a style the content alone."""
-    assert style_prompt("a cat", "watercolor painting") == "a cat in watercolor painting style"
-    assert style_prompt("a cat", "") == "a cat"
-
-
-def test_eq4_coefficients():
-    """(1 + lA) G^(t) + (lB - lA) G(t) - lB G(n): 3, 3, -5 at (2, 5); they sum to 1.
-
+def test_equations():
+    """(1 + lA) G^(t) + (lB - lA) G(t) - lB G(n): 3, 3, -5 at (2, 5); they sum to 1. Without an
+    adapter it is Eq. 1. A mix ends in its parts, bit by bit. t is as in Table S4.
     Trap: G^(t) - G^(n) or G^(t) - G(n) in the lB term, which is another equation.
     """
-    one, zero = torch.ones(1), torch.zeros(1)
-    weights = lambda a, b: [
-        guided_logits(*(one if i == j else zero for j in range(3)), a, b).item() for i in range(3)
-    ]
-    assert weights(2, 5) == [3, 3, -5] and weights(1, 0) == [2, -1, 0]
-    assert weights(0, 0) == [1, 0, 0]
+    weights = lambda a, b: [x.item() for x in guided_logits(*torch.eye(3), a, b)]
+    assert weights(2, 5) == [3, 3, -5]
+    assert weights(1, 0) == [2, -1, 0] and weights(0, 0) == [1, 0, 0]
     for a, b in ((0.7, 3.1), (5, 0), (0, 12)):
         assert sum(weights(a, b)) == pytest.approx(1, abs=1e-5)
-
-
-def test_eq4_without_an_adapter_is_eq1():
-    base, null = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)), torch.ones(2, 5)
-    assert torch.equal(guided_logits(base, base, null, 0, 5), base + 5 * (base - null))
-    assert torch.equal(guided_logits(base, base, null, 2, 5), base + 5 * (base - null))
-
-
-def test_mix_endpoints():
     s, c = torch.tensor([0.1, 3.3]), torch.tensor([7.7, -0.3])
+    for lambda_a in (0, 2):
+        assert torch.equal(guided_logits(s, s, c, lambda_a, 5), s + 5 * (s - c))
     assert torch.equal(mix_logits(s, c, 0), s) and torch.equal(mix_logits(s, c, 1), c)
     assert torch.allclose(mix_logits(s, c, 0.25), 0.75 * s + 0.25 * c)
+    assert styled[0] == "a cat in watercolor painting style" and style_prompt("x", "") == "x"
 
 
-# -- sampling
-
-def test_embed_pads_nothing_into_the_text(pipe):
-    """A prompt's states do not hang on the prompts beside it."""
-    both, mask = pipe.embed(pipe.muse, ["a cat", "a cat in watercolor painting style"])
-    alone, alone_mask = pipe.embed(pipe.muse, ["a cat"])
-    assert torch.equal(mask[:1], alone_mask) and torch.allclose(both[:1], alone, atol=1e-5)
-    c = pipe.muse.config
-    assert both.shape == (2, c.text_length + c.registers, c.text_width)
+def watch(monkeypatch):
+    """The arguments of every forward pass of G, and whether it ran in bf16, as they happen."""
+    seen, forward = [], Muse.forward
+    monkeypatch.setattr(Muse, "forward", lambda self, *a: seen.append(
+        (self, a, torch.is_autocast_enabled("cpu"))) or forward(self, *a))
+    return seen
 
 
-def logits_of(pipe, monkeypatch, prompts=PROMPTS, **options):
-    """The guided logits that generate() hands to decode, and G(prompts,
-    adapter) to build them by hand.
+def logits_of(pipe, **options):
+    """The guided logits that generate() hands to decode, for some ids; and the passes it took."""
+    caught, ids = [], torch.randint(pipe.muse.config.mask_id + 1, (2, 16),
+                                    generator=torch.Generator().manual_seed(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muse_, "decode", lambda fn, b, n, *rest: caught.append(fn(ids, 0))
+                      or torch.zeros(b, n).long())
+        calls = watch(patch)
+        pipe.generate(PROMPTS, **options)
+    return caught[0], len(calls), ids
+
+
+FIXED = dict(lambda_a=2, lambda_b=5)
+MIXED = dict(style=1, content=1, gamma=0.3, **FIXED)
+EQUATIONS = [           # options, what they must give, and in how many passes
+    (dict(lambda_a=3, lambda_b=2), "3 * c - 2 * n", 2),                          # Eq. 1
+    (dict(style=1, **FIXED), "3 * ts + 3 * t - 5 * n", 3),                       # Eq. 4
+    (dict(style=1), "ts + a * (ts - t) + (t - n)", 3),
+    (dict(style=1, lambda_a=0, lambda_b=0), "ts", 2),
+    (dict(style=1, negative="blurry", style_phrase="flat vector", **FIXED),
+     "3 * fs + 3 * f - 5 * blurry", 3),
+    (dict(style_phrase=PHRASE, **FIXED), "3 * t - 2 * c + 5 * (c - n)", 3),      # style in words
+    (dict(style_phrase=PHRASE, lambda_a=5, lambda_b=5), "6 * t - 5 * n", 3),     # is Eq. 1 of t
+    (dict(style_phrase=["", PHRASE], **FIXED),
+     "[(6 * c - 5 * n)[0], (3 * t + 3 * c - 5 * n)[1]]", 3),
+    (dict(style_phrase=PHRASE, content=1, gamma=0.3, lambda_b=5),
+     ".7 * (t + w * (t - c) + 5 * (c - n)) + .3 * (co + a * (co - c) + 5 * (c - n))", 5),
+    (dict(content=1, **FIXED), "3 * co + 3 * c - 5 * n", 3),                     # Eq. 6
+    (MIXED, ".7 * (3 * ts + 3 * t - 5 * n) + .3 * (3 * co + 3 * c - 5 * n)", 5),     # Eq. 5 and 6
+    (MIXED | dict(lambda_a_content=0),
+     ".7 * (3 * ts + 3 * t - 5 * n) + .3 * (co + 5 * c - 5 * n)", 5)]
+
+
+@pytest.mark.parametrize("options, by_hand, passes", EQUATIONS, ids=[e[1] for e in EQUATIONS])
+def test_equations_from_separate_passes(pipe, make_adapter, options, by_hand, passes):
+    """c: content phrases, which carry no style word; t: with the style phrase; n: nothing; s, o:
+    with the style's and the object's adapter.
+    Traps: the phrase is forgotten; the tuned model sees n; a branch gets its neighbour's text or
+    adapter; adapters swapped; G(t) used for c; lambda_a = lambda_b = 0 read as "no adapter".
     """
-    caught, calls = [], []
-    ids = torch.randint(pipe.muse.config.mask_id + 1, (len(prompts), pipe.muse.config.tokens),
-                        generator=torch.Generator().manual_seed(3))
-    with monkeypatch.context() as patch:
-        patch.setattr(muse_, "decode",
-                      lambda fn, b, n, *rest: caught.append(fn(ids, 0)) or torch.zeros(b, n).long())
-        forward = Muse.forward
-        patch.setattr(Muse, "forward",
-                      lambda self, *a: calls.append(len(a[0])) or forward(self, *a))
-        pipe.generate(prompts, **options)
-
-    @torch.no_grad()
-    def G(prompts, adapter=None):
-        text, mask = pipe.embed(pipe.muse, prompts)
-        return pipe.muse(ids, text, mask, None if adapter is None else adapter())
-    return caught[0], G, calls
-
-
-close = lambda x, y: torch.allclose(x, y, atol=1e-4, rtol=1e-4)
-styled = [style_prompt(p, PHRASE) for p in PROMPTS]
-null = ["", ""]
+    s, o = make_adapter(1), make_adapter(2, style="teapot")
+    options = options | {k: x for k, x in dict(style=s, content=o).items() if k in options}
+    ours, calls, ids = logits_of(pipe, **options)
+    t, c, f = styled, PROMPTS, [style_prompt(p, "flat vector") for p in PROMPTS]
+    passed = dict(t=[t], ts=[t, s], c=[c], co=[c, o], n=[NULL], f=[f], fs=[f, s], cs=[c, s],
+                  to=[t, o], ns=[NULL, s], blurry=[["blurry"] * 2])
+    g = {name: pipe.muse(ids, *pipe.embed(pipe.muse, x[0]), x[1]() if x[1:] else None)
+         for name, x in passed.items()}
+    assert torch.pdist(torch.stack([*g.values()]).flatten(1)).min() > 5          # no two are alike
+    expected = eval(by_hand, dict(g, a=LAMBDA_A, w=LAMBDA_A_WORDS))
+    assert close(ours, torch.stack([*expected])) and calls == passes
 
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_g_runs_in_bf16_where_that_is_fast(pipe, make_adapter, monkeypatch, fast):
     """Sampling and tuning alike; the logits come out in fp32 and stay near."""
-    style, seen, forward = make_adapter(), [], Muse.forward
-    exact, *_ = logits_of(pipe, monkeypatch, style=style)
+    exact, *_ = logits_of(pipe, style=make_adapter())
     monkeypatch.setattr(styledrop, "fast_bf16", lambda device: fast)
-    monkeypatch.setattr(
-        Muse, "forward",
-        lambda self, *a: seen.append(torch.is_autocast_enabled("cpu")) or forward(self, *a))
-    ours, *_ = logits_of(pipe, monkeypatch, style=style)
-    assert ours.dtype == torch.float32 and seen == [fast] * 3
-    assert (ours - exact).norm() < 0.05 * exact.norm() and torch.equal(ours, exact) == (not fast)
-    losses = []
-    pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=3,
-              on_step=lambda step, steps, loss: losses.append(loss))
-    assert seen[3:] == [fast] * 3 and all(map(math.isfinite, losses))
+    seen, losses = watch(monkeypatch), []
+    ours, *_ = logits_of(pipe, style=make_adapter())
+    pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=3, on_step=lambda *a: losses.append(a[2]))
+    assert [bf16 for *_, bf16 in seen] == [fast] * 6 and np.isfinite(losses).all()
+    assert ours.dtype == torch.float32 and torch.equal(ours, exact) == (not fast)
+    assert (ours - exact).norm() < 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("device, able, fast", [("cuda", (), True), ("mps", ("amx_tile", ), False),
-                                                ("cpu", (), False), ("cpu", ("amx_tile", ), True),
-                                                ("cpu", ("avx512_bf16", ), True)])
+@pytest.mark.parametrize("device, able, fast", [
+    ("cuda", {}, True), ("mps", {"amx_bf16": True}, False), ("cpu", {"avx2": True}, False),
+    ("cpu", {"amx_bf16": True, "avx512_bf16": False}, True), ("cpu", {"avx512_bf16": True}, True)])
 def test_which_machines_are_fast_in_bf16(monkeypatch, device, able, fast):
     monkeypatch.undo()
-    for what in ("amx_tile", "avx512_bf16"):
-        monkeypatch.setattr(torch.cpu, f"_is_{what}_supported", lambda what=what: what in able,
-                            raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     assert styledrop.fast_bf16(device) == fast
 
 
-def test_eq4_from_separate_passes(pipe, make_adapter, monkeypatch):
-    """3 G^(t) + 3 G(t) - 5 G(n), t with the style phrase, in three forward passes.
-
-    Traps: the phrase is forgotten; the tuned model sees n; a branch gets its neighbour's text or
-    adapter.
-    """
-    style = make_adapter()
-    ours, G, calls = logits_of(pipe, monkeypatch, style=style, lambda_a=2, lambda_b=5)
-    assert close(ours, 3 * G(styled, style) + 3 * G(styled) - 5 * G(null)) and calls == [2] * 3
-    assert not close(ours, 3 * G(PROMPTS, style) + 3 * G(PROMPTS) - 5 * G(null))
-    assert not close(ours, 3 * G(styled, style) + 3 * G(styled) - 5 * G(null, style))
-
-
-def test_negative_prompt_and_style_phrase(pipe, make_adapter, monkeypatch):
-    """Both can be chosen, and n still meets the untuned model."""
-    style, blurry = make_adapter(), ["blurry", "blurry"]
-    ours, G, _ = logits_of(pipe, monkeypatch, style=style, negative="blurry",
-                           style_phrase="flat vector", lambda_a=1, lambda_b=2)
-    t = [style_prompt(p, "flat vector") for p in PROMPTS]
-    assert close(ours, 2 * G(t, style) + G(t) - 2 * G(blurry))
-
-
-def test_no_guidance_is_the_tuned_model_alone(pipe, make_adapter, monkeypatch):
-    """Trap: lambda_a = lambda_b = 0 read as "no adapter"."""
-    style = make_adapter()
-    ours, G, calls = logits_of(pipe, monkeypatch, style=style, lambda_a=0, lambda_b=0)
-    assert close(ours, G(styled, style)) and not close(ours, G(styled))
-    assert calls == [2] * 2                                 # and n is not asked
-
-
-def test_base_is_eq1(pipe, monkeypatch):
-    """G(t) + lambda (G(t) - G(n)) whatever lambda_a is; two passes."""
-    ours, G, calls = logits_of(pipe, monkeypatch, lambda_a=3, lambda_b=2)
-    assert close(ours, 3 * G(PROMPTS) - 2 * G(null)) and calls == [2] * 2
-
-
-def test_eq4_with_the_style_in_words(pipe, make_adapter, monkeypatch):
-    """The phrase stands in the adapter's place: 3 G(t) - 2 G(c) + 5 (G(c) - G(n)), three passes.
-
-    A phrase for each prompt, or none; lambda_a = lambda_b is Eq. 1 on the whole prompt; beside a
-    content adapter Eq. 5 is of the words, and each side has the lambda_a of its kind.
-    """
-    ours, G, calls = logits_of(pipe, monkeypatch, style_phrase=PHRASE, lambda_a=2, lambda_b=5)
-    assert close(ours, 3 * G(styled) - 2 * G(PROMPTS) + 5 * (G(PROMPTS) - G(null)))
-    assert calls == [2] * 3
-    ours, G, _ = logits_of(pipe, monkeypatch, style_phrase=PHRASE, lambda_a=5, lambda_b=5)
-    assert close(ours, 6 * G(styled) - 5 * G(null))
-    mixed, G, _ = logits_of(pipe, monkeypatch, style_phrase=["", PHRASE], lambda_a=2, lambda_b=5)
-    assert close(mixed[:1], (6 * G(PROMPTS) - 5 * G(null))[:1])
-    assert close(mixed[1:], (3 * G(styled) - 2 * G(PROMPTS) + 5 * (G(PROMPTS) - G(null)))[1:])
-    content, a, w = make_adapter(2, style="teapot"), LAMBDA_A, LAMBDA_A_WORDS
-    ours, G, calls = logits_of(pipe, monkeypatch, style_phrase=PHRASE, content=content, gamma=0.3,
-                               lambda_b=5)
-    l_s = (1 + w) * G(styled) - w * G(PROMPTS) + 5 * (G(PROMPTS) - G(null))
-    l_c = (1 + a) * G(PROMPTS, content) - a * G(PROMPTS) + 5 * (G(PROMPTS) - G(null))
-    assert close(ours, 0.7 * l_s + 0.3 * l_c) and calls == [2] * 4
-    with pytest.raises(ValueError, match="1 style phrases .* for 2 prompts"):
-        pipe.generate(PROMPTS, style_phrase=[PHRASE], steps=1)
-
-
-def test_eq5_and_eq6_from_separate_passes(pipe, make_adapter, monkeypatch):
-    """(1 - g) l_s + g l_c: five passes; c carries no style word.
-
-    Traps: adapters swapped, G(t) used for c.
-    """
-    style, content = make_adapter(1), make_adapter(2, style="teapot")
-    ours, G, calls = logits_of(pipe, monkeypatch, style=style, content=content, gamma=0.3,
-                               lambda_a=2, lambda_b=5)
-    l_s = 3 * G(styled, style) + 3 * G(styled) - 5 * G(null)
-    l_c = 3 * G(PROMPTS, content) + 3 * G(PROMPTS) - 5 * G(null)
-    assert close(ours, 0.7 * l_s + 0.3 * l_c) and calls == [2] * 5
-    alone, _, calls = logits_of(pipe, monkeypatch, content=content, lambda_a=2, lambda_b=5)
-    assert close(alone, l_c) and calls == [2] * 3
-    ours, G, _ = logits_of(pipe, monkeypatch, style=style, content=content, gamma=0.3, lambda_a=2,
-                           lambda_b=5, lambda_a_content=0)
-    l_c = G(PROMPTS, content) + 5 * (G(PROMPTS) - G(null))
-    assert close(ours, 0.7 * l_s + 0.3 * l_c)
-
-
-@pytest.mark.parametrize("gamma, kept", [(0.0, "style"), (1.0, "content")])
-def test_gamma_ends_are_single_adapters(pipe, make_adapter, gamma, kept):
-    """Bit by bit. Trap: a mix that is nearly the end of the line."""
-    adapters = dict(style=make_adapter(1), content=make_adapter(2))
-    both = pipe.generate(PROMPTS, **adapters, gamma=gamma, steps=4)
-    assert torch.equal(both, pipe.generate(PROMPTS, **{kept: adapters[kept]}, steps=4))
-    assert not torch.equal(both, pipe.generate(PROMPTS, **adapters, gamma=0.5, steps=4))
-
-
-def test_a_fresh_adapter_draws_what_the_base_draws(pipe, make_adapter):
-    """Bit by bit, at the same prompt text: tuning starts from the base, whatever lambda_a is."""
-    fresh = pipe.generate(PROMPTS, style=make_adapter(sd=0), steps=4)
-    assert torch.equal(fresh, pipe.generate(styled, steps=4))
-    assert not torch.equal(fresh, pipe.generate(styled, style=make_adapter(style=""), steps=4))
-
-
-def tokens_of(pipe, prompts, **options):
-    """What generate() draws: the tokens (B, N) of each stage, and the pictures."""
-    drawn = {}
-    note = lambda step, ids, kept: drawn.update({len(ids[0]): ids})
-    images = pipe.generate(prompts, on_step=note, **options)
-    return *drawn.values(), images
-
-
-def test_the_seed_is_the_picture(pipe, make_adapter):
-    """Traps: global chance leaks in; the seed is set once and runs on."""
-    draw = lambda seed: pipe.generate(PROMPTS, style=make_adapter(), seed=seed, steps=4)
-    first = draw(0)
-    torch.manual_seed(99)
-    assert torch.equal(first, draw(0)) and not torch.equal(first, draw(1))
-    assert first.shape == (2, 3, 16, 16) and first.abs().max() <= 1
-    assert torch.equal(first, draw([0, 1])) and not torch.equal(first, draw([0, 0]))
-    assert torch.equal(pipe.generate("a cat", steps=2), pipe.generate(["a cat"], steps=2))
-    with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
-        draw([1, 2, 3])
-
-
-def test_a_picture_is_its_prompt_and_its_seed(pipe2, make_adapter):
-    """Picture i has seed + i: alone, at another place, beside others, in both stages.
-
-    Trap: one generator for the batch, and the company decides.
-    """
-    prompts = ["a cat", "a house", "a cat"]
-    style = second_adapter(pipe2, make_adapter(base=pipe2.base))
-    low, high, images = tokens_of(pipe2, prompts, style=style, seed=7, steps=3)
-    for i, prompt in enumerate(prompts):
-        one, two, image = tokens_of(pipe2, prompt, style=style, seed=7 + i, steps=3)
-        assert torch.equal(one[0], low[i]) and torch.equal(two[0], high[i])
-        assert torch.allclose(image[0], images[i], atol=1e-4)
-    assert not torch.equal(low[0], low[2])                  # a cat of another seed is another cat
-
-
-# -- both stages
+# -- sampling, in both stages
 
 def second_adapter(pipe2, adapter, seed=0):
     """The adapter with another for the second stage, whose effect is plain to see."""
     c = pipe2.superres.config
-    generator = torch.Generator().manual_seed(seed)
-    second = shake(Adapter(c.width, 4, c.depth, False, generator), 0.3, seed)
+    second = shake(Adapter(c.width, 4, c.depth, False), 0.3, seed)
     adapter.superres = second.requires_grad_(False)
     return adapter
 
 
-def test_the_second_stage_doubles_the_picture(pipe, pipe2):
-    """From the same low tokens, at the same seed; superres=False is the base's own picture."""
-    low, high, images = tokens_of(pipe2, PROMPTS, seed=3, steps=3)
-    small, small_image = tokens_of(pipe2, PROMPTS, seed=3, steps=3, superres=False)
-    assert images.shape == (2, 3, 32, 32) and pipe2.resolution == 32 and pipe.resolution == 16
-    assert (low.shape, high.shape) == ((2, 16), (2, 64)) and torch.equal(low, small)
-    assert torch.equal(small_image, pipe.generate(PROMPTS, seed=3, steps=3))
-    assert torch.equal(images, pipe2.vqgan.decode(high.view(2, 8, 8)))
+def tokens_of(pipe, prompts, **options):
+    """What generate() draws: the tokens (B, N) of each stage, and the images."""
+    drawn = {}
+
+    def note(step, ids, kept):
+        if kept.all():
+            drawn.setdefault(ids.shape[1], []).append(ids)
+    images = pipe.generate(prompts, on_step=note, **options)
+    return *map(torch.cat, drawn.values()), images
 
 
-def test_the_second_stage_has_lambdas_of_its_own(pipe2, make_adapter, monkeypatch):
-    """2 G^(t) - G(t) over the low tokens, whatever lambdas the first has, in 12 steps.
+def test_a_picture_is_its_prompt_and_its_seed(pipe2, make_adapter):
+    """Picture i has seed + i: alone, at another place, beside others, behind AT_ONCE others.
+    Traps: one generator for the batch, and the company decides; global chance leaks in; the seed
+    is set once and runs on; numbers start again in the next batch.
+    """
+    prompts, done = (PROMPTS * AT_ONCE)[:AT_ONCE + 2], []
+    style = second_adapter(pipe2, make_adapter(base=pipe2.base))
+    draw = lambda prompts, **k: tokens_of(pipe2, prompts, style=style, steps=2, **k)
+    low, high, images = draw(prompts, seed=7, on_batch=done.append)
+    assert done == [AT_ONCE, AT_ONCE + 2] and images.shape == (AT_ONCE + 2, 3, 32, 32)
+    for i in (0, 3, AT_ONCE - 1, AT_ONCE, AT_ONCE + 1):
+        torch.seed()
+        one, two, image = draw(prompts[i], seed=7 + i)
+        assert torch.equal(one[0], low[i]) and torch.equal(two[0], high[i])
+        assert torch.allclose(image[0], images[i], atol=1e-4) and image.abs().max() <= 1
+    assert len(low.unique(dim=0)) == len(low)               # a cat of another seed is another cat
+    assert torch.equal(draw(["a cat"] * 2, seed=[9, 7])[1], high[[2, 0]])
 
+
+@pytest.mark.parametrize("words", [False, True])
+def test_the_second_stage_has_lambdas_of_its_own(pipe2, make_adapter, monkeypatch, words):
+    """2 G^(t) - G(t) over the low tokens, whatever lambdas the first has, in 12 steps; with the
+    style in words, G(t). It draws twice the size of the first, and leaves that as it is.
     Traps: a null pass that is not needed; the first's strengths; its temperature's steps.
     """
-    style, calls, forward = second_adapter(pipe2, make_adapter(base=pipe2.base)), [], Muse.forward
-    caught, decode = [], muse_.decode
-    monkeypatch.setattr(muse_, "decode", lambda fn, *a: caught.append((fn, a)) or decode(fn, *a))
-    monkeypatch.setattr(Muse, "forward", lambda self, *a: calls.append(
-        (self is pipe2.superres, a)) or forward(self, *a))
-    low, _, _ = tokens_of(pipe2, PROMPTS, style=style, lambda_a=3, lambda_b=5, steps=2)
-    assert [second for second, _ in calls] == [False] * 2 * 3 + [True] * 12 * 2
-    assert all(torch.equal(a[4], low) for second, a in calls if second)
-    text, mask = pipe2.embed(pipe2.superres, styled)
+    style, caught, decode = second_adapter(pipe2, make_adapter(base=pipe2.base)), [], muse_.decode
+    monkeypatch.setattr(muse_, "decode", lambda fn, *a: caught.append(fn) or decode(fn, *a))
+    options = dict(style_phrase=PHRASE) if words else dict(style=style, lambda_a=3, lambda_b=5)
+    calls = watch(monkeypatch)
+    low, high, images = tokens_of(pipe2, PROMPTS, steps=2, **options)
+    assert images.shape == (2, 3, 32, 32) and (low.shape, high.shape) == ((2, 16), (2, 64))
+    assert torch.equal(images, pipe2.vqgan.decode(high.view(2, 8, 8))) and pipe2.resolution == 32
+    assert [G is pipe2.superres for G, *_ in calls] == [False] * 2 * 3 + [True] * 12 * (2 - words)
+    assert all(torch.equal(a[4], low) for G, a, _ in calls if G is pipe2.superres)
     ids = torch.randint(33, (2, 64), generator=torch.Generator().manual_seed(0))
-    G = lambda adapters: pipe2.superres(ids, text, mask, adapters, low)
-    assert close(caught[1][0](ids, 0), 2 * G(style.superres()) - G(None))
-    calls.clear()
-    tokens_of(pipe2, PROMPTS, style_phrase=PHRASE, steps=1)                      # no adapter: G(t)
-    assert close(caught[3][0](ids, 0), pipe2.superres(ids, text, mask, None, calls[-1][1][4]))
-    assert sum(second for second, _ in calls) == 12 + 2
-
-
-def test_each_stage_has_its_own_adapter(pipe2, make_adapter):
-    """.superres changes the second stage's tokens and leaves the first's as they are."""
-    without = tokens_of(pipe2, PROMPTS, style=make_adapter(base=pipe2.base), steps=3)
-    styles = (second_adapter(pipe2, make_adapter(base=pipe2.base), seed) for seed in (0, 1))
-    one, two = (tokens_of(pipe2, PROMPTS, style=style, steps=3) for style in styles)
-    assert torch.equal(one[0], without[0]) and torch.equal(two[0], without[0])
-    for a, b in ((one, without), (two, without), (one, two)):
-        assert not torch.equal(a[1], b[1])
+    G = lambda *a: pipe2.superres(ids, *pipe2.embed(pipe2.superres, styled), *a, low)
+    assert close(caught[1](ids, 0), G(None) if words else 2 * G(style.superres()) - G(None))
+    style.superres = None
+    alone, small = tokens_of(pipe2, PROMPTS, steps=2, superres=False, **options)
+    assert torch.equal(low, alone) and small.shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize("has", ["both", "style", "content", "neither"])
-def test_gamma_ends_are_exact_in_both_stages(pipe2, make_adapter, has):
-    """Also where one of the two was tuned without the second stage, or stands in words.
-
-    Trap: at gamma 1 the style goes on drawing in the second stage, at gamma 0 the object.
+def test_gamma_ends_are_single_adapters_in_both_stages(pipe2, make_adapter, has):
+    """Bit by bit, also where one of the two was tuned without the second stage, or is in words. An
+    adapter of the second stage changes that, and leaves the first as it is.
+    Traps: a mix that is nearly the end of the line; at gamma 1 the style goes on drawing in the
+    second stage, at gamma 0 the object.
     """
-    style = make_adapter(1, base=pipe2.base)
-    content = make_adapter(2, style="teapot", base=pipe2.base)
-    for name, adapter in (("style", style), ("content", content)):
-        if has in ("both", name):
-            second_adapter(pipe2, adapter, 5)
     draw = lambda **options: tokens_of(pipe2, PROMPTS, steps=2, **options)[:2]
-    same = lambda a, b: all(map(torch.equal, a, b))
-    assert same(draw(style=style, content=content, gamma=0.0), draw(style=style))
-    assert same(draw(style=style, content=content, gamma=1.0), draw(content=content))
-    words = dict(style_phrase=PHRASE)
-    assert same(draw(content=content, gamma=0.0, **words), draw(**words))
-
-
-def test_tuning_changes_only_theta_in_both_stages(pipe2, monkeypatch):
-    """The second stage sees each reference's high tokens with its own low ones, the loss falls.
-
-    Traps: G_sr trained along; low tokens of another reference; on_step of the first stage alone.
-    """
-    monkeypatch.setattr(styledrop, "SECOND", replace(SECOND, steps=3))
-    prints = lambda: [fingerprint(part.state_dict()) for part in
-                      (pipe2.vqgan, pipe2.muse, pipe2.superres)]
-    before, steps, seen, forward = prints(), [], [], Muse.forward
-    images, prompts = noise_images(3, 32, seed=5), ["a cat", "a house", "an owl"]
-    small = torch.nn.functional.interpolate(images, (16, 16), mode="area")
-    low, high = (pipe2.vqgan.encode(x).flatten(1) for x in (small, images))
-    loss = muse_.masked_loss
-    with monkeypatch.context() as patch:
-        patch.setattr(Muse, "forward", lambda self, *a: seen.append(a[4]) or forward(self, *a))
-        patch.setattr(muse_, "masked_loss", lambda logits, ids, mask: seen.append(ids) or loss(
-            logits, ids, mask))
-        adapter = pipe2.tune(images, prompts, PHRASE, steps=2,
-                             on_step=lambda *a: steps.append(a[:2]))
-    assert steps == [(0, 2), (1, 2), (0, 3), (1, 3), (2, 3)] and prints() == before
-    assert seen[0] is None and seen[2] is None
-    for shown_low, ids in zip(seen[4::2], seen[5::2]):
-        for a, b in zip(shown_low, ids):
-            row = int((high == b).all(1).nonzero())
-            assert torch.equal(a, low[row])
-    second = adapter.superres
-    assert second.config == dict(d_emb=32, d_prj=SECOND.d_prj, n_layer=3, is_shared=False)
-    assert all(p.grad.abs().sum() > 0 and not p.requires_grad for p in adapter.parameters())
-    for part in (pipe2.muse, pipe2.superres):
-        assert all(p.grad is None for p in part.parameters())
-
-
-def test_when_the_first_stage_is_tuned_alone(pipe2, monkeypatch):
-    """On small references or as told; and with the same bits as beside the second stage."""
-    monkeypatch.setattr(styledrop, "SECOND", replace(SECOND, steps=1))
-    images = noise_images(1, 32)
-    small = torch.nn.functional.interpolate(images, (16, 16), mode="area")
-    tune = lambda images, **how: pipe2.tune(images, ["a cat"], PHRASE, steps=2, **how)
-    both, told, low = tune(images), tune(images, superres=False), tune(small)
-    assert both.superres is not None and told.superres is low.superres is None
-    for alone in (told, low):
-        assert all(torch.equal(p, both.state_dict()[k]) for k, p in alone.state_dict().items())
-
-
-def test_an_adapter_of_both_stages_round_trip(pipe2, make_adapter, tmp_path):
-    """One file; the same pictures. Trap: the second stage's weights are dropped or drawn anew."""
-    adapter = second_adapter(pipe2, make_adapter(base=pipe2.base))
-    adapter.save(tmp_path / "adapter.pt")
-    again = load_adapter(tmp_path)
-    assert again.superres.config == adapter.superres.config and again.about == adapter.about
-    assert fingerprint(again.state_dict()) == fingerprint(adapter.state_dict())
-    assert torch.equal(*(pipe2.generate("a cat", theta, steps=2) for theta in (adapter, again)))
-    saved = torch.load(tmp_path / "adapter.pt", weights_only=True)
-    saved["superres"] = None
-    torch.save(saved, tmp_path / "adapter.pt")
-    with pytest.raises(ValueError, match="does not fit"):
-        load_adapter(tmp_path)
-
-
-@pytest.mark.parametrize("wrong", ["cut", "words", "grid", "codes"])
-def test_a_second_stage_that_does_not_fit_is_one_line(weights2, tmp_path, wrong):
-    """Trap: it is left out in silence, and pictures are small."""
-    for path in weights2.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    changes = dict(grid=dict(grid=4, low_grid=2), codes=dict(codebook_size=33)).get(wrong, {})
-    merges = save_merges(TOKENIZER)[::-1 if wrong == "words" else 1]
-    save_model(tmp_path / "superres.pt", "superres", toy_muse(presets=SUPERRES, **changes), {},
-               merges=merges)
-    if wrong == "cut":
-        (tmp_path / "superres.pt").write_bytes((tmp_path / "superres.pt").read_bytes()[:-500])
-    with pytest.raises(ValueError, match="superres.pt") as error:
-        StyleDrop.load(tmp_path, "cpu")
-    assert one_line(error)
-
-
-# -- words
-
-def test_unknown_words(pipe):
-    """Words of no caption, with what is near them; rare tokens and marks are none of them."""
-    assert unknown_words(pipe.words, "a Catt in WATERCOLOR, painting style.") == {"catt": ["cat"]}
-    assert unknown_words(pipe.words, "a cat! a house; \"an owl\"?") == {}
-    assert unknown_words(pipe.words, "zzz") == {"zzz": []}
-    assert unknown_words({"cat", "[v]", "[v*]"}, "[V] cat [V*]") == {}
-    assert unknown_words({"teapot"}, "pot") == {"pot": ["teapot"]}
-
-
-def test_a_prompt_is_checked_and_drawn_all_the_same(pipe, capsys):
-    """A note for each word, none for a known prompt. Trap: a KeyError, or a refusal."""
-    check_prompt(pipe, "a catt", "watercolor paintin")
-    first, second = capsys.readouterr().err.splitlines()
-    assert "'catt'" in first and "near: cat" in first and "'paintin'" in second
-    check_prompt(pipe, "a cat", PHRASE)
-    assert capsys.readouterr() == ("", "")
-    with pytest.raises(ValueError, match="empty"):
-        check_prompt(pipe, " ")
+    adapters, alone = {}, {}
+    for name, seed in (("style", 1), ("content", 2)):
+        adapters[name] = make_adapter(seed, base=pipe2.base)
+        low, high = draw(**{name: adapters[name]})
+        if has in ("both", name):
+            second_adapter(pipe2, adapters[name], 5)
+        alone[name] = draw(**{name: adapters[name]})
+        assert torch.equal(alone[name][0], low)
+        assert torch.equal(alone[name][1], high) == (has not in ("both", name))
+    half, words = draw(**adapters, gamma=0.5), dict(style_phrase=PHRASE)
+    for gamma, name in enumerate(alone):
+        assert same(draw(**adapters, gamma=float(gamma)), alone[name])
+        assert not torch.equal(half[0], alone[name][0])
+    assert same(draw(content=adapters["content"], gamma=0.0, **words), draw(**words))
 
 
 @pytest.mark.parametrize("role", ["style", "content"])
-def test_an_adapter_of_another_base_is_refused(pipe, make_adapter, role):
-    """Trap: shapes fit, so it runs, and draws noise."""
-    with pytest.raises(ValueError, match="0123456789ab"):
-        pipe.generate("a cat", **{role: make_adapter(base="0123456789ab")})
+def test_an_adapter_of_another_base_is_refused(pipe, pipe2, make_adapter, role):
+    """Also one of the same base beside another second stage. Trap: it runs, and draws noise."""
+    for run, base in ((pipe, "0123456789ab"), (pipe2, pipe.base)):
+        with pytest.raises(ValueError, match=f"tuned on base {base}, .* {run.base};"):
+            run.generate("a cat", **{role: make_adapter(base=base)})
 
 
-# -- tuning
+# -- tuning. Which theta learns, and that nothing else does: test_methods.py
 
 @pytest.fixture(scope="session")
-def references(pipe):
+def references(pipe2):
     """Three pictures with different tokens, and what they show."""
-    images = noise_images(3, seed=5)
-    tokens = pipe.vqgan.encode(images).flatten(1)
-    assert len(tokens.unique(dim=0)) == 3
-    return images, ["a cat", "a house and a tree", "an owl in a house"], tokens
+    images = noise_images(3, 32, seed=5)
+    assert len(pipe2.vqgan.encode(small(images)).unique(dim=0)) == 3
+    return images, ["a cat", "a house and a tree", "an owl in a house"]
 
 
-@pytest.fixture
-def watched(monkeypatch):
-    """[(ids shown to G, text, text mask, ids, mask), ...]: what every tuning step trained on."""
-    steps, forward, loss = [], Muse.forward, muse_.masked_loss
-    monkeypatch.setattr(Muse, "forward", lambda self, *a: steps.append(a[:3]) or forward(self, *a))
-    monkeypatch.setattr(muse_, "masked_loss", lambda logits, ids, mask, *a: (
-        steps.append((*steps.pop(), ids, mask)), loss(logits, ids, mask, *a))[1])
-    return steps
-
-
-def test_only_the_adapter_changes(pipe, references):
-    """Every base tensor is bit-identical afterwards, none has a gradient.
-
-    Trap: norms or embeddings trained along.
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_what_tuning_sees(pipe2, references, monkeypatch, batch):
+    """In both stages every reference, equally often, with its own prompt and low tokens; masked
+    tokens stay hidden, by the law of the stage.
+    Traps: the data set returns image 0 whatever the index, and a long list is for nothing
+    (zideliu); low tokens of another reference; `ids` goes in where the masked ids should
+    (lucidrains#11): the loss is wonderful and nothing is learned; on_step of one stage alone.
     """
-    pipe = copy.deepcopy(pipe)
-    parts = [pipe.vqgan, pipe.clip, pipe.muse]
-    before, print_before = [copy.deepcopy(part.state_dict())
-                            for part in parts], fingerprint(pipe.muse.state_dict())
-    adapter = pipe.tune(*references[:2], style=PHRASE, steps=3)
-    for part, old in zip(parts, before):
-        assert all(torch.equal(old[name], tensor) for name, tensor in part.state_dict().items())
-        assert all(p.grad is None for p in part.parameters())
-    assert fingerprint(pipe.muse.state_dict()) == print_before == adapter.about["base"]
-    assert all(p.grad.abs().sum() > 0 for p in adapter.parameters())
+    monkeypatch.setattr(styledrop, "SECOND_TUNING", replace(SECOND_TUNING, steps=6, batch=batch))
+    (images, prompts), asked, said, loss = references, [], [], muse_.masked_loss
+    monkeypatch.setattr(muse_, "masked_loss", lambda logits, ids, mask: asked.append(
+        (ids, mask)) or loss(logits, ids, mask))
+    calls = watch(monkeypatch)
+    pipe2.tune(images, prompts, PHRASE, steps=6, batch=batch, on_step=lambda *a: said.append(a[:2]))
+    assert said == [(step, 6) for step in range(6)] * 2 and len(calls) == len(asked) == 12
+    tokens = [pipe2.vqgan.encode(x).flatten(1) for x in (small(images), images)]
+    for stage, G in enumerate((pipe2.muse, pipe2.superres)):
+        texts, lengths = pipe2.embed(G, [style_prompt(p, PHRASE) for p in prompts])
+        counts, share = [0, 0, 0], []
+        for (model, (shown, text, text_mask, _, low), _), (ids, mask) in list(
+                zip(calls, asked))[6 * stage:6 * stage + 6]:
+            assert model is G and len(ids) == batch and (low is None) == (stage == 0)
+            assert torch.equal(shown, ids.masked_fill(mask, G.config.mask_id))
+            share.append(mask.float().mean())
+            for b, row in enumerate(ids):
+                r = int((tokens[stage] == row).all(1).nonzero())
+                counts[r] += 1
+                assert torch.equal(text[b], texts[r]) and torch.equal(text_mask[b], lengths[r])
+                assert low is None or torch.equal(low[b], tokens[0][r])
+        assert counts == [2 * batch] * 3
+        if batch == 8:                                      # the means of cos(pi u^power / 2)
+            assert np.mean(share) == pytest.approx((0.78, 2 / np.pi)[stage], abs=0.07)
 
 
 @pytest.mark.parametrize("is_shared", [True, False])
-def test_first_step_moves_only_the_up_weights(pipe, references, is_shared):
-    """W_u = 0 keeps the gradient from W_d, and Adam leaves it where it is.
-
-    Trap: weight decay, or up not at zero.
-    """
-    tune = lambda steps: pipe.tune(*references[:2], steps=steps, is_shared=is_shared).state_dict()
-    start, one, two = tune(0), tune(1), tune(2)
+def test_first_step_moves_only_the_up_weights(pipe, is_shared):
+    """W_u = 0 keeps the gradient from W_d, and Adam too. Trap: weight decay, or up not at zero."""
+    start, one, two = (pipe.tune(noise_images(2), PROMPTS, steps=steps,
+                                 is_shared=is_shared).state_dict() for steps in range(3))
     for name in start:
         assert torch.equal(start[name], one[name]) == ("down" in name)
         assert not torch.equal(one[name], two[name])
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8])
-def test_every_reference_is_used_with_its_own_prompt(pipe, references, watched, batch):
-    """Equally often.
-
-    Trap (zideliu): the data set returns image 0 whatever the index, and a long list is for nothing.
+def test_the_seed_is_the_adapter(pipe2, references, monkeypatch):
+    """Whatever else draws numbers. On small references, or as told, the first stage is tuned alone,
+    to the same bits as beside the second.
     """
-    images, prompts, tokens = references
-    pipe.tune(images, prompts, style=PHRASE, steps=6, batch=batch)
-    texts, lengths = pipe.embed(pipe.muse, [style_prompt(p, PHRASE) for p in prompts])
-    counts = [0, 0, 0]
-    for _, text, text_mask, ids, _ in watched:
-        assert len(ids) == batch
-        for t, m, i in zip(text, text_mask, ids):
-            r = int((tokens == i).all(1).nonzero())
-            counts[r] += 1
-            assert torch.equal(t, texts[r]) and torch.equal(m, lengths[r])
-    assert counts == [2 * batch] * 3
+    monkeypatch.setattr(styledrop, "SECOND_TUNING", replace(SECOND_TUNING, steps=1))
+
+    def tune(images, **how):
+        torch.seed()
+        theta = pipe2.tune(images, references[1], PHRASE, steps=2, **how)
+        first = {k: p for k, p in theta.state_dict().items() if not k.startswith("superres.")}
+        return fingerprint(theta.state_dict()), fingerprint(first)
+    images = references[0]
+    both, first = tune(images)
+    assert tune(images) == (both, first) and both != first not in tune(images, seed=1)
+    assert tune(images, superres=False) == tune(small(images)) == (first, first)
 
 
-# the mean of cos(pi u^power / 2)
-@pytest.mark.parametrize("power, share", [(1, 2 / np.pi), (2, 0.78)])
-def test_masked_tokens_stay_hidden_in_tuning(pipe, references, watched, power, share):
-    """Trap (lucidrains#11): `ids` goes in where the masked ids should;
-    the loss is wonderful and nothing is learned.
+def test_one_of_each_for_each(pipe, references):
+    """And words for textual inversion. Trap: zip() drops the third reference, or the second prompt,
+    in silence.
     """
-    pipe.tune(*references[:2], steps=20, mask_power=power)
-    shown, _, _, ids, mask = (torch.cat(x) for x in zip(*watched))
-    assert torch.equal(shown, ids.masked_fill(mask, pipe.muse.config.mask_id))
-    assert mask.float().mean().item() == pytest.approx(share, abs=0.1)
-
-
-def test_tuning_is_reproducible(pipe, references, tmp_path):
-    """The same seed gives the same file, byte for byte; another seed another."""
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        torch.manual_seed(seed + len(name) * 7)
-        pipe.tune(*references[:2], style=PHRASE, steps=3, seed=seed).save(tmp_path / name)
-    a, b, c = ((tmp_path / name).read_bytes() for name in "abc")
-    assert a == b and a != c
-
-
-def test_loss_falls(pipe, references):
-    losses = []
-    pipe.tune(*references[:2], style=PHRASE, steps=80, lr=1e-2,
-              on_step=lambda step, steps, loss: losses.append(loss))
-    assert len(losses) == 80 and np.mean(losses[-15:]) < np.mean(losses[:15]) - 0.5
-
-
-def test_each_reference_needs_its_phrase(pipe, references):
-    """Trap: zip() drops the third reference in silence."""
-    with pytest.raises(ValueError, match="3 reference images .* not 2"):
-        pipe.tune(references[0], PROMPTS, steps=1)
+    for words, call in (("3 reference images .* not 2", lambda: pipe.tune(references[0], PROMPTS)),
+                        ("3 seeds for 2 prompts", lambda: pipe.generate(PROMPTS, seed=[1, 2, 3])),
+                        ("1 style phrases", lambda: pipe.generate(PROMPTS, style_phrase=[PHRASE])),
+                        ("words of the style phrase",
+                         lambda: pipe.tune(noise_images(1), ["a"], method="textual-inversion"))):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 # -- files
 
-one_line = lambda error: "\n" not in str(error.value) and str(error.value)
+@pytest.fixture(scope="module")
+def saved_adapter(pipe2, make_adapter, tmp_path_factory):
+    """The bytes of an adapter of both stages, and what they hold."""
+    path = tmp_path_factory.mktemp("run") / "adapter.pt"
+    second_adapter(pipe2, make_adapter(base=pipe2.base)).save(path)
+    return path.read_bytes(), torch.load(path, weights_only=True)
 
 
-def test_adapter_round_trip(pipe, make_adapter, tmp_path):
-    """From the file and from its run folder: the same weights, config and `about`,
-    the same pictures.
+def read(path):
+    """What a file gives: an adapter that can be used, or None and one line that says why not."""
+    try:
+        adapter = load_adapter(path)
+    except (ValueError, OSError) as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+        return None
+    assert all(p.isfinite().all() and not p.requires_grad for p in adapter.parameters())
+    assert all(isinstance(adapter.about.get(name, ""), str) for name in ("base", "style"))
+    return adapter
+
+
+@pytest.mark.filterwarnings("error")
+def test_damaged_adapters(saved_adapter, weights, tmp_path, capfd):
+    """Flipped bits, a file that was cut, bytes in between: an adapter, or one line, and silence.
+    From a file, and from its run folder.
     """
-    adapter = make_adapter()
-    adapter.save(tmp_path / "run" / "adapter.pt")
-    for path in (tmp_path / "run", tmp_path / "run" / "adapter.pt"):
-        again = load_adapter(path)
-        assert again.about == adapter.about and again.config == adapter.config
-        assert not any(p.requires_grad for p in again.parameters())
-        assert torch.equal(pipe.generate("a cat", style=again, steps=2),
-                           pipe.generate("a cat", style=adapter, steps=2))
-
-
-@pytest.mark.parametrize("damage", [
-    "missing", "cut", "text", "empty", "a base", "another kind", "no weights", "bare tensor",
-    "other keys", "no about"
-])
-def test_a_damaged_adapter_is_one_line(make_adapter, weights, tmp_path, damage):
-    """Trap: missing keys are filled from random weights, or the reader meets a traceback."""
-    path = tmp_path / "adapter.pt"
-    make_adapter().save(path)
-    saved = torch.load(path, weights_only=True)
-    if damage == "missing":
-        path.unlink()
-    elif damage == "cut":
-        path.write_bytes(path.read_bytes()[:1000])
-    elif damage in ("text", "empty"):
-        path.write_text("hello" if damage == "text" else "")
-    elif damage == "a base":
-        path.write_bytes((weights / "muse.pt").read_bytes())
-    elif damage == "bare tensor":
-        torch.save(torch.zeros(3), path)
-    else:
-        if damage == "another kind":
-            saved["kind"] = "texture"
-        elif damage == "other keys":
-            saved["weights"].popitem()
+    chance, path, read_well = random.Random(0), tmp_path / "adapter.pt", [0, 0, 0]
+    assert read(path) is read(tmp_path) is None             # no file
+    for content in (b"", b"hello", (weights / "muse.pt").read_bytes()):
+        path.write_bytes(content)
+        assert read(path) is read(tmp_path) is None
+    for i in range(500):
+        damaged = bytearray(saved_adapter[0])
+        at = chance.randrange(len(damaged))
+        if i % 3 == 0:
+            for _ in range(chance.choice((1, 1, 4, 30))):
+                damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        elif i % 3 == 1:
+            del damaged[at:]
         else:
-            del saved[damage.split()[1]]
-        torch.save(saved, path)
-    with pytest.raises(ValueError, match="adapter") as error:
-        load_adapter(tmp_path)
-    assert one_line(error)
+            damaged[at:at] = chance.randbytes(chance.choice((1, 8, 300)))
+        path.write_bytes(damaged)
+        read_well[i % 3] += read(path) is not None
+    assert 0 < read_well[0] < 160 and read_well[1] == 0 and capfd.readouterr() == ("", "")
+
+
+WRONG = [None, 7, -1, float("nan"), 10 ** 30, True, "x", b"x", [], [1], {1: 2}, {"style": 7},
+         {"base": None}, torch.zeros(3), torch.zeros(2, 2).to_sparse(), torch.float16]
+
+
+@pytest.mark.parametrize("field", ["kind", "about", "config", "superres", "method", "weights"])
+def test_wrong_types_in_an_adapter(saved_adapter, tmp_path, field):
+    """Also inside of a field, or without it. Traps: missing keys are filled from random weights; a
+    traceback.
+    """
+    saved, path = saved_adapter[1], tmp_path / "adapter.pt"
+    wrong = [saved | {field: value} for value in WRONG]
+    wrong.append({name: value for name, value in saved.items() if name != field})
+    if isinstance(saved[field], dict):
+        wrong += [saved | {field: saved[field] | {name: value}} for value in WRONG
+                  for name in list(saved[field])[:3]]
+    name, weight = list(saved["weights"].items())[-1]
+    wrong.append(saved | {"weights": saved["weights"] | {name: weight * float("nan")}})
+    for content in (*wrong, {}, torch.zeros(3)):
+        torch.save(content, path)
+        assert read(path) is None or field == "about" and field in content
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
@@ -593,116 +387,82 @@ def test_a_checkpoint_runs_no_code(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "boom"), "w"))
     torch.save(dict(kind="adapter", config=Bomb()), tmp_path / "adapter.pt")
-    with pytest.raises(ValueError):
-        load_adapter(tmp_path)
-    assert not (tmp_path / "boom").exists()
+    assert read(tmp_path) is None and not (tmp_path / "boom").exists()
 
 
-@pytest.mark.parametrize("part", ["vqgan", "clip", "muse"])
-@pytest.mark.parametrize("damage", ["missing", "cut", "swapped", "other keys"])
-def test_a_damaged_base_is_one_line(weights, tmp_path, part, damage):
-    for path in weights.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    path = tmp_path / f"{part}.pt"
+BASE_DAMAGE = [(part, how) for part in ("vqgan", "clip", "muse", "superres")
+               for how in ("cut", "swapped", "other keys", "missing")][:-1]
+BASE_DAMAGE += [("muse", (lost, wrong)) for lost in ("merges", "words")
+                for wrong in (None, 7, [["a"]], [{}])]
+BASE_DAMAGE += [("muse", dict(codebook_size=33)), ("muse", dict(grid=6)),
+                ("muse", dict(vocab_size=700)), ("superres", dict(codebook_size=33)),
+                ("superres", dict(grid=4, low_grid=2)), ("superres", {})]        # {}: other merges
+
+
+@pytest.mark.parametrize("part, damage", BASE_DAMAGE, ids=str)
+def test_a_damaged_base_is_one_line(weights2, tmp_path, part, damage):
+    """Traps: a tokenizer of 32 codes with a Muse of 33 runs, until it draws the one out of reach; a
+    second stage that does not fit is left out in silence, and pictures are small; a KeyError for a
+    file of an earlier version.
+    """
+    path = shutil.copytree(weights2, tmp_path / "base") / f"{part}.pt"
+    saved = torch.load(path, weights_only=True)
     if damage == "missing":
         path.unlink()
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:-500])
     elif damage == "swapped":
-        path.write_bytes((weights / ("muse.pt" if part == "vqgan" else "vqgan.pt")).read_bytes())
+        shutil.copy(weights2 / ("muse.pt" if part == "vqgan" else "vqgan.pt"), path)
+    elif isinstance(damage, dict):
+        (path.parent / "superres.pt").unlink()              # which would fit no other muse.pt
+        model = toy_muse(presets=PRESETS if part == "muse" else SUPERRES, **damage)
+        save_model(path, part, model, {}, words=VOCABULARY,
+                   merges=save_merges(TOKENIZER)[::1 if damage else -1])
     else:
-        saved = torch.load(path, weights_only=True)
-        saved["weights"].popitem()
+        saved["weights"].popitem() if damage == "other keys" else saved.update([damage])
         torch.save(saved, path)
-    with pytest.raises((ValueError, FileNotFoundError), match=f"{part}.pt") as error:
-        StyleDrop.load(tmp_path, "cpu").clip                # CLIP is read when it is needed
-    assert one_line(error)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"^[^\n]*{part}.pt[^\n]*$"):
+        StyleDrop.load(path.parent, "cpu").clip             # CLIP is read when it is needed
 
 
-@pytest.mark.parametrize("changes", [dict(codebook_size=33), dict(grid=6), dict(vocab_size=700)])
-def test_parts_that_do_not_belong_together(weights, tmp_path, changes):
-    """Trap: a tokenizer of 32 codes with a Muse of 33 runs, until it draws the one out of reach."""
-    (tmp_path / "vqgan.pt").write_bytes((weights / "vqgan.pt").read_bytes())
-    save_model(tmp_path / "muse.pt", "muse", toy_muse(**changes), {}, merges=save_merges(TOKENIZER),
-               words=VOCABULARY)
-    with pytest.raises(ValueError, match="muse.pt") as error:
-        StyleDrop.load(tmp_path, "cpu")
-    assert one_line(error)
-
-
-@pytest.mark.parametrize("lost", ["merges", "words"])
-def test_a_muse_without_its_words_is_one_line(weights, tmp_path, lost):
-    """Trap: a KeyError for a file of an earlier version."""
-    (tmp_path / "vqgan.pt").write_bytes((weights / "vqgan.pt").read_bytes())
-    saved = torch.load(weights / "muse.pt", weights_only=True)
-    for wrong in (None, 7, [["a"]], [{}]):
-        saved.pop(lost, None)
-        if wrong is not None:
-            saved[lost] = wrong
-        torch.save(saved, tmp_path / "muse.pt")
-        with pytest.raises(ValueError, match="muse.pt") as error:
-            StyleDrop.load(tmp_path, "cpu")
-        assert one_line(error)
-
-
-def test_words_and_tokens_ship_with_muse(pipe):
-    assert pipe.words == set(VOCABULARY) and pipe.tokenizer.merges == TOKENIZER.merges
-
-
-def test_clip_is_loaded_when_it_is_needed(weights, tmp_path, make_adapter):
-    """Drawing and tuning need no judge.
-
+def test_clip_is_only_the_judge(weights, tmp_path, pipe, make_adapter):
+    """Drawing and tuning need none, and another one is the same base: adapters go on to fit.
     Trap: seconds of loading for a picture, or no picture without CLIP.
     """
     for name in ("vqgan.pt", "muse.pt"):
-        (tmp_path / name).write_bytes((weights / name).read_bytes())
-    pipe = StyleDrop.load(tmp_path, "cpu")
-    assert pipe.generate("a cat", style=make_adapter(), steps=1).shape == (1, 3, 16, 16)
-    pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=1)
+        shutil.copy(weights / name, tmp_path)
+    again, style = StyleDrop.load(tmp_path, "cpu"), make_adapter()
+    assert again.words == set(VOCABULARY) and again.tokenizer.merges == TOKENIZER.merges
+    again.tune(noise_images(1), ["a cat"], PHRASE, steps=1)
     with pytest.raises((ValueError, FileNotFoundError), match="clip.pt"):
-        pipe.clip
-    (tmp_path / "clip.pt").write_bytes((weights / "clip.pt").read_bytes())
-    assert pipe.clip is pipe.clip and not any(p.requires_grad for p in pipe.clip.parameters())
-
-
-def test_another_judge_is_the_same_base(weights, tmp_path, pipe, make_adapter):
-    """CLIP can be trained anew without touching G: adapters go on to fit."""
-    for name in ("vqgan.pt", "muse.pt"):
-        (tmp_path / name).write_bytes((weights / name).read_bytes())
+        again.clip
     other = copy.deepcopy(pipe.clip)
     other.token_embedding.weight.data += 1
     save_model(tmp_path / "clip.pt", "clip", other, {}, merges=save_merges(TOKENIZER))
-    again = StyleDrop.load(tmp_path, "cpu")
-    assert again.base == pipe.base and not torch.equal(again.clip.token_embedding.weight,
-                                                       pipe.clip.token_embedding.weight)
-    same = [p.generate("a cat", style=make_adapter(), steps=2) for p in (again, pipe)]
-    assert torch.equal(*same)
+    assert again.clip is again.clip and not any(p.requires_grad for p in again.clip.parameters())
+    assert (again.clip.token_embedding.weight - pipe.clip.token_embedding.weight).min() > 0.9
+    assert again.base == pipe.base
+    assert torch.equal(*(p.generate("a cat", style, steps=2) for p in (again, pipe)))
 
 
-def test_models_are_stored_in_half_and_read_in_full(weights, pipe):
-    """Frozen, fp32, to within half precision of what was saved; anything else is an error,
-    never a default.
-    """
+def test_models_are_stored_in_half_and_read_in_full(weights):
+    """Frozen, fp32, to within half precision of what was saved."""
     model, saved = load_model(weights / "vqgan.pt", "vqgan", VQGANConfig, VQGAN)
-    assert all(t.dtype == torch.half for t in saved["weights"].values() if t.is_floating_point())
+    assert all(w.dtype == torch.half for w in saved["weights"].values() if w.is_floating_point())
     assert all(p.dtype == torch.float and not p.requires_grad for p in model.parameters())
-    assert not model.training
-    assert all(
-        torch.equal(t.float(),
-                    model.state_dict()[name].float()) for name, t in saved["weights"].items())
+    assert not model.training and all(torch.equal(w.float(), model.state_dict()[name].float())
+                                      for name, w in saved["weights"].items())
 
 
 def test_fingerprint_knows_every_tensor(pipe):
     """Trap: a digest of names or shapes alone lets any base of this size pass."""
-    prints = {
-        fingerprint(pipe.muse.state_dict()),
-        fingerprint(copy.deepcopy(pipe.muse).state_dict())
-    }
-    for name, _ in pipe.muse.named_parameters():
-        other = copy.deepcopy(pipe.muse)
-        other.get_parameter(name).data.flatten()[0] += 1e-3
-        prints.add(fingerprint(other.state_dict()))
-    assert len(prints) == 1 + len(list(pipe.muse.parameters()))
+    state = pipe.muse.state_dict()
+    prints = {fingerprint(state), fingerprint(copy.deepcopy(pipe.muse).state_dict())}
+    for name, tensor in state.items():
+        other = tensor.clone()
+        other.flatten()[0] += 1e-3
+        prints.add(fingerprint(state | {name: other}))
+    assert len(prints) == 1 + len(state)
 
 
 def test_write_whole_or_not_at_all(tmp_path):
@@ -716,41 +476,35 @@ def test_write_whole_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, fail)
-    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
     with pytest.raises(OSError):
         write_whole(path.parent, lambda file: file.write(b"a folder is in the way"))
-    assert list(tmp_path.rglob("*")) == [path.parent, path]
+    assert path.read_bytes() == b"old" and list(tmp_path.rglob("*")) == [path.parent, path]
 
 
-# -- pictures
+def test_leftovers_of_killed_processes(tmp_path):
+    """Of a dead process of this machine, they go at the next write. What a live one has there,
+    another machine (perhaps of a longer name) or anybody else stays.
+    """
+    dead, node = subprocess.Popen(["true"]), platform.node()
+    dead.wait()
+    gone = [tmp_path / f".partial-{node}-{dead.pid}-{name}" for name in ("file", "folder")]
+    kept = [f"{partial_prefix()}a", f".partial-{node}-1-a", f".partial-other-{dead.pid}-a",
+            f".partial-{node}-{dead.pid}-77-a", f".partial-{node}-2-{dead.pid}-a",
+            f".partial-{node}-b-{dead.pid}-a", f".partial-{node}-", "adapter.pt", ".partial"]
+    for path in (gone[0], *(tmp_path / name for name in kept)):
+        path.write_bytes(b"half")
+    (gone[1] / "run").mkdir(parents=True)
+    write_whole(tmp_path / "new", lambda file: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "new"])
+
+
+# -- words and pictures
 
 def test_pixels_round_trip_exactly():
-    """Trap: truncation instead of rounding darkens half of all values by one."""
-    values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, -1)
+    """Traps: truncation instead of rounding darkens half of all values by one; bright ones wrap."""
+    values = np.arange(3 * 256, dtype=np.uint8).reshape(2, 8, 16, 3)
     tensor = to_tensor(values)
-    assert tensor.shape == (1, 3, 16, 16) and tensor.min() == -1 and tensor.max() == 1
-    assert np.array_equal(to_uint8(tensor), values)
-    # clamped, not wrapped
-    assert np.array_equal(to_uint8(tensor * 3)[..., 0] == 255, (tensor[:, 0] >= 1 / 3).numpy())
-    colour = np.zeros((1, 2, 4, 3), np.uint8)
-    colour[0, 1, 3] = 10, 20, 30
-    assert to_tensor(colour).shape == (1, 3, 2, 4)
-    assert np.array_equal(to_uint8(to_tensor(colour)), colour)
-
-
-def test_grid_layout():
-    """Row by row, enlarged, a white gap around each. Trap: rows and columns swapped."""
-    images = np.stack([np.full((2, 3, 3), 50 * i, np.uint8) for i in range(1, 4)])
-    sheet = np.asarray(grid(images, columns=2, scale=2, gap=1))
-    assert sheet.shape == (2 * (4 + 1) + 1, 2 * (6 + 1) + 1, 3)
-    cell = lambda row, column: sheet[1 + 5 * row:5 + 5 * row, 1 + 7 * column:7 + 7 * column]
-    for (row, column), value in {(0, 0): 50, (0, 1): 100, (1, 0): 150, (1, 1): 255}.items():
-        assert (cell(row, column) == value).all()
-    assert (sheet[[0, 5, 10]] == 255).all() and (sheet[:, [0, 7, 14]] == 255).all()
-
-
-def test_an_adapter_knows_both_stages(pipe, pipe2):
-    """Trap: an adapter tuned beside another second stage draws nonsense there, in silence."""
-    assert pipe2.base != pipe.base
-    with pytest.raises(ValueError, match="was tuned on base"):
-        pipe2.generate("a cat", pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=1), steps=1)
+    assert tensor.shape == (2, 3, 8, 16) and tensor.min() == -1 and tensor.max() == 1
+    assert tensor[1, 2, 3, 4] == pytest.approx(values[1, 3, 4, 2] / 127.5 - 1)
+    assert (to_uint8(tensor) == values).all()
+    assert torch.equal(torch.tensor(to_uint8(tensor * 3) == 255).movedim(-1, 1), tensor >= 1 / 3)

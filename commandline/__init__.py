@@ -1,0 +1,109 @@
+"""What the commands share: options, lines of progress, and errors of one line."""
+
+import argparse
+import math
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from styledrop import partial_prefix
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong option is one line like every other mistake, not the page of usage (--help)."""
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def number(kind, low, strict=False, high=1e12):
+    """An argparse type: an int or float from low (strict: above it) to high, and not nan."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not low <= value <= high or strict and value == low:
+            least = f"{'above' if strict else 'at least'} {low}"
+            raise argparse.ArgumentTypeError(f"{text} must be {least} and at most {high:g}")
+        return value
+    return parse
+
+
+def words(text):
+    """An argparse type: words that a file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{ascii(text)} is not UTF-8; rename it") from None
+    return text
+
+
+def filled(text):
+    """An argparse type: words that are not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; leave it out, or say what it is")
+    return words(text)
+
+
+def check_place(path):
+    """Raise ValueError where no file or folder could be made at `path`, before the work is done."""
+    whole = Path(os.path.abspath(path))
+    try:
+        place = next(p for p in (whole, *whole.parents) if p.exists())
+        folder = place.parent if whole.is_file() else place
+        with tempfile.TemporaryDirectory(dir=folder, prefix=partial_prefix()) as trial:
+            Path(trial, whole.relative_to(place)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror.lower()}; "
+                         "give another --out") from None
+
+
+def say(line):
+    """A line of progress, whatever letters the terminal has.
+
+    Where nobody reads on, as behind `| head -1`, or the disk of a log is full, the work goes on.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def peak_memory():
+    """Peak resident memory of this process in MB, or nan where the system does not tell."""
+    try:
+        import resource
+        unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    except ImportError:
+        return math.nan
+
+
+def run_command(main):
+    """Run a script's main(); what a user can mend is one line on stderr and exit code 2."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # see the scripts' first lines
+    try:
+        main()
+        return
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        name = str(error.filename or "")
+        line = f"{name[:60]}{'...' * (len(name) > 60)}: {str(error.strerror or error).lower()}"
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        line = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            if "can't allocate memory" not in str(error):    # torch says it so for a CPU
+                raise
+        line = "out of memory; ask for less at once"
+    line = " ".join(line.removeprefix(": ").split())
+    line = line if len(line) < 500 else f"{line[:240]} ... {line[-240:]}"
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    sys.exit(2)
