@@ -59,7 +59,7 @@ class AdapterGenerator(nn.Module):
 
 
 class Tuned(nn.Module):
-    """theta of Eq. 3: what tuning learns about a style. Each way to tune overrides one method.
+    """theta of Eq. 3. Each way to tune overrides one of forward, weights and words.
 
     `config` (keyword arguments) rebuilds it; `about` (a dict) says how it was made: its base, style
     phrase, prompts, steps.
@@ -92,7 +92,7 @@ class Tuned(nn.Module):
             part.unlink(missing_ok=True)
 
     def words(self, ids, vectors):
-        """Text token ids (B, T) and their vectors (B, T, D_text) -> the vectors that T reads."""
+        """Text ids (B, n) and their vectors (B, n, text_width) -> the vectors that T reads."""
         return vectors
 
 
@@ -132,7 +132,7 @@ class FullFineTuning(Tuned):
 
 
 class LoRA(Tuned):
-    """W + U A, A: r x D, U: D x r from zero, for all queries and values (Hu et al. 2021)."""
+    """W + up @ down (D x r, r x D; up from zero) for all queries and values (Hu et al. 2021)."""
 
     def __init__(self, d_emb, rank, n_layer, generator=None):
         super().__init__()

@@ -4,10 +4,10 @@
     text_score(clip, images, ["a cat", "a hot air balloon"])  # (2,) cosines
     style_score(clip, images, reference)                      # images (2, 3, H, W) in [-1, 1]
 
-CLIP (Radford et al. 2021, arXiv 2103.00020) maps images and texts to one space. The text score is
-the cosine of image and prompt, the style score that of image and style reference. CLIP only judges:
-Muse never reads it, so any other CLIP can take its place. Ours has a ResNet for images; the ViT has
-the parameter names of OpenAI's checkpoints, so that public weights load unchanged.
+CLIP (Radford et al. 2021, arXiv 2103.00020) maps images and texts to one space. It only judges:
+Muse never reads it, so any other can take its place. Ours has a ResNet for images; the ViT has the
+parameter names of OpenAI's checkpoints, so that public weights load unchanged. T's BPE is here too,
+and so is what reads every file of weights (read_weights, build).
 
 Shapes: B batch, N image tokens, L text length, D width, V vocabulary, E shared space, H heads.
 """

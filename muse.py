@@ -62,7 +62,7 @@ PRESETS = {
     "paper": MuseConfig(codebook_size=8192, width=2048, layers=48, heads=16, patch=1,
                         token_width=2048, text_width=4096, text_layers=0),
 }
-SUPERRES = {                    # the second stage of each preset: twice as many tokens a side
+SUPERRES = {                    # the second stage of each preset: more tokens a side
     "toy": MuseConfig(grid=8, codebook_size=32, width=32, layers=2, heads=2, token_width=32,
                       text_length=16, text_width=24, text_layers=1, text_heads=2, registers=0,
                       low_grid=4, low_layers=1),
@@ -128,7 +128,9 @@ class Block(nn.Module):
                                  nn.Linear(4 * width, width, bias=False))
 
     def forward(self, x, mask=None, text=None, text_mask=None, adapters=no_adapter, layer=0):
-        """x (B, P, D), mask (B, P) or None; text (B, L, D), text_mask (B, L) -> (B, P, D).
+        """x (B, P, D), mask (B, P) or None, text (B, L, D), text_mask (B, L) -> (B, P, D).
+
+        Masks are true where something may be seen.
 
         An adapter works on a sub-layer's output, before the skip is added (Houlsby et al. 2019):
         after cross-attention (self-attention, where a layer has no other) and after the MLP, and
@@ -145,7 +147,7 @@ class Block(nn.Module):
 
 
 def initialise(model, layers):
-    """Normals of sd 0.02, cut off at two sd (MaskGIT); before a skip, scaled by depth (GPT-2)."""
+    """Normals of sd 0.02, cut off at two sd (MaskGIT); before a skip, by 1 / sqrt(3 layers) too."""
     for name, p in model.named_parameters():
         if p.dim() > 1:
             nn.init.trunc_normal_(p, std=0.02, a=-0.04, b=0.04)
@@ -158,7 +160,7 @@ class TextEncoder(nn.Module):
 
     The paper's T is a frozen T5-XXL, which needs a download. Besides one state for each token this
     one gives `registers` more (as Darcet et al. 2023 add them to a ViT). A prompt of three words
-    would otherwise leave G's cross-attention three states in which all positions look alike.
+    would otherwise leave G's cross-attention five states, the same five for every position.
     """
 
     def __init__(self, config):
@@ -189,7 +191,7 @@ class TextEncoder(nn.Module):
 
 
 class Muse(nn.Module):
-    """G, with T in it; or, with config.low_grid, the second stage."""
+    """G of either stage (low_grid: the second). T is in it, but forward takes T's states."""
 
     def __init__(self, config):
         super().__init__()
@@ -219,9 +221,9 @@ class Muse(nn.Module):
     def forward(self, ids, text, text_mask, adapters=None, low=None):
         """G, or G^ with adapters -> logits (B, N, V): [MASK] can never be drawn.
 
-        ids (B, N) in [0, V], V where masked; text (B, L, text_width) and text_mask (B, L), from T;
+        ids (B, N) in [0, V], V where masked; text (B, L, text_width) and text_mask (B, L) from T;
         adapters: None, or a function (h (B, P, D), layer, "cross" | "mlp") -> h; low (B,
-        low_grid^2): the low-resolution tokens of the second stage, whose layers count first.
+        low_grid^2): the low-resolution tokens of the second stage, whose layers come first.
 
         With patch = 2, four neighbouring tokens enter through one position, as pixels do in a ViT:
         a quarter of the transformer's cost, and each of the four still has its own mask and its own
@@ -269,7 +271,7 @@ def mask_ratio(u):
 def random_mask(batch, tokens, generator, power=1):
     """M: a bool mask (B, N), true at ceil(gamma(u^power) N) places; u ~ U for each row.
 
-    Muse's law has power 1. A higher one masks more: words count only where little is to be seen.
+    Muse's law has power 1. A higher one masks more: the less is seen, the more words count.
     """
     device = generator.device
     ratio = mask_ratio(torch.rand(batch, 1, generator=generator, device=device) ** power)
@@ -336,7 +338,7 @@ def decode(logits_fn, batch, tokens, mask_id, steps, temperature, generator, top
         confidence = log_p.gather(-1, drawn[..., None])[..., 0] + temperature * (1 - ratio) * gumbel
         confidence = confidence.masked_fill(~masked, math.inf)
 
-        # 3. mask the least sure again: floor(N gamma), at least 1, and one fewer than before
+        # 3. mask the least sure again: floor(N gamma), at least 1, always fewer than before
         n_mask = max(1, min(int(masked[0].sum()) - 1, math.floor(tokens * mask_ratio(ratio))))
         again = confidence.argsort(1).argsort(1) < n_mask
         ids = drawn.masked_fill(again, mask_id)

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from commandline import Parser, check_place, number, run_command, say, words
+from commandline import Parser, check_place, number, run_command, say, utf8
 from data.english import note_unknown
 from data.pictures import grid
 from styledrop import (AT_ONCE, LAMBDA_A, LAMBDA_A_WORDS, WEIGHTS, Sampling, StyleDrop,
                        load_adapter, style_prompt, to_uint8, write_whole)
 
-SCALE = 2                               # pixels of the PNG a side for each that was drawn
+SCALE = 2                               # a drawn pixel is so many pixels of the PNG a side
 GAMMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 LAMBDAS_A, LAMBDAS_B = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0), (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)
 
@@ -67,11 +67,11 @@ def options():
     """The command's options; most fields of `Sampling` among them."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, strength = parser.add_argument, number(float, 0, high=100)
-    add("--prompt", action="append", type=words, metavar="TEXT",
+    add("--prompt", action="append", type=utf8, metavar="TEXT",
         help="what to draw; again for more images")
-    add("--style", type=words, metavar="RUN",
+    add("--style", type=utf8, metavar="RUN",
         help="a run folder, or none for the bare base (default: the newest run)")
-    add("--content", type=words, metavar="RUN",
+    add("--content", type=utf8, metavar="RUN",
         help="a run folder of an object: my object in my style")
     add("--gamma", type=number(float, 0, high=1),
         help="0: style adapter alone, 1: content adapter alone (default 0.5)")
@@ -83,11 +83,11 @@ def options():
     add("--gamma-sweep", action="store_true",
         help="a row from the style adapter alone to the content adapter alone")
     add("--lambda-grid", action="store_true", help="a sheet of lambda_A by lambda_B, one seed")
-    add("--style-phrase", type=words, metavar="WORDS",
+    add("--style-phrase", type=utf8, metavar="WORDS",
         help="other words than the run's, say one of them left out (Section 4.4.2); "
              "with --style none the style itself")
     add("--steps", type=number(int, 1, high=1000), default=Sampling.steps,
-        help="of decoding (default %(default)s)")
+        help="of decoding, first stage (default %(default)s)")
     add("--temperature", type=number(float, 0, high=1000), default=Sampling.temperature,
         help="chance in which tokens are kept first (default %(default)s)")
     add("--no-superres", dest="superres", action="store_false",
@@ -190,7 +190,7 @@ def main():
     if args.style is None:
         say(f"style: {run}, the newest run" if run else
             "style: none, there is no run yet; the bare base draws")
-        args.style = words(str(run or "none"))
+        args.style = utf8(str(run or "none"))
     check_options(args)
     pipe = StyleDrop.load(args.weights, args.device)
     if not args.superres and pipe.superres is None:

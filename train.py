@@ -31,16 +31,15 @@ import torch
 import data
 from adapter import METHODS
 from commandline import (Parser, check_place, filled, number, peak_memory, run_command, say,
-                         words)
+                         utf8)
 from data.english import note_unknown
 from data.pictures import grid
 from human_feedback.rounds import (check_rounds, finished, further_rounds, made, read_json,
                                    read_prompts, write_json, write_log)
-from styledrop import (RARE_TOKEN, WEIGHTS, StyleDrop, Tuning, check_device, clear_leftovers,
+from styledrop import (LR, RARE_TOKEN, WEIGHTS, StyleDrop, Tuning, check_device, clear_leftovers,
                        fingerprint, partial_prefix, style_prompt, to_tensor, to_uint8)
 
 ROOT = Path(__file__).parent
-METHOD_LR = {"adapter": 1e-3, "full": 1e-4, "lora": 1e-3, "textual-inversion": 1e-2}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,8 +130,8 @@ def tune(args):
         raise ValueError(f"{args.weights} has no second stage; leave --no-superres out")
     refs = [str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
             for path in args.ref]                            # examples/ from any folder
-    images = np.stack([data.read_reference(path, pipe.resolution) for path in refs])
-    references = to_tensor(images)
+    references = [data.read_reference(path, pipe.resolution) for path in refs]
+    references = to_tensor(np.stack(references))             # (R, 3, H, W)
     if not contents:
         contents = guess_content(pipe, references)
         say(f"content guessed by CLIP: {', '.join(contents)} "
@@ -141,12 +140,12 @@ def tune(args):
     for content in contents:
         note_unknown(pipe, style_prompt(content, style))
     tuning = {name: getattr(args, name) for name in TUNING}
-    tuning["lr"] = args.lr or METHOD_LR[args.method]
+    tuning["lr"] = args.lr or LR[args.method]
     same = dict(tuning, kind=args.kind, seed=args.seed, content=contents, style=style,
                 base=pipe.base, pictures=fingerprint({"references": references}))
-    settings = dict(same, ref=refs, weights=args.weights)    # whatever its files are called
+    settings = dict(same, ref=refs, weights=args.weights)    # not compared: files may move
     if not made(out / "config.json", same):
-        first_round(args, out, pipe, images, settings)
+        first_round(args, out, pipe, references, settings)
     elif finished(out, args.rounds):
         say(f"{out} is finished: this very command made it; give another --out to tune anew")
     else:
@@ -162,7 +161,7 @@ def tune(args):
     say("next: " + shlex.join(command + ["--weights", args.weights] * (args.weights != WEIGHTS)))
 
 
-def first_round(args, out, pipe, images, settings):
+def first_round(args, out, pipe, references, settings):
     """From the references; the folder appears when all of it is there."""
     contents, style, prompts = settings["content"], settings["style"], PREVIEW
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +170,7 @@ def first_round(args, out, pipe, images, settings):
         run = Path(temporary) / "run"
         run.mkdir()
         tuning = {name: settings[name] for name in TUNING}
-        adapter, log = teach(pipe, to_tensor(images), contents, style, args.seed, tuning)
+        adapter, log = teach(pipe, references, contents, style, args.seed, tuning)
         if args.kind == "content":
             prompts = [style_prompt(contents[0], words) for words in ("", *CONTENT_PREVIEW)]
         how = dict(seed=args.seed, superres=args.superres)
@@ -180,7 +179,8 @@ def first_round(args, out, pipe, images, settings):
         adapter.save(run / "adapter.pt")
         write_json(run / "config.json", settings)
         write_log(run / "log.jsonl", log)
-        before_after(images, to_uint8(before), to_uint8(after), prompts).save(run / "samples.png")
+        sheet = before_after(*map(to_uint8, (references, before, after)), prompts)
+        sheet.save(run / "samples.png")
         os.replace(run, out)
 
 
@@ -235,7 +235,7 @@ def options():
         help="the style reference; several teach one style together")
     add("--content", nargs="+", type=filled, metavar="PHRASE",
         help='what each reference shows, such as "a house" (default: CLIP guesses)')
-    add("--style", type=words, help=f'words for the style (default: the rare token "{RARE_TOKEN}")')
+    add("--style", type=utf8, help=f'words for the style (default: the rare token "{RARE_TOKEN}")')
     add("--kind", choices=("style", "content"), default="style",
         help="what the pictures teach: a style, or an object")
     add("--method", choices=METHODS, default="adapter",

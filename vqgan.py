@@ -38,7 +38,7 @@ PRESETS = {
     "tiny": VQGANConfig(),
     "small": VQGANConfig(resolution=256, channels=(64, 128, 128, 256, 256), codebook_size=4096),
     # Muse: f = 16, 8192 codes, 19 residual blocks. Only for counting.
-    "paper": VQGANConfig(resolution=256, channels=(128, 128, 256, 256, 512), blocks=9,
+    "paper": VQGANConfig(resolution=256, channels=(128, 128, 256, 256, 512), blocks=8,
                          codebook_size=8192, code_width=256),
 }
 

@@ -34,7 +34,7 @@ def number(kind, low, strict=False, high=1e12):
     return parse
 
 
-def words(text):
+def utf8(text):
     """An argparse type: words that a file can hold."""
     try:
         text.encode()
@@ -47,7 +47,7 @@ def filled(text):
     """An argparse type: words that are not empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; leave it out, or say what it is")
-    return words(text)
+    return utf8(text)
 
 
 def check_place(path):

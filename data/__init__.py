@@ -17,7 +17,7 @@ from PIL import Image
 
 from . import drawing, scenes, styles
 from .english import HERE, caption, content_phrase, names, noun, plural, read_table, synonyms
-from .drawing import bend, place_one
+from .drawing import place_one
 from .reading import check_path, read_image, read_reference
 from .scenes import Scene
 

@@ -7,7 +7,7 @@ styles do:
     Style(palette="blue and gold", line="thick red outline", medium="watercolor", ground="black")
     "blue and gold watercolor with thick red outline on black"
 
-    python -m data.pictures        # draws data/contact_sheet.png, a page of random styles
+    python -m data.pictures        # draws data/contact_sheet.png and examples/
 
 numpy and Pillow only. Images are float (H, W, 3) in [0, 1] inside, uint8 outside; lengths are in
 pixels of a 64 px picture and grow with the picture.

@@ -144,7 +144,7 @@ POOL_PROMPTS = """a dog; a cat; a fox; an owl; a horse; a fish; a turtle; a butt
     cherries; a strawberry; a mushroom; a church; a castle; a house; a hut; a tent; a sailboat;
     an automobile; a rocket; a guitar; a teapot"""
 POOL_PROMPTS = [prompt.strip() for prompt in POOL_PROMPTS.split(";")]
-ROUND = dict(steps=100, lr=1e-3, d_prj=8, is_shared=False)   # of the adapters after the first
+ROUND = dict(steps=100, lr=1e-3, d_prj=8, is_shared=False)   # later rounds [1000, 3e-5, 32, False]
 MOST_POOL = 5000                        # pictures: Pillow opens no larger pool.png
 
 
@@ -157,7 +157,7 @@ def finished(out, rounds):
             and all((out / part).exists() for part in parts))
 
 
-def wishes(args, prompts):
+def recipes(args, prompts):
     """What a command says of the pool, the choice and the adapter of a later round: three dicts."""
     pool = dict(prompts=prompts, pool=args.pool, seed=args.seed)
     choice = dict(pool, feedback=args.feedback)
@@ -175,7 +175,7 @@ def read_choice(path, recipe, count):
 
 
 def check_rounds(args, out, prompts):
-    """Raise ValueError where the rounds that are there came of other wishes: no choice is lost.
+    """Raise ValueError where the rounds that are there were made by other recipes: no choice is lost.
 
     And for what would be found late: a wrong --pick, a port in use, a pool too large.
     """
@@ -187,7 +187,7 @@ def check_rounds(args, out, prompts):
         raise ValueError(f"{len(prompts)} prompts with --pool {args.pool} are {count:,} pictures; "
                          f"ask for {MOST_POOL:,} at most")
     picks = None if args.pick is None else human_feedback.parse_picks(args.pick, count)
-    for_pool, for_choice, for_adapter = wishes(args, prompts)
+    for_pool, for_choice, for_adapter = recipes(args, prompts)
     for turn in range(2, args.rounds + 1):
         here, picked = out / f"round{turn}", picks is not None and turn == args.rounds
         choice = read_choice(here / "choice.json",
@@ -217,7 +217,7 @@ def further_rounds(args, out, pipe, references, settings, prompts, teach):
     adapters = [load_adapter(out / "round1")]
     for turn in range(2, args.rounds + 1):
         here, came = out / f"round{turn}", dict(adapter=fingerprint(adapters[-1].state_dict()))
-        for_pool, for_choice, for_adapter = (dict(came, **wish) for wish in wishes(args, prompts))
+        for_pool, for_choice, for_adapter = (dict(came, **recipe) for recipe in recipes(args, prompts))
         pool = draw_pool(pipe, here, adapters[-1], for_pool)
         pick = args.pick if turn == args.rounds else None    # earlier rounds have been chosen
         chosen = choose(args, here, pipe, pool, references, for_choice, pick)
@@ -266,7 +266,7 @@ def draw_pool(pipe, here, adapter, recipe):
 
 
 def choose(args, here, pipe, pool, references, recipe, pick):
-    """The numbers of the chosen pictures; kept in choice.json. A person may stop and come back."""
+    """The indices of the chosen images, kept in choice.json. A person may stop and come back."""
     saved, images = here / "choice.json", to_uint8(pool.images)
     chosen = read_choice(saved, recipe, len(images))
     if chosen is not None:

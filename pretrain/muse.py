@@ -105,7 +105,7 @@ def main(argv=None):
 
 
 def samples(muse, vqgan, tokenizer, prompts, args):
-    """One image of each prompt by Eq. 1, on a sheet."""
+    """One image of each prompt by Eq. 1 (lambda 3), on a sheet."""
     c = muse.config
     with torch.no_grad():
         text_ids = tokenizer([*prompts, *[""] * len(prompts)], c.text_length).to(args.device)

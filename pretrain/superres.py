@@ -19,7 +19,7 @@ from data.pictures import grid
 from commandline import number, run_command
 from styledrop import autocast, save_model, to_uint8, write_whole
 
-NOISE = 0.2                             # most of the low tokens that are replaced at random
+NOISE = 0.2                             # at most this share of the low tokens is replaced at random
 
 
 def main(argv=None):

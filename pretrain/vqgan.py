@@ -58,7 +58,7 @@ def discriminator_loss(real, fake):
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
-    """lambda = |grad L_rec| / (|grad L_gan| + 1e-4) at D's last layer, at most 1e4 (Eq. 7)."""
+    """|grad L_rec| / (|grad L_gan| + 1e-4) at D's last layer, at most 1e4 (VQGAN's code, Eq. 7)."""
     grad = lambda loss: torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
     return (grad(reconstruction) / (grad(adversarial) + 1e-4)).clamp(0, 1e4).detach()
 

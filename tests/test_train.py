@@ -221,7 +221,7 @@ def test_refusals(refused, weights, picture, tmp_path, case):
 @pytest.mark.parametrize("value", ["nan", "-inf", "1e99", "-1", "x", "1" * 9999, ""])
 def test_every_number_has_both_bounds(refused, command, value):
     for action in command.options()._actions:
-        if action.type not in (None, commandline.filled, commandline.words):
+        if action.type not in (None, commandline.filled, commandline.utf8):
             option = action.option_strings[0]
             assert option in refused(command.main, f"{option}={value}")
 
