@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from commandline import Parser, check_place, number, run_command, say, utf8
+from commandline import Parser, check_place, load_pipe, number, run_command, say, utf8
 from data.english import note_unknown
 from data.pictures import grid
-from styledrop import (AT_ONCE, LAMBDA_A, LAMBDA_A_WORDS, WEIGHTS, Sampling, StyleDrop,
-                       load_adapter, style_prompt, to_uint8, write_whole)
+from styledrop import (AT_ONCE, LAMBDA_A, LAMBDA_A_WORDS, WEIGHTS, Sampling, load_adapter,
+                       style_prompt, to_uint8, write_whole)
 
 SCALE = 2                               # a drawn pixel is so many pixels of the PNG a side
 GAMMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
@@ -184,7 +184,7 @@ def text_chunks(args, pipe, run):
 def main():
     args = options().parse_args()
     if args.words:
-        say("\n".join(sorted(StyleDrop.load(args.weights, args.device).words)))
+        say("\n".join(sorted(load_pipe(args).words)))
         return
     run = newest_run() if args.style is None else None if args.style == "none" else args.style
     if args.style is None:
@@ -192,9 +192,7 @@ def main():
             "style: none, there is no run yet; the bare base draws")
         args.style = utf8(str(run or "none"))
     check_options(args)
-    pipe = StyleDrop.load(args.weights, args.device)
-    if not args.superres and pipe.superres is None:
-        raise ValueError(f"{args.weights} has no second stage; leave --no-superres out")
+    pipe = load_pipe(args)
     style = load_adapter(run) if run is not None else None
     content = load_adapter(args.content) if args.content is not None else None
     phrase = args.style_phrase

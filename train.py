@@ -30,14 +30,14 @@ import torch
 
 import data
 from adapter import METHODS
-from commandline import (Parser, check_place, filled, number, peak_memory, run_command, say,
-                         utf8)
+from commandline import (Parser, check_place, filled, load_pipe, number, peak_memory, run_command,
+                         say, utf8)
 from data.english import note_unknown
 from data.pictures import grid
 from human_feedback.rounds import (check_rounds, finished, further_rounds, made, read_json,
                                    read_prompts, write_json, write_log)
-from styledrop import (LR, RARE_TOKEN, WEIGHTS, StyleDrop, Tuning, check_device, clear_leftovers,
-                       fingerprint, partial_prefix, style_prompt, to_tensor, to_uint8)
+from styledrop import (LR, RARE_TOKEN, WEIGHTS, Tuning, check_device, clear_leftovers, fingerprint,
+                       partial_prefix, style_prompt, to_tensor, to_uint8)
 
 ROOT = Path(__file__).parent
 
@@ -125,9 +125,7 @@ def tune(args):
     check_out(out)
     contents, prompts = check_contents(args), read_prompts(args.pool_prompts)
     check_rounds(args, out, prompts)
-    pipe = StyleDrop.load(args.weights, args.device)
-    if not args.superres and pipe.superres is None:
-        raise ValueError(f"{args.weights} has no second stage; leave --no-superres out")
+    pipe = load_pipe(args)
     refs = [str(ROOT / path) if not Path(path).exists() and (ROOT / path).exists() else path
             for path in args.ref]                            # examples/ from any folder
     references = [data.read_reference(path, pipe.resolution) for path in refs]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from styledrop import partial_prefix
+from styledrop import StyleDrop, partial_prefix
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,6 +48,14 @@ def filled(text):
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; leave it out, or say what it is")
     return utf8(text)
+
+
+def load_pipe(args):
+    """The pipeline of --weights, --device and --no-superres."""
+    pipe = StyleDrop.load(args.weights, args.device)
+    if not args.superres and pipe.superres is None:
+        raise ValueError(f"{args.weights} has no second stage; leave --no-superres out")
+    return pipe
 
 
 def check_place(path):
