@@ -1,0 +1,96 @@
+"""experiments/superres.py: its rulers, its choice of styles, and one lesson at toy size."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import shake
+
+from adapter import Adapter
+from data import styles
+from experiments import superres
+from experiments.superres import SWEEP, TAUGHT, TRIED, WITH, WITHOUT
+
+
+def toy_art(side):
+    """Three drawings of coarse colours, all of the tile."""
+    colours = np.random.default_rng(0).integers(0, 255, (3, 4, 4, 4), np.uint8)
+    drawings = colours.repeat(side // 4, 1).repeat(side // 4, 2)
+    drawings[..., 3] = 255
+    index = {"noto": {"cat": 0, "house": 1, "owl": 2}}
+    return SimpleNamespace(drawings=drawings, index=index, smallest=0.9, bent=0,
+                           boxes=[(0, 0, 1, 1)] * 3, find=lambda name, hand: index[hand][name])
+
+
+def toy_adapter(pipe, words):
+    """Of both stages, with an effect that is plain to see."""
+    first, second = (shake(Adapter(g.config.width, 2, g.config.depth, False))
+                     for g in (pipe.muse, pipe.superres))
+    first.superres, first.about = second, dict(base=pipe.base, style=words)
+    return first.eval().requires_grad_(False)
+
+
+def test_rulers_know_equal_pictures_edges_and_quarters():
+    x = torch.zeros(2, 3, 8, 8)
+    x[1, :, :, 4:] = 1
+    assert superres.psnr(x, x + 0.2) == pytest.approx([20, 20])      # 10 log10(4 / 0.04)
+    flat, edge = superres.laplacian(x)
+    assert flat == 0 and edge == pytest.approx(2 / 6)                # two columns of six see it
+    quarters = superres.quadrants(torch.arange(16.0).view(1, 1, 4, 4))
+    assert quarters[1].flatten().tolist() == [2, 3, 6, 7]
+    a, b = torch.tensor([2.0, 4.0]), torch.tensor([1.0, 2.0])
+    assert superres.ratio(a, b) == pytest.approx((2, 2, 2))
+
+
+def test_styles_are_held_out_and_none_is_in_the_sweep_and_in_the_report():
+    chosen = superres.choose_styles(TRIED + TAUGHT)
+    assert [s.medium for s in chosen] == list(TRIED + TAUGHT)
+    assert all(styles.is_held_out(s) for s in chosen) and len(set(chosen)) == len(chosen)
+
+
+def test_the_settings_of_least_distance_are_chosen():
+    titles = ["lambda_A {:g}, lambda_B {:g}".format(*x) for x in SWEEP]
+    found = {title: dict(palette=1.0, texture=1.0) for title in [*titles, f"{WITHOUT}, lambda_B 0"]}
+    found[titles[3]] = dict(palette=1.1, texture=0.5)
+    assert superres.best_of([found]) == SWEEP[3]
+
+
+def test_the_same_scene_is_drawn_at_both_sizes():
+    arts = toy_art(16), toy_art(32)
+    (small, large), captions = superres.drawings(arts, ["cat", "owl"], False, 0)
+    assert large.shape == (2, 3, 32, 32) and captions == ["a cat", "an owl"]
+    near = superres.psnr(superres.bicubic(small), large)
+    assert (near > 2 + superres.psnr(superres.bicubic(small), large.roll(1, 0))).all()
+
+
+def test_a_lesson_compares_with_and_without_the_adapter(pipe2, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipe2, "tune", lambda images, prompts, words: toy_adapter(pipe2, words))
+    art = toy_art(pipe2.resolution)
+    style = superres.choose_styles(TRIED)[0]
+    lesson = superres.Lesson(pipe2, art, 0, style, 2, tmp_path)
+    other = lesson.adapter.superres
+    found = superres.taught(lesson, other, (2.0, 0.0), tmp_path / "strip.npy")
+    assert np.load(tmp_path / "strip.npy").shape == (2, 6, 32, 32, 3)
+    for rows in found.values():                             # the other adapter is the same here
+        assert rows[WITH] == rows[superres.OTHER] != rows[WITHOUT]
+    assert found["samples"][superres.CHOSEN] != found["samples"][WITH]
+    again = superres.Lesson(pipe2, art, 0, style, 2, tmp_path)       # read from its file
+    assert torch.equal(again.second(other), lesson.second(other))
+
+
+def test_the_second_stage_alone_draws_what_the_pipeline_draws_of_it(pipe2):
+    low = superres.first_stage(pipe2, ["a cat", "a house"], seed=3)
+    one = superres.enlarge(pipe2, low, ["a cat", "a house"], seed=5)
+    assert torch.equal(superres.enlarge(pipe2, low[1:], ["a house"], seed=6), one[1:])
+    assert torch.equal(superres.decode(pipe2, low), pipe2.generate(
+        ["a cat", "a house"], seed=3, superres=False))
+
+
+def test_what_is_done_is_not_done_again(tmp_path):
+    args = SimpleNamespace(cache=tmp_path, base="b", seconds=0)
+    assert superres.cached(args, "x", 2, lambda: {"row": (1, 2)}) == {"row": [1, 2]}
+    assert superres.cached(args, "x", 2, lambda: 1 / 0) == {"row": [1, 2]}
+    assert superres.cached(args, "x", 3, lambda: 2) == 2
+    args.base = "another"
+    assert superres.cached(args, "x", 2, lambda: 3) == 3
