@@ -13,22 +13,25 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from styledrop import write_whole  # noqa: E402
+from commandline import Parser, run_command  # noqa: E402
+from experiments.common import table, write_png, write_text  # noqa: E402
 
-CHANCE = {"vqgan": "one code for all: usage 1/1024, perplexity 1",
-          "clip": f"guessing among 128: loss ln 128 = {math.log(128):.2f}, accuracy 0.008",
-          "muse": f"guessing among 1,024 tokens: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001; knowing only how often each "
-                  "token comes: 6.33, and 0.14 by always saying white; label smoothing alone keeps the loss above 1.02",
-          "superres": "as for muse, with the tokens of the small picture given"}
-CURVES = {"vqgan": ("loss", "psnr"), "clip": ("loss", "accuracy"), "muse": ("loss", "accuracy"),
-          "superres": ("loss", "accuracy")}
+CHANCE = {
+    "vqgan": "one code for all: usage 1/1024, perplexity 1",
+    "clip": f"guessing among 128: loss ln 128 = {math.log(128):.2f}, accuracy 0.008",
+    "muse": f"guessing among 1,024 tokens: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001; "
+            "knowing only how often each token comes: 6.33, and 0.14 by always saying white; label "
+            "smoothing alone keeps the loss above 1.02",
+    "superres": "as for muse, with the tokens of the small picture given"}
 
 
 def ticks(low, high, count=4):
     """At most count + 1 round numbers between low and high."""
     rough = (high - low) / count
-    step = min(s * 10.0 ** math.floor(math.log10(rough)) for s in (1, 2, 5, 10) if s * 10.0 ** math.floor(math.log10(rough)) >= rough)
-    return [round(k * step, 10) for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = min(s * power for s in (1, 2, 5, 10) if s * power >= rough)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [round(k * step, 10) for k in range(first, last + 1)]
 
 
 def panel(title, x, y, width=320, height=200):
@@ -51,33 +54,37 @@ def panel(title, x, y, width=320, height=200):
     return image
 
 
+def milestones(log, names):
+    """Rows of the table: means of what was logged near five shares of the steps."""
+    rows, steps = [], log[-1]["step"]
+    for share in (0.02, 0.05, 0.2, 0.5, 1):
+        away = [abs(line["step"] - share * steps) for line in log]
+        line = log[int(np.argmin(away))]
+        near = [other for other, d in zip(log, away) if d <= 0.01 * steps] or [line]
+        rows.append([f"{line['minutes']:.0f}", f"{line['images']:,}",
+                     *(f"{np.mean([other[name] for other in near]):.3g}" for name in names)])
+    return rows
+
+
 def main():
-    lines, rows = [], []
+    Parser(description=__doc__.splitlines()[0]).parse_args()
+    lines, sheet = [], []
     for stage, chance in CHANCE.items():
         path = ROOT / "weights" / "tiny" / f"{stage}.jsonl"
         if not path.exists():                               # superres may not be there
             continue
         log = [json.loads(line) for line in path.read_text().splitlines()]
-        names = [name for name in log[-1] if name not in ("step", "images", "minutes", "critic")]
-        lines += [f"`--stage {stage}` ({chance})", "", "| minutes | images | " + " | ".join(names) + " |",
-                  "|---" * (2 + len(names)) + "|"]
-        for share in (0.02, 0.05, 0.2, 0.5, 1):
-            steps = log[-1]["step"]
-            at = lambda line: abs(line["step"] - share * steps)
-            line = min(log, key=at)
-            near = [other for other in log if at(other) <= 0.01 * steps] or [line]
-            lines.append(f"| {line['minutes']:.0f} | {line['images']:,} | " +
-                         " | ".join(f"{np.mean([other[n] for other in near]):.3g}" for n in names) + " |")
-        lines.append("")
-        x = [line["images"] for line in log]
-        rows.append(np.concatenate([np.asarray(panel(f"{stage}: {name}", x, [line[name] for line in log]))
-                                    for name in CURVES[stage]], 1))
+        names = [n for n in log[-1] if n not in ("step", "images", "minutes", "critic")]
+        lines += [f"`--stage {stage}` ({chance})", "",
+                  *table(["minutes", "images", *names], milestones(log, names))]
+        x, other = [line["images"] for line in log], "psnr" if stage == "vqgan" else "accuracy"
+        panels = [panel(f"{stage}: {n}", x, [line[n] for line in log]) for n in ("loss", other)]
+        sheet.append(np.concatenate(panels, 1))
     results, text = ROOT / "experiments" / "results", "\n".join(lines)
-    write_whole(results / "losses.md", lambda file: file.write(text.encode()))
-    picture = Image.fromarray(np.concatenate(rows))
-    write_whole(results / "losses.png", lambda file: picture.save(file, "PNG", optimize=True))
+    write_text(results / "losses.md", text)
+    write_png(results / "losses.png", Image.fromarray(np.concatenate(sheet)))
     print(text)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

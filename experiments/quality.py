@@ -5,7 +5,7 @@
     python experiments/quality.py                           # results/quality.md, quality.json
     python experiments/quality.py --choose --grids          # settings first; four sheets of samples
 
-A class judge alone is easily pleased: the pixel mean of a thing's drawings, or a picture torn to
+A class judge alone is easily pleased: the pixel mean of a class's drawings, or a picture torn to
 pieces by guidance, is named as surely as a drawing. So beside every share of names stand a Fréchet
 distance (Heusel et al. 2017, with this classifier's features for Inception's) and two controls:
 that pixel mean, and a single decoding step.
@@ -21,7 +21,6 @@ import argparse
 import copy
 import json
 import math
-import platform
 import sys
 import time
 import zlib
@@ -39,8 +38,11 @@ import data  # noqa: E402
 from data import Scene, scenes, styles  # noqa: E402
 from data.pictures import grid  # noqa: E402
 from commandline import Parser, number, run_command  # noqa: E402
-from styledrop import (Sampling, StyleDrop, autocast, load_model, read_checkpoint,  # noqa: E402
-                       save_model, to_tensor, to_uint8, write_whole)
+from experiments.common import (among, give_back, heading, keep, mean_and_error,  # noqa: E402
+                                numbers_of, resume, table, write_png, write_text)
+from pretrain.common import machine  # noqa: E402
+from styledrop import (Sampling, StyleDrop, autocast, load_model, save_model,  # noqa: E402
+                       to_tensor, to_uint8)
 
 COLOURS = list(scenes.COLOURS)
 KINDS = {"one": 0.52, "coloured": 0.16, "several": 0.16, "two": 0.16}          # of its pictures
@@ -50,6 +52,7 @@ THINGS = ("cat", "house", "deciduous-tree", "automobile", "mushroom", "rocket", 
           "teapot", "guitar")
 IN_WORDS = ("", "flat", "watercolor", "gold and purple", "pixel art on teal", "line drawing",
             "halftone", "stained glass")                    # the last is held out of all training
+EVERY = 50                              # chunks from one line of the log to the next
 
 
 # ---------------------------------------------------------------------------------------------
@@ -65,12 +68,12 @@ class ClassifierConfig:
 class Residual(nn.Module):
     """Two 3 x 3 convolutions beside a skip (He et al. 2015); the first may halve the side."""
 
-    def __init__(self, enter, leave, stride):
+    def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(enter, leave, 3, stride, 1, bias=False), nn.BatchNorm2d(leave), nn.ReLU(),
-            nn.Conv2d(leave, leave, 3, 1, 1, bias=False), nn.BatchNorm2d(leave))
-        self.skip = nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(enter, leave, 1, bias=False))
+            nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
+            nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out))
+        self.skip = nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(c_in, c_out, 1, bias=False))
 
     def forward(self, x):
         return F.relu(self.skip(x) + self.body(x))
@@ -79,10 +82,10 @@ class Residual(nn.Module):
 class Classifier(nn.Module):
     """One trunk, three heads.
 
-    names: a softmax over K. A picture of two things has half the mass on each; both are seen where
-    they are the two likeliest: simpler than K sigmoids, of which 836 say no to every picture.
-    colour: of the thing; taught and asked only where it was recoloured. There is no "none": an
-    apple may be red without paint. count: 1 to 4 of one thing.
+    names: a softmax over K. A picture of two objects has half the mass on each; both are seen
+    where they are the two likeliest: simpler than K sigmoids, of which 836 say no to every picture.
+    colour: of the object; trained and asked only where it was recoloured. There is no "none": an
+    apple may be red without paint. count: 1 to 4 of one class.
     """
 
     def __init__(self, config):
@@ -117,7 +120,7 @@ def look(net, images):
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures with their truth, labels (B, 4): name, second name (or the first again), colour, count;
+# Pictures with their labels (B, 4): name, second name (or the first again), colour, count;
 # -1 is not asked
 
 def is_new(art):
@@ -140,7 +143,7 @@ def part(art, keep):
 
 
 def labels_of(scene):
-    """A list of 4. Only one thing, or several of it, have a colour and a number to be asked for."""
+    """A list of 4. Only scenes of one class have a colour and a number to be asked for."""
     is_one, number_of = len(scene.things) == 1, data.names().index
     colour = scene.colours[0] if scene.colours and is_one else ""
     return [number_of(scene.things[0]), number_of(scene.things[-1]),
@@ -148,7 +151,7 @@ def labels_of(scene):
 
 
 def draw(art, scene, rng, in_styles, set_name=None):
-    """The scene by any hand, or by one, as drawn or in a random style -> uint8 (64, 64, 3)."""
+    """The scene from any icon set, or from one, as drawn or in a random style: (64, 64, 3)."""
     style = styles.sample(rng, rng.random() < 0.2, plain=0) if in_styles else styles.Style()
     style = styles.keep_colours(style) if scene.colours else style
     return styles.apply(style, scenes.draw(scene, art, rng, 64, set_name), rng)
@@ -167,11 +170,11 @@ class Chunks(torch.utils.data.Dataset):
         """-> uint8 (size, 64, 64, 3), labels (size, 4). The base's held-out pairs are here too."""
         rng, images, labels = np.random.default_rng((self.seed, chunk)), [], []
         for _ in range(self.size):
-            hand = self.art.sets[rng.integers(len(self.art.sets))]
+            icon_set = self.art.sets[rng.integers(len(self.art.sets))]
             kind = scenes.pick(rng, KINDS)
             held_out = kind != "one" and rng.random() < 0.2
-            scene = scenes.sample(rng, held_out, self.art.names_of[hand], kind)
-            images.append(draw(self.art, scene, rng, rng.random() < 0.5, hand))
+            scene = scenes.sample(rng, held_out, self.art.names_of[icon_set], kind)
+            images.append(draw(self.art, scene, rng, rng.random() < 0.5, icon_set))
             labels.append(labels_of(scene))
         return torch.from_numpy(np.stack(images)), torch.tensor(labels)
 
@@ -197,16 +200,16 @@ def vary(images, generator):
 # Training
 
 def train_step(net, optimiser, images, labels):
-    """One step; half of the names' loss for each of two things, colour and count where asked.
+    """One step; half of the names' loss for each of two objects, colour and count where asked.
 
     Returns the loss, a tensor that nobody has waited for yet.
     """
     first, second, colour, count = labels.unbind(1)
     with autocast(images.device.type):
         seen = net(images.contiguous(memory_format=torch.channels_last))
-    names = lambda truth: F.cross_entropy(seen["names"].float(), truth, label_smoothing=0.05)
-    asked = lambda head, truth: F.cross_entropy(seen[head].float(), truth, ignore_index=-1,
-                                                reduction="sum") / len(truth)
+    names = lambda target: F.cross_entropy(seen["names"].float(), target, label_smoothing=0.05)
+    asked = lambda head, target: F.cross_entropy(seen[head].float(), target, ignore_index=-1,
+                                                 reduction="sum") / len(target)
     loss = (names(first) + names(second)) / 2 + asked("colour", colour) + asked("count", count) / 2
     optimiser.zero_grad()
     loss.backward()
@@ -223,28 +226,21 @@ def train(args, art, net):
     net = net.to(args.device, memory_format=torch.channels_last).train()
     optimiser = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=0.05)
     recipe = {k: getattr(args, k) for k in ("chunks", "reuse", "batch", "pool", "lr", "seed")}
-    checkpoint, done, spent = Path(args.classifier).with_suffix(".checkpoint"), 0, 0
-    if checkpoint.exists():
-        saved = read_checkpoint(checkpoint, "classifier in training")
-        if saved["recipe"] != recipe:
-            raise ValueError(f"{checkpoint} has {saved['recipe']}; give the same or remove it")
-        net.load_state_dict(saved["net"])
-        optimiser.load_state_dict(saved["optimiser"])
-        done, spent = saved["done"], saved["seconds"]
-        print(f"going on from chunk {done}", flush=True)
-
+    checkpoint, kind = Path(args.classifier).with_suffix(".checkpoint"), "classifier in training"
+    parts = dict(net=net, optimiser=optimiser)
+    done, spent = resume(checkpoint, kind, recipe, **parts)
     chunks = range(max(0, done - args.pool + 1), args.chunks) if done < args.chunks else range(0)
     loader = torch.utils.data.DataLoader(Chunks(art, args.batch, args.seed), batch_size=None,
                                          sampler=chunks, num_workers=args.workers)
     size = args.pool * args.batch
     pool = torch.zeros(size, 3, 64, 64, dtype=torch.uint8, device=args.device)
-    truth = torch.zeros(size, 4, dtype=torch.long, device=args.device)
+    targets = torch.zeros(size, 4, dtype=torch.long, device=args.device)
     started = kept = time.time()
     began, first, losses = None, done, []
     for chunk, (images, labels) in zip(chunks, loader):
         at = chunk % args.pool * args.batch
         pool[at:at + args.batch] = images.permute(0, 3, 1, 2).to(args.device)
-        truth[at:at + args.batch] = labels.to(args.device)
+        targets[at:at + args.batch] = labels.to(args.device)
         if chunk < done:
             continue                                        # only filling the pool again
         began = began or time.time()
@@ -256,9 +252,9 @@ def train(args, art, net):
             full = min(size, (chunk + 1) * args.batch)
             rows = torch.randint(full, (args.batch,), generator=generator).to(args.device)
             pictures = vary(pool[rows].float() / 127.5 - 1, generator)
-            losses.append(train_step(net, optimiser, pictures, truth[rows]))
+            losses.append(train_step(net, optimiser, pictures, targets[rows]))
         done = chunk + 1
-        if done % args.every == 0 or done == args.chunks:
+        if done % EVERY == 0 or done == args.chunks:
             loss = torch.stack(losses).mean().item()
             speed = (done - first) * args.batch / (time.time() - began)          # pictures a second
             left = (args.chunks - done) * args.batch / speed / 60
@@ -266,10 +262,7 @@ def train(args, art, net):
                   f"{speed * args.reuse:.0f} seen a second  {left:.1f} min left", flush=True)
             losses = []
         if time.time() - kept > 60 or done == args.chunks:
-            state = dict(kind="classifier in training", recipe=recipe, done=done,
-                         seconds=spent + time.time() - started, net=net.state_dict(),
-                         optimiser=optimiser.state_dict())
-            write_whole(checkpoint, lambda file: torch.save(state, file))
+            keep(checkpoint, kind, recipe, done, spent + time.time() - started, **parts)
             kept = time.time()
     return net.eval(), spent + (time.time() - started if done > first else 0)
 
@@ -292,34 +285,17 @@ def frechet(x, y):
     return (apart + C_x.trace() + C_y.trace() - 2 * middle).item()
 
 
-def among(scores, wanted, rivals=99):
-    """(B,) the chance that none of `rivals` random others scores as high as the wanted name.
-
-    Not drawn but counted: with r of K - 1 others as high, C(K - 1 - r, rivals) / C(K - 1, rivals).
-    scores (B, K), wanted (B,) column numbers.
-    """
-    others = scores.shape[1] - 1
-    r = (scores >= scores.gather(1, wanted[:, None])).sum(1, keepdim=True) - 1   # but for itself
-    taken = torch.arange(rivals)
-    return ((others - r - taken).clamp(min=0).double() / (others - taken)).prod(1)
-
-
 def share(values):
-    """(mean, standard error) over names or prompts, in percent.
-
-    values (n,) or (n, per), nan left out."""
-    values = values.double().flatten(1).mean(1) if values.dim() > 1 else values.double()
-    values = values[~values.isnan()]
-    return 100 * values.mean().item(), 100 * values.std().item() / math.sqrt(len(values))
+    """(mean, standard error) in percent over names or prompts: values (n,) or (n, per)."""
+    values = values.double().flatten(1).mean(1) if values.dim() > 1 else values
+    return tuple(100 * x for x in mean_and_error(values))
 
 
-def table(rows):
-    """{row: {column: number or (mean, error) in percent}} -> lines of markdown."""
+def table_of(found):
+    """{row: {column: number or (mean, error) in percent}} -> lines of Markdown."""
     cell = lambda x: f"{x[0]:.1f} ± {x[1]:.1f} %" if isinstance(x, tuple) else f"{x:.3g}"
-    lines = [["", *next(iter(rows.values()))]]
-    lines += [["---"] * len(lines[0])]
-    lines += [[name, *map(cell, row.values())] for name, row in rows.items()]
-    return ["", *("| " + " | ".join(line) + " |" for line in lines), ""]
+    rows = [[name, *map(cell, row.values())] for name, row in found.items()]
+    return ["", *table(["", *next(iter(found.values()))], rows)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -331,15 +307,8 @@ def sample(pipe, prompts, seed, **sampling):
     return F.interpolate(images, size=(64, 64), mode="area")
 
 
-@torch.no_grad()
-def give_back(pipe, images):
-    """Pictures as the tokenizer gives them back."""
-    return torch.cat([pipe.vqgan.decode(pipe.vqgan.encode(x.to(pipe.device))).cpu()
-                      for x in images.split(64)])
-
-
 def real(art, chosen, rng, in_styles=False, sets=None):
-    """Scenes from drawings, by any hand or by those named in sets."""
+    """Scenes from drawings of any icon set, or of those named in sets."""
     sets = sets or [None] * len(chosen)
     images = [draw(art, scene, rng, in_styles, s) for scene, s in zip(chosen, sets)]
     return to_tensor(np.stack(images))
@@ -362,7 +331,7 @@ def row_of(net, images, names, per=1, reference=None):
     seen, row = look(net, images), {}
     if reference is not None:
         row["Fréchet distance"] = frechet(reference, seen["features"])
-    wanted = torch.tensor([data.names().index(name) for name in names])
+    wanted = numbers_of(names)
     first = seen["names"].argmax(1) == wanted
     row["named, of all"] = share(first.view(-1, per))
     row["named, of 100"] = share(among(seen["names"], wanted).view(-1, per))
@@ -449,13 +418,17 @@ def measure_words(net, pipe, art, count, seed, sampling):
     return rows
 
 
-def defaults_of():
-    """{knob: value} of the knobs in SWEEP."""
-    return {knob: getattr(Sampling(), knob) for knob in SWEEP}
+def defaults():
+    """{setting: value} of those in SWEEP."""
+    return {k: getattr(Sampling(), k) for k in SWEEP}
+
+
+def words_of(setting):
+    return ", ".join(f"{k} {v:g}" for k, v in setting.items())
 
 
 def choose(net, pipe, art, names, per, seed, sampling):
-    """One knob after the other that is not given, the best value kept -> settings, {settings: row}.
+    """One setting after the other that is not given, the best value kept -> all, {all: row}.
 
     Best: most names for the least distance, named / Fréchet. Alone, each has a trivial winner:
     guidance that tears every picture, or none at all.
@@ -464,17 +437,17 @@ def choose(net, pipe, art, names, per, seed, sampling):
     prompts, chosen = [data.content_phrase(n) for n in names], [Scene((n,)) for n in names]
     rng, known = np.random.default_rng(seed), part(art, ~is_new(art))
     reference = look(net, real(known, chosen, rng))["features"]
-    best = defaults_of() | sampling
-    for knob in (k for k in defaults_of() if k not in sampling):
-        for setting in [best, *(best | {knob: value} for value in SWEEP[knob])]:
-            title = ", ".join(f"{k} {v:g}" for k, v in setting.items())
+    best = defaults() | sampling
+    for k in [k for k in SWEEP if k not in sampling]:
+        for setting in [best, *(best | {k: value} for value in SWEEP[k])]:
+            title = words_of(setting)
             if title in rows:
                 continue
             images = sample(pipe, prompts, seed, **setting)
             row = row_of(net, images, names, per, reference)
             row["named / distance"] = row["named, of all"][0] / row["Fréchet distance"]
             rows[title] = row
-            print(table(rows)[-2], flush=True)
+            print(table_of(rows)[-2], flush=True)
             if row["named / distance"] > top:
                 top, best = row["named / distance"], setting
     return best, rows
@@ -496,7 +469,7 @@ def sheets(pipe, seed, sampling):
     for name, (rows, columns, prompt) in plans.items():
         prompts = [prompt(r, c) for r in rows for c in columns]
         images = to_uint8(sample(pipe, prompts, seed, **sampling))
-        sheet = grid(images, len(columns), 2, 4, [word(c) for c in columns], [word(r) for r in rows])
+        sheet = grid(images, len(columns), 2, 4, list(map(word, columns)), list(map(word, rows)))
         out[name] = sheet.quantize(256)                     # a third of the bytes
     return out
 
@@ -516,7 +489,7 @@ def train_command(args, about):
     openmoji = data.Art(role="held-out", smallest=0.9)
     rows = measure_itself(net, data.Art(smallest=0.9), openmoji, args.scenes, args.seed)
     print(f"{args.classifier}: {Path(args.classifier).stat().st_size / 1e6:.1f} MB")
-    print(*table(rows), sep="\n")
+    print(*table_of(rows), sep="\n")
 
 
 def measure_command(args, about):
@@ -535,36 +508,33 @@ def measure_command(args, about):
     found["words"] = measure_words(net, pipe, art, args.scenes, args.seed, sampling)
     if args.grids:
         for name, sheet in sheets(pipe, args.seed, sampling).items():
-            path = Path(args.out) / f"{name}.png"
-            write_whole(path, lambda file, sheet=sheet: sheet.save(file, "PNG"))
-    about = about() | dict(base=pipe.base, sampling=defaults_of() | sampling, names=len(names),
+            write_png(Path(args.out) / f"{name}.png", sheet)
+    about = about() | dict(base=pipe.base, sampling=defaults() | sampling, names=len(names),
                            per=args.per, prompts=args.scenes, classifier=saved["provenance"])
-    setting = ", ".join(f"{k} {v:g}" for k, v in about["sampling"].items())
     lines = [
-        "# Quality", "", f"`{about['command']}`", "",
-        f"Base {pipe.base}, sampled at {setting}; {about['machine']}, {about['seconds']} s. ± is "
-        "one standard error, over names or prompts.", "", "## Plain prompts", "",
+        *heading("Quality"), f"Base {pipe.base}, sampled at {words_of(about['sampling'])}; "
+        f"{about['machine']}, {about['seconds']} s. ± is one standard error, over names or "
+        "prompts.", "", "## Plain prompts", "",
         f"{len(names)} names, {args.per} pictures of each in every row; distances are to as many "
-        "real drawings, and shrink with more pictures: compare only what has this n. A thing is "
+        "real drawings, and shrink with more pictures: compare only what has this n. An object is "
         f"named among all {len(data.names())}, or among 100. The class mean is one picture a name, "
         "repeated. Other draws are often of the reference's own drawings, placed anew: a floor "
-        "that is a little too low.", *table(found["plain"]),
+        "that is a little too low.", *table_of(found["plain"]),
         "## More than one word", "", f"{args.scenes} prompts each. Control: what the next prompt's "
         "sample shows of it by chance. Real: composed of drawings that the classifier mostly "
         "knows; given back: the same by the tokenizer; never seen: of drawings it does not know.",
-        *table(found["words"]), "## The classifier itself", "",
+        *table_of(found["words"]), "## The classifier itself", "",
         f"{args.scenes} real drawings a row. Trained by `{saved['provenance']['command']}` in "
         f"{saved['provenance']['seconds']} s. The base was trained on all but OpenMoji.",
-        *table(found["classifier"])]
+        *table_of(found["classifier"])]
     if args.choose and found["sweep"]:
-        lines += ["## Sampling settings", "", f"On {len(half)} other names; one knob after the "
+        lines += ["## Sampling settings", "", f"On {len(half)} other names; one setting after the "
                   "other, the best value by named / distance kept. Only the plain prompts above "
-                  "are of names that the sweep did not meet.", *table(found["sweep"])]
-    text = {"quality.md": "\n".join(lines) + "\n",
-            "quality.json": json.dumps(about | found, indent=1)}
-    for name, words in text.items():
-        write_whole(Path(args.out) / name, lambda file, words=words: file.write(words.encode()))
-    print(text["quality.md"])
+                  "are of names that the sweep did not meet.", *table_of(found["sweep"])]
+    text = "\n".join(lines) + "\n"
+    write_text(Path(args.out) / "quality.md", text)
+    write_text(Path(args.out) / "quality.json", json.dumps(about | found, indent=1))
+    print(text)
 
 
 def main():
@@ -579,25 +549,22 @@ def main():
     add("--batch", type=number(int, 2), default=256)
     add("--lr", type=number(float, 0, strict=True), default=2e-3, help="at the top")
     add("--workers", type=number(int, 0), default=1, help="processes that render (0: this one)")
-    add("--every", type=number(int, 1), default=50, help="chunks from one line to the next")
     add("--weights", default="weights/tiny", help="folder of the base to measure")
     add("--out", default="experiments/results")
     add("--names", type=number(int, 4), default=256)
     add("--per", type=number(int, 1), default=2, help="pictures of each name")
     add("--scenes", type=number(int, 2), default=256, help="prompts for each other question")
-    for knob in SWEEP:
-        kind = int if knob in ("steps", "top_k") else float
-        add(f"--{knob.replace('_', '-')}", type=number(kind, 0), help="(default: the pipeline's)")
+    for name, value in defaults().items():
+        add(f"--{name.replace('_', '-')}", type=number(type(value), 0),
+            help="(default: the pipeline's)")
     add("--choose", action="store_true", help="settings by a sweep on half of the names")
     add("--grids", action="store_true", help="four sheets of samples as well")
     add("--seed", type=number(int, 0), default=0)
     args, began = parser.parse_args(), time.time()
 
     def about():
-        cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-        name = torch.cuda.get_device_name() if args.device == "cuda" else cpu
         return dict(command=f"python {' '.join(sys.argv)}", seconds=round(time.time() - began),
-                    machine=f"{name}, torch {torch.__version__}")
+                    machine=machine())
     train_command(args, about) if args.train else measure_command(args, about)
 
 

@@ -4,7 +4,6 @@
     python experiments/score.py ... --clip ViT-L-14.pt --merges bpe_simple_vocab_16e6.txt.gz
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 from clip_feedback import load_clip, style_score, text_score  # noqa: E402
 from commandline import Parser, run_command  # noqa: E402
+from experiments.common import mean_and_error  # noqa: E402
 from styledrop import to_tensor  # noqa: E402
 
 
@@ -46,8 +46,8 @@ def main():
     texts = prompts * (len(files) // len(prompts))
     for name, scores in (("text", text_score(clip, images, texts)),
                          ("style", style_score(clip, images, read(args.ref)))):
-        error = scores.std().item() / len(scores) ** 0.5 if len(scores) > 1 else math.nan
-        print(f"{name} score {scores.mean().item():.4f} +- {error:.4f}  "
+        mean, error = mean_and_error(scores.cpu())
+        print(f"{name} score {mean:.4f} +- {error:.4f}  "
               f"({len(scores)} pictures, by {args.clip})")
 
 

@@ -141,7 +141,7 @@ def test_labels_and_chunks(art):
 
 def test_a_resumed_run_is_the_unbroken_one(tmp_path, art, monkeypatch):
     def train(folder, **changes):
-        usual = dict(chunks=4, reuse=2, batch=8, pool=2, lr=1e-3, seed=0, workers=0, every=1)
+        usual = dict(chunks=4, reuse=2, batch=8, pool=2, lr=1e-3, seed=0, workers=0)
         path = str(tmp_path / folder / "quality.pt")
         args = SimpleNamespace(device="cpu", classifier=path, **usual | changes)
         return quality.train(args, art, small())[0].state_dict()
@@ -149,13 +149,13 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, art, monkeypatch):
     class Stop(Exception):
         pass
 
-    def stop_after(*a):
-        saved(*a)
+    def stop_after(*a, **parts):
+        saved(*a, **parts)
         if next(count) == 2:
             raise Stop
 
-    whole, saved, count = train("a"), quality.write_whole, iter(range(9))
-    monkeypatch.setattr(quality, "write_whole", stop_after)
+    whole, saved, count = train("a"), quality.keep, iter(range(9))
+    monkeypatch.setattr(quality, "keep", stop_after)
     clock = iter(range(0, 10 ** 6, 100))                    # saves after each chunk
     monkeypatch.setattr(quality.time, "time", lambda: next(clock))
     with pytest.raises(Stop):
