@@ -65,7 +65,7 @@ def mix_logits(style, content, gamma):
 # --------------------------------------------------------------------------------------------------
 # What can be set, with the paper's values (Table S3, 4.3) in brackets
 
-LAMBDA_A, LAMBDA_A_WORDS = 1.0, 2.0     # strength of an adapter's style, and of one in words
+LAMBDA_A, LAMBDA_A_WORDS = 0.5, 2.0     # strength of an adapter's style, and of one in words
 
 
 @dataclass
