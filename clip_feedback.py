@@ -445,7 +445,7 @@ def build(make, weights):
     try:
         with torch.device("meta"), Undrawn():
             model = make()
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         raise
     except Exception:                  # unknown or missing fields, sizes that contradict each other
         raise ValueError("its config is not one of this version") from None

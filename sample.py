@@ -16,7 +16,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C while importing: no traceback
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -27,7 +26,8 @@ import numpy as np
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from commandline import Parser, check_place, load_pipe, number, run_command, say, utf8
+from commandline import (Parser, check_place, filled, load_pipe, newest_run, number, run_command,
+                         say, utf8)
 from data.english import note_unknown
 from data.pictures import grid
 from styledrop import (AT_ONCE, LAMBDA_A, LAMBDA_A_WORDS, WEIGHTS, Sampling, load_adapter,
@@ -36,20 +36,6 @@ from styledrop import (AT_ONCE, LAMBDA_A, LAMBDA_A_WORDS, WEIGHTS, Sampling, loa
 SCALE = 2                               # a drawn pixel is so many pixels of the PNG a side
 GAMMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 LAMBDAS_A, LAMBDAS_B = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0), (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)
-
-
-def newest_run(root="runs"):
-    """The style run in `root` that was made last; None where there is none."""
-    runs = [p.parent for p in Path(root).glob("*/adapter.pt") if kind_of(p.parent) != "content"]
-    return max(runs, key=lambda run: (run / "adapter.pt").stat().st_mtime, default=None)
-
-
-def kind_of(run):
-    """"style" or "content", by a run folder's config.json; None where that cannot be read."""
-    try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))["kind"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def trace_frames(pipe, steps):
@@ -69,9 +55,9 @@ def options():
     add, strength = parser.add_argument, number(float, 0, high=100)
     add("--prompt", action="append", type=utf8, metavar="TEXT",
         help="what to draw; again for more images")
-    add("--style", type=utf8, metavar="RUN",
+    add("--style", type=filled, metavar="RUN",
         help="a run folder, or none for the bare base (default: the newest run)")
-    add("--content", type=utf8, metavar="RUN",
+    add("--content", type=filled, metavar="RUN",
         help="a run folder of an object: my object in my style")
     add("--gamma", type=number(float, 0, high=1),
         help="0: style adapter alone, 1: content adapter alone (default 0.5)")
@@ -175,8 +161,13 @@ def text_chunks(args, pipe, run):
     """What it takes to draw the PNG again, for its text chunks."""
     facts = {name: value for name, value in vars(args).items()
              if value is not None and name not in ("out", "trace", "words", "weights", "device")}
+    if not (args.gamma_sweep or args.lambda_grid):           # the defaults may change
+        if run or args.style_phrase and not args.content:
+            facts.setdefault("lambda_a", LAMBDA_A if run else LAMBDA_A_WORDS)
+        if args.content and (run or args.style_phrase):
+            facts.setdefault("gamma", Sampling.gamma)
     info = PngInfo()
-    for name, value in dict(facts, style=run or "none", base=pipe.base).items():
+    for name, value in sorted(dict(facts, style=run or "none", base=pipe.base).items()):
         info.add_itxt(name, " | ".join(value) if name == "prompt" else str(value))
     return info
 
@@ -198,8 +189,9 @@ def main():
     phrase = args.style_phrase
     if phrase is None:
         phrase = style.about.get("style", "") if style else ""
-    for prompt in args.prompt:
-        note_unknown(pipe, style_prompt(prompt, phrase))
+    elif style and style.about.get("method") == "textual-inversion":
+        raise ValueError(f"{run} has its style in its own words; leave --style-phrase out")
+    note_unknown(pipe, *(style_prompt(prompt, phrase) for prompt in args.prompt))
     for path in filter(None, (args.out, args.trace)):        # better now than after the drawing
         check_place(path)
         if Path(path).is_dir():

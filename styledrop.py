@@ -140,7 +140,8 @@ class StyleDrop:
             raise ValueError(f"{weights / 'muse.pt'} has no merges or words; "
                              "train it again") from None
         fits = (vqgan.config.codebook_size == m.codebook_size and tokenizer.vocab_size
-                == m.vocab_size and vqgan.config.resolution == vqgan.config.factor * m.grid)
+                == m.vocab_size and vqgan.config.resolution == vqgan.config.factor * m.grid
+                and m.text_layers > 0)
         if superres is not None:
             fits = (fits and second.get("merges") == saved["merges"] and superres.config.low_grid
                     == m.grid and superres.config.codebook_size == m.codebook_size)

@@ -34,7 +34,7 @@ from commandline import (Parser, check_place, filled, load_pipe, number, peak_me
                          say, utf8)
 from data.english import note_unknown
 from data.pictures import grid
-from human_feedback.rounds import (check_rounds, finished, further_rounds, made, read_json,
+from human_feedback.rounds import (alone, check_rounds, finished, further_rounds, made, read_json,
                                    read_prompts, write_json, write_log)
 from styledrop import (LR, RARE_TOKEN, WEIGHTS, Tuning, check_device, clear_leftovers, fingerprint,
                        partial_prefix, style_prompt, to_tensor, to_uint8)
@@ -135,8 +135,7 @@ def tune(args):
         say(f"content guessed by CLIP: {', '.join(contents)} "
             "(say it with --content if that is wrong)")
     style = "" if args.kind == "content" else RARE_TOKEN if args.style is None else args.style
-    for content in contents:
-        note_unknown(pipe, style_prompt(content, style))
+    note_unknown(pipe, *(style_prompt(content, style) for content in contents))
     tuning = {name: getattr(args, name) for name in TUNING}
     tuning["lr"] = args.lr or LR[args.method]
     same = dict(tuning, kind=args.kind, seed=args.seed, content=contents, style=style,
@@ -149,7 +148,8 @@ def tune(args):
     else:
         say(f"going on with {out}: its round 1 is there")
     if args.rounds > 1 and not finished(out, args.rounds):
-        further_rounds(args, out, pipe, references, settings, prompts, teach)
+        with alone(out):
+            further_rounds(args, out, pipe, references, settings, prompts, teach)
     files = sorted(path.name + "/" * path.is_dir() for path in out.iterdir())
     say(f"{out}: {' '.join(files)}  ({time.time() - began:.0f} s, "
         f"peak memory {peak_memory():.0f} MB)")

@@ -1,11 +1,13 @@
 """What the commands share: options, lines of progress, and errors of one line."""
 
 import argparse
+import json
 import math
 import os
 import signal
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,7 +16,13 @@ from styledrop import StyleDrop, partial_prefix
 
 
 class Parser(argparse.ArgumentParser):
-    """A wrong option is one line like every other mistake, not the page of usage (--help)."""
+    """A wrong option is one line like every other mistake, not the page of usage (--help).
+
+    Options are not shortened: a shortened one could be another's.
+    """
+
+    def __init__(self, **settings):
+        super().__init__(**settings | dict(allow_abbrev=False))
 
     def error(self, message):
         raise ValueError(message)
@@ -51,11 +59,27 @@ def filled(text):
 
 
 def load_pipe(args):
-    """The pipeline of --weights, --device and --no-superres."""
+    """The pipeline of --weights, --device and --no-superres; with CLIP where rounds need it."""
     pipe = StyleDrop.load(args.weights, args.device)
     if not args.superres and pipe.superres is None:
         raise ValueError(f"{args.weights} has no second stage; leave --no-superres out")
+    if getattr(args, "rounds", 1) > 1:
+        pipe.clip                                            # found damaged now, not at the end
     return pipe
+
+
+def newest_run(root="runs"):
+    """The style run in `root` that was made last; None where there is none."""
+    runs = [p.parent for p in Path(root).glob("*/adapter.pt") if kind_of(p.parent) != "content"]
+    return max(runs, key=lambda run: (run / "adapter.pt").stat().st_mtime, default=None)
+
+
+def kind_of(run):
+    """"style" or "content", by a run folder's config.json; None where that cannot be read."""
+    try:
+        return json.loads((run / "config.json").read_text(encoding="utf-8"))["kind"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def check_place(path):
@@ -96,6 +120,7 @@ def peak_memory():
 def run_command(main):
     """Run a script's main(); what a user can mend is one line on stderr and exit code 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)     # see the scripts' first lines
+    warnings.filterwarnings("ignore", "only the first")      # of CLIP: note_unknown has said it
     try:
         main()
         return
@@ -103,7 +128,8 @@ def run_command(main):
         sys.exit(130)
     except OSError as error:
         name = str(error.filename or "")
-        line = f"{name[:60]}{'...' * (len(name) > 60)}: {str(error.strerror or error).lower()}"
+        words = error.strerror.lower() if error.strerror else str(error)
+        line = f"{name[:60]}{'...' * (len(name) > 60)}: {words}"
     except (ValueError, argparse.ArgumentTypeError) as error:
         line = str(error)
     except (MemoryError, RuntimeError) as error:

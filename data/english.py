@@ -130,15 +130,16 @@ def unknown_words(words, text):
     return found
 
 
-def note_unknown(pipe, text):
-    """Say on stderr what of a text the base `pipe` (a StyleDrop) cannot read.
+def note_unknown(pipe, *texts):
+    """Say on stderr what of some texts the base `pipe` (a StyleDrop) cannot read, each thing once.
 
     That is what lies behind the last token that T reads, and words that no training caption has.
     """
     length, notes = pipe.muse.config.text_length, []
-    if not pipe.tokenizer.fits(text, length):
+    if not all(pipe.tokenizer.fits(text, length) for text in texts):
         notes.append(f"a prompt is longer than {length} tokens; what comes after is not read")
-    for word, near in unknown_words(pipe.words, text).items() if pipe.words else ():
+    known = pipe.words | {"in", "style", "[v*]", "[v]"}      # of the template, and rare tokens
+    for word, near in unknown_words(known, " ".join(texts)).items() if pipe.words else ():
         near = f"; near: {', '.join(near)}" if near else ""
         notes.append(f"no training caption has {word!r}{near}")
     for note in notes:

@@ -4,8 +4,10 @@ The run folder keeps every part beside the recipe that made it. The same command
 last part; a command that wants another recipe is refused, so nobody's choice is ever replaced.
 """
 
+import contextlib
 import json
 import math
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ import human_feedback
 from commandline import say
 from data.english import note_unknown
 from data.pictures import grid
-from styledrop import (fingerprint, load_adapter, style_prompt,
+from styledrop import (clear_leftovers, fingerprint, partial_prefix, load_adapter, style_prompt,
                        to_tensor, to_uint8, write_whole)
 
 
@@ -175,7 +177,7 @@ def read_choice(path, recipe, count):
 
 
 def check_rounds(args, out, prompts):
-    """Raise ValueError where the rounds that are there were made by other recipes: no choice is lost.
+    """Raise ValueError where the rounds there were made by other recipes: no choice is lost.
 
     And for what would be found late: a wrong --pick, a port in use, a pool too large.
     """
@@ -202,6 +204,20 @@ def check_rounds(args, out, prompts):
             human_feedback.check_port(args.port)
 
 
+@contextlib.contextmanager
+def alone(out):
+    """No other command works on the run folder meanwhile. ValueError where one does already."""
+    clear_leftovers(out)
+    mine = out / f"{partial_prefix()}lock"
+    if list(out.glob(f".partial-{platform.node()}-*-lock")):
+        raise ValueError(f"another command works on {out}; wait for it, or end it")
+    mine.touch()
+    try:
+        yield
+    finally:
+        mine.unlink(missing_ok=True)
+
+
 def further_rounds(args, out, pipe, references, settings, prompts, teach):
     """Sample a pool, choose, train a NEW larger adapter on the choice; each part is made once.
 
@@ -209,15 +225,15 @@ def further_rounds(args, out, pipe, references, settings, prompts, teach):
     teach: train.teach.
     """
     style = settings["style"]
-    for prompt in prompts:
-        note_unknown(pipe, style_prompt(prompt, style))
+    note_unknown(pipe, *(style_prompt(prompt, style) for prompt in prompts))
     if not (out / "round1" / "adapter.pt").exists():
         (out / "round1").mkdir(exist_ok=True)
         load_adapter(out).save(out / "round1" / "adapter.pt")
     adapters = [load_adapter(out / "round1")]
     for turn in range(2, args.rounds + 1):
         here, came = out / f"round{turn}", dict(adapter=fingerprint(adapters[-1].state_dict()))
-        for_pool, for_choice, for_adapter = (dict(came, **recipe) for recipe in recipes(args, prompts))
+        for_pool, for_choice, for_adapter = (dict(came, **recipe)
+                                             for recipe in recipes(args, prompts))
         pool = draw_pool(pipe, here, adapters[-1], for_pool)
         pick = args.pick if turn == args.rounds else None    # earlier rounds have been chosen
         chosen = choose(args, here, pipe, pool, references, for_choice, pick)
@@ -257,9 +273,12 @@ def draw_pool(pipe, here, adapter, recipe):
         sheet = grid(to_uint8(pool.images), count, gap=0)
         write_whole(here / "pool.png", lambda file: sheet.save(file, "PNG"))
         write_json(here / "pool.json", recipe)
-    sheet = np.asarray(Image.open(here / "pool.png"))
+    try:
+        sheet = np.asarray(Image.open(here / "pool.png"))
+    except Exception:                                        # Pillow has many
+        sheet = np.zeros((0, 0, 0))
     size = sheet.shape[1] // count
-    if sheet.shape != (len(prompts) * size, count * size, 3):
+    if not size or sheet.shape != (len(prompts) * size, count * size, 3):
         raise ValueError(f"{here / 'pool.png'} is not the pool that was drawn; move {here} away")
     tiles = sheet.reshape(len(prompts), size, count, size, 3).swapaxes(1, 2)
     return Pool(to_tensor(tiles.reshape(-1, size, size, 3)), prompts, adapter.about["style"])
@@ -283,6 +302,7 @@ def choose(args, here, pipe, pool, references, recipe, pick):
     else:
         chosen = FEEDBACK[args.feedback](pipe, pool, torch.Generator().manual_seed(args.seed))
     write_whole(here / "chosen.png", lambda file: grid(images[chosen], 10, 2).save(file, "PNG"))
+    made(saved, dict(recipe, chosen=chosen))                 # nobody else chose meanwhile
     write_json(saved, dict(recipe, chosen=chosen))
     return chosen
 

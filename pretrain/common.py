@@ -23,7 +23,8 @@ import data
 import vqgan
 from clip_feedback import merge_pair, split_words
 from commandline import Parser, number, say
-from styledrop import check_device, fast_bf16, load_model, read_checkpoint, write_whole
+from styledrop import (WEIGHTS, check_device, fast_bf16, load_model, read_checkpoint,
+                       write_whole)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def stage_parser(stage, description, steps, batch, lr):
     add("--workers", type=number(int, 0, high=256), default=1, help="processes that draw images")
     add("--warmup", type=number(int, 1, high=10**8), default=100,
         help="steps until the learning rate is at its peak (default %(default)s)")
-    add("--weights", default="weights/tiny", help="folder of the base's other parts")
+    add("--weights", default=WEIGHTS, help="folder of the base's other parts")
     add("--out", default=f"runs/{stage}", help="folder of the run (default %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--log-seconds", type=number(float, 0, high=86400), default=20,
@@ -324,9 +325,10 @@ class Run:
         except (KeyError, RuntimeError, ValueError, TypeError):
             raise ValueError(f"{path} does not fit this version; give another --out") from None
         if self.rank == 0:
-            say(f"going on from step {self.step} of {path}")
+            over = self.step == self.args.steps
+            say(f"{self.out} is finished" if over else f"going on from step {self.step} of {path}")
             log = self.out / "log.jsonl"
-            lines = log.read_text().splitlines() if log.exists() else []
+            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
             lines = [line + "\n" for line in lines if step_of(line) <= self.step]
             write_whole(log, lambda file: file.write("".join(lines).encode()))
 
@@ -365,8 +367,9 @@ class Run:
     def due(self, done):
         """Is it time to save after `done` steps? ValueError if a weight is too large for fp16."""
         late = time.time() - self.kept_at > self.args.keep_minutes * 60
-        if self.rank > 0 or not (late and self.logged == done or done == self.args.steps):
+        if self.rank > 0 or not (late or done == self.args.steps):
             return False
+        self.check(done, *(torch.as_tensor(value) for value in self.sums.values()))
         models = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
         self.check(done, *(x.half() for model in models for x in model.state_dict().values()))
         return True
@@ -386,21 +389,28 @@ class Run:
                      recipe=self.recipe, parts=parts)
         write_whole(self.out / "checkpoint.pt", lambda file: torch.save(saved, file))
         self.kept_at = time.time()
+        if done == self.args.steps:
+            say(f"{self.out / self.stage}.pt: copy it to the folder of --weights")
 
 
 def step_of(line):
-    """The step of a line of the log; infinity where a kill has cut it."""
+    """The step of a line of the log; infinity where a kill has cut it, or it is none."""
     try:
         return json.loads(line)["step"]
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         return math.inf
 
 
 # --------------------------------------------------------------------------------------------------
 # Parts that were trained before
 
-def load_vqgan(args):
-    """The frozen E and D, whose tokens G learns."""
+def load_vqgan(args, grid):
+    """The frozen E and D, whose tokens G learns: `grid` a side. ValueError for other sizes."""
     path = Path(args.weights) / "vqgan.pt"
-    return load_model(path, "vqgan", vqgan.VQGANConfig, vqgan.VQGAN)[0].to(args.device)
+    model = load_model(path, "vqgan", vqgan.VQGANConfig, vqgan.VQGAN)[0].to(args.device)
+    side = model.config.resolution // model.config.factor
+    if side != grid:
+        raise ValueError(f"{path} gives {side} tokens a side, the preset {args.preset} has {grid}; "
+                         "give another --preset, or the --weights that go with it")
+    return model
 

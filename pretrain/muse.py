@@ -35,7 +35,7 @@ def main(argv=None):
     rank, world = processes()
 
     # data and models
-    vqgan = load_vqgan(args)
+    vqgan = load_vqgan(args, PRESETS[args.preset].grid)
     source = image_source(args, vqgan.config.resolution)
     tokenizer = Tokenizer(train_merges(source.words(), 10_000))                  # a token a word
     config = replace(PRESETS[args.preset], codebook_size=vqgan.config.codebook_size,

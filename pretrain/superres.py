@@ -32,7 +32,7 @@ def main(argv=None):
     start(args)
 
     # data and models
-    vqgan = load_vqgan(args)
+    vqgan = load_vqgan(args, SUPERRES[args.preset].low_grid)
     config = SUPERRES[args.preset]
     sizes = [vqgan.config.resolution, vqgan.config.resolution * config.grid // config.low_grid]
     sources = [image_source(args, size) for size in sizes]

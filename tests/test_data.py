@@ -112,13 +112,13 @@ def test_bent_drawings_stay_themselves(art):
     rng, alpha = np.random.default_rng(0), art.drawings[..., 3].astype(int)
     away = np.abs(alpha - alpha[:, :, ::-1]).mean((1, 2))
     lopsided = np.flatnonzero(away > 20)[:100]
-    bent = np.stack([data.bend(art.drawings[i], rng, 0)[..., 3].astype(int) for i in lopsided])
+    bent = np.stack([drawings.bend(art.drawings[i], rng, 0)[..., 3].astype(int) for i in lopsided])
     same, mirrored = (np.abs(bent - alpha[lopsided][:, :, ::step]).max((1, 2)) < 3
                       for step in (1, -1))
     assert (same | mirrored).all() and 30 < mirrored.sum() < 70
     rim = np.full((32, 32, 4), 255, np.uint8)
     rim[3:-3, 3:-3, 3] = 0
-    kept = [data.bend(rim, rng, 0.1)[..., 3].mean() / rim[..., 3].mean() for _ in range(100)]
+    kept = [drawings.bend(rim, rng, 0.1)[..., 3].mean() / rim[..., 3].mean() for _ in range(100)]
     assert min(kept) > 0.5 and max(kept) <= 1 and len(set(kept)) > 50
 
 

@@ -469,7 +469,7 @@ def test_ten_percent_of_texts_are_dropped(stage, watched):
 def test_the_second_stage_reads_the_same_image_small(stage, watched, weights):
     """High and low tokens are of one image; some low ones are wrong, and never the targets."""
     stage("superres", "run", "--steps", 20, "--batch", 20)
-    vqgan, shares = common.load_vqgan(SimpleNamespace(weights=weights, device="cpu")), []
+    vqgan, shares = common.load_vqgan(SimpleNamespace(weights=weights, device="cpu"), 4), []
     for i, step in enumerate(watched):
         images = [torch.from_numpy(Source().batch(20, np.random.default_rng((0, i)), side)[0])
                   for side in (16, 32)]

@@ -17,7 +17,8 @@ import sample
 import train
 from clip_feedback import style_score, text_score
 from human_feedback import rounds as rounds_
-from human_feedback.rounds import FEEDBACK, choose_at_random, choose_by_clip, measure, sample_pool
+from human_feedback.rounds import (FEEDBACK, alone, choose_at_random, choose_by_clip, measure,
+                                   sample_pool)
 from styledrop import StyleDrop, load_adapter, to_uint8
 
 PROMPTS = ["a cat", "a tree", "an owl"]
@@ -291,3 +292,14 @@ def test_numbers_are_of_the_last_round(finished, rounds, cli, unmoved, weights):
     before = stamp()
     code, _, err = cli(train.main, "--ref", "ref.png", "--weights", weights, "--out", "runs/a")
     assert code == 2 and "give --rounds" in err and stamp() == before
+
+
+def test_two_commands_do_not_share_a_run(tmp_path):
+    """Trap: two pages are open on one pool, and the later choice replaces the one that was taught."""
+    with alone(tmp_path):
+        with pytest.raises(ValueError, match="another command works on"):
+            with alone(tmp_path):
+                pass
+    with alone(tmp_path):                                    # both have ended: it is free again
+        pass
+    assert not list(tmp_path.iterdir())

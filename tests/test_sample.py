@@ -254,7 +254,7 @@ BAD = {                                 # options besides a prompt: a word of th
     "--lambda-grid --gamma-sweep --content runs/old": "both", "--num 17 --trace a.gif": "16",
     "--lambda-grid --lambda-b 3": "all", "--gamma-sweep --content runs/old --gamma 1": "all",
     "--style runs/nothing": "nothing", "--style runs/unfinished": "unfinished",
-    "--content runs/nothing": "nothing", "--style EMPTY": "no adapter",
+    "--content runs/nothing": "nothing", "--style EMPTY": "is empty",
     "--style runs/foreign --out new/a.png": "another",
     "--content runs/foreign": "another", "--style runs/damaged": "damaged", "--out cat.jpg": ".png",
     "--weights nowhere": "nowhere", "--no-superres": "no second stage", "--trace a.png": ".gif",
