@@ -184,6 +184,8 @@ class StyleDrop:
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} reference images need as many content phrases, "
                              f"not {len(prompts)}")
+        if how.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}")
         texts = [style_prompt(prompt, style) for prompt in prompts]
         generator = torch.Generator().manual_seed(seed)
         images, side = images.to(self.device), self.vqgan.config.resolution
@@ -279,6 +281,8 @@ class StyleDrop:
             phrases = style.about.get("style", "") if style else ""
         phrases = [phrases] * len(c) if isinstance(phrases, str) else list(phrases)
         seeds = [seed + i for i in range(len(c))] if isinstance(seed, int) else list(seed)
+        if not c or s.steps < 1 or not 0 <= s.gamma <= 1:
+            raise ValueError("give prompts, at least one step, and gamma from 0 to 1")
         if len(phrases) != len(c) or len(seeds) != len(c):
             raise ValueError(f"{len(phrases)} style phrases and {len(seeds)} seeds for {len(c)} "
                              "prompts; give one, or one for each")

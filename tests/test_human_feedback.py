@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 import human_feedback
+from commandline import kind_of
 from human_feedback import Picking, contact_sheets, parse_picks, pick, rounds
 
 PROMPTS = [prompt for prompt in ("a cat", "a tree", "an <owl> & \"co\"") for _ in range(4)]
@@ -149,6 +150,21 @@ def test_random_damage(tmp_path, name):
             assert str(tmp_path) in line and "\n" not in line and len(line) < 400, line
         assert path.read_bytes() == written
     assert accepted[0] == [2, 7] and len(accepted) < 50
+
+
+def test_random_damage_of_a_run(tmp_path):
+    """500 of config.json: this very recipe, or one line; sample.py looks past what it cannot read."""
+    recipe = dict(kind="style", steps=50, content=["a house"], style="", base="1f")
+    path, accepted = tmp_path / "config.json", []
+    for written in (json.dumps(recipe).encode(), *damages(dict(recipe, round=1), 500)):
+        path.write_bytes(written)
+        kind_of(tmp_path)                                    # raises nothing
+        try:
+            accepted.append(rounds.made(path, recipe) and rounds.finished(tmp_path, 1) in (0, 1))
+        except ValueError as error:
+            line = str(error)
+            assert str(tmp_path) in line and "\n" not in line and len(line) < 400, line
+    assert accepted[0] and len(accepted) < 60
 
 
 def test_address_without_its_last_slash(session):

@@ -1,5 +1,6 @@
 """styledrop.py: guidance by separate passes, tuning by Eq. 3, files that are whole or not there."""
 
+import math
 import copy
 import platform
 import random
@@ -508,3 +509,14 @@ def test_pixels_round_trip_exactly():
     assert tensor[1, 2, 3, 4] == pytest.approx(values[1, 3, 4, 2] / 127.5 - 1)
     assert (to_uint8(tensor) == values).all()
     assert torch.equal(torch.tensor(to_uint8(tensor * 3) == 255).movedim(-1, 1), tensor >= 1 / 3)
+
+
+@pytest.mark.parametrize("settings", [dict(steps=0), dict(gamma=2), dict(gamma=math.nan)])
+def test_settings_out_of_range_are_refused(pipe, settings):
+    """Traps: an ids without a value, a None mixed; another method is taken for inversion."""
+    with pytest.raises(ValueError, match="at least one step"):
+        pipe.generate(["a cat"], **settings)
+    with pytest.raises(ValueError, match="prompts"):
+        pipe.generate([])
+    with pytest.raises(ValueError, match="method must be one of adapter"):
+        pipe.tune(noise_images(1), ["a cat"], method="dreambooth")
