@@ -468,8 +468,8 @@ def sheets(pipe, seed, sampling):
     out, word = {}, lambda x: data.noun(x) if x in THINGS else x or "no style"
     for name, (rows, columns, prompt) in plans.items():
         prompts = [prompt(r, c) for r in rows for c in columns]
-        images = to_uint8(sample(pipe, prompts, seed, **sampling))
-        sheet = grid(images, len(columns), 2, 4, list(map(word, columns)), list(map(word, rows)))
+        images = to_uint8(pipe.generate(prompts, seed=1000 * seed, **sampling))
+        sheet = grid(images, len(columns), 1, 4, list(map(word, columns)), list(map(word, rows)))
         out[name] = sheet.quantize(256)                     # a third of the bytes
     return out
 
