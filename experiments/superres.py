@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from data import Scene, scenes, styles  # noqa: E402
-from experiments.base import table, with_error  # noqa: E402
+from experiments.common import table, with_error, write_png, write_text  # noqa: E402
 from experiments.one_shot import (draw, paired_bootstrap, palette_distance,  # noqa: E402
                                   texture_distance)
 from experiments.quality import frechet, is_new, load_classifier, look, part  # noqa: E402
@@ -364,7 +364,7 @@ def cached(args, name, size, compute):
         return saved["value"]
     began, value = time.time(), compute()
     saved = dict(key=key, seconds=round(time.time() - began), value=value)
-    write_whole(path, lambda file: file.write(json.dumps(saved).encode()))
+    write_text(path, json.dumps(saved))
     print(f"{name}: {saved['seconds']} s", flush=True)
     args.seconds += saved["seconds"]
     return json.loads(json.dumps(value))
@@ -434,9 +434,8 @@ def main():
     numbers = json.dumps(about | found | more, indent=1)
     files = {"superres.md": text + "\n", "superres.json": numbers}
     for name, words in files.items():
-        write_whole(Path(args.out) / name, lambda file, words=words: file.write(words.encode()))
-    write_whole(Path(args.out) / "superres.png",
-                lambda file: sheet.quantize(128).save(file, "PNG", optimize=True))
+        write_text(Path(args.out) / name, words)
+    write_png(Path(args.out) / "superres.png", sheet.quantize(128))
     print(text)
 
 

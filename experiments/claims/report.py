@@ -25,6 +25,7 @@ from experiments.claims.intervals import (LEVEL, OPEN, UNTESTED, holm, interval,
                                           judge, together)
 from experiments.claims.run import METHODS, everything, options, write_json  # noqa: E402
 from experiments.claims.setting import CHOOSING, drawings  # noqa: E402
+from experiments.common import write_text  # noqa: E402
 from experiments.losses import ticks  # noqa: E402
 from pretrain.common import machine  # noqa: E402
 from styledrop import to_uint8, write_whole  # noqa: E402
@@ -296,7 +297,7 @@ def main():
     rows = claim_rows(tests, verdicts, counted(pipe))
     lines = report(f, args, settings, rows, tests, own) + pictures(f, art, out)
     text = "\n".join(lines) + "\n"
-    write_whole(out / "claims.md", lambda file: file.write(text.encode()))
+    write_text(out / "claims.md", text)
     means = {arm: {ruler: f.at(arm, ruler) for ruler in rulers if f.at(arm, ruler)}
              for arms, rulers in ((ARMS, RULERS), (OBJECT_ARMS, OBJECT_RULERS)) for arm in arms}
     write_json(out / "claims.json", dict(

@@ -32,7 +32,8 @@ from experiments.claims import fine, identity  # noqa: E402
 from experiments.claims.setting import (CHOOSING, HANDS, at_side, distances,  # noqa: E402
                                         diversity, drawing, drawings, measure, pool_names,
                                         subjects, tokens_of)
-from experiments.quality import among, load_classifier, look  # noqa: E402
+from experiments.common import among, numbers_of, write_text  # noqa: E402
+from experiments.quality import load_classifier, look  # noqa: E402
 from human_feedback.rounds import ROUND  # noqa: E402
 from pretrain.common import machine  # noqa: E402
 from styledrop import (RARE_TOKEN, StyleDrop, fingerprint, load_adapter,  # noqa: E402
@@ -58,8 +59,7 @@ CHOICES = {                             # adapters taught by R1's pictures: who 
 
 
 def write_json(path, value):
-    text = json.dumps(value) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(value) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class Unit:
             return clip_feedback.text_score(self.pipe.clip, images, texts)
         if who == "dark":
             return -images.mean((1, 2, 3))
-        wanted = torch.tensor([data.names().index(name) for name in every])
+        wanted = numbers_of(every)
         seen = among(look(self.net, images)["names"], wanted) > 0.5
         truth = drawings(self.art, names, self.subject.style).repeat_interleave(PER, 0)
         return 10 * seen - distances(images, truth)["distance"]

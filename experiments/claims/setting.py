@@ -23,8 +23,9 @@ sys.path.insert(0, str(ROOT))
 import clip_feedback  # noqa: E402
 import data  # noqa: E402
 from data import scenes, styles  # noqa: E402
+from experiments.common import among, numbers_of  # noqa: E402
 from experiments.one_shot import palette_distance, texture_distance  # noqa: E402
-from experiments.quality import among, look  # noqa: E402
+from experiments.quality import look  # noqa: E402
 from human_feedback.rounds import POOL_PROMPTS  # noqa: E402
 from styledrop import to_tensor  # noqa: E402
 
@@ -144,9 +145,8 @@ def measure(pipe, net, images, names, truth, reference, reference_name):
     reference's phrase nearer than the prompt? copy: share of tokens equal to the reference's, less
     what the wanted drawing shares with it already. light: mean luminance.
     """
-    number = {name: i for i, name in enumerate(data.names())}
     scores = look(net, at_side(images, 64))["names"]                             # (B, K)
-    rival = scores[:, number[reference_name]]
+    rival = scores[:, numbers_of([reference_name])[0]]
     texts = [data.content_phrase(name) for name in names]
     text = clip_feedback.text_score(pipe.clip, images, texts)
     of_reference = [data.content_phrase(reference_name)] * len(names)
@@ -155,7 +155,7 @@ def measure(pipe, net, images, names, truth, reference, reference_name):
     grey = torch.einsum("c,bchw->bhw", images.new_tensor([0.3, 0.59, 0.11]), images)
     return distances(images, truth) | {
         "text": text, "style": clip_feedback.style_score(pipe.clip, images, reference),
-        "named": among(scores, torch.tensor([number[name] for name in names])),
+        "named": among(scores, numbers_of(names)),
         "leak": (scores < rival[:, None]).double().mean(1), "leak by CLIP": leak_clip.double(),
         "copy": same(images) - same(truth), "light": grey.mean((1, 2))}
 
