@@ -32,6 +32,7 @@ import data
 from adapter import METHODS
 from commandline import (Parser, check_place, filled, load_pipe, number, peak_memory, run_command,
                          say, utf8)
+from commandline.guess import guess_content, guess_style
 from data.english import note_unknown
 from data.pictures import grid
 from human_feedback.rounds import (alone, check_rounds, finished, further_rounds, made, read_json,
@@ -130,11 +131,15 @@ def tune(args):
             for path in args.ref]                            # examples/ from any folder
     references = [data.read_reference(path, pipe.resolution) for path in refs]
     references = to_tensor(np.stack(references))             # (R, 3, H, W)
-    if not contents:
+    style = "" if args.kind == "content" else args.style
+    if style is None and args.method == "textual-inversion":
+        style = RARE_TOKEN                                   # to learn a word of its own
+    if contents is None:
         contents = guess_content(pipe, references)
-        say(f"content guessed by CLIP: {', '.join(contents)} "
-            "(say it with --content if that is wrong)")
-    style = "" if args.kind == "content" else RARE_TOKEN if args.style is None else args.style
+        say(f"content: {', '.join(contents)}, CLIP thinks (say it with --content if not)")
+    if style is None:
+        style = guess_style(pipe, references, contents)
+        say(f"style: {style}, in the base's words (say it with --style if not)")
     note_unknown(pipe, *(style_prompt(content, style) for content in contents))
     tuning = {name: getattr(args, name) for name in TUNING}
     tuning["lr"] = args.lr or LR[args.method]
@@ -182,15 +187,6 @@ def first_round(args, out, pipe, references, settings):
         os.replace(run, out)
 
 
-def guess_content(pipe, images):
-    """The nearest of all names the base was trained on, by CLIP, for each image (R, 3, H, W)."""
-    phrases = sorted({data.content_phrase(name) for name in data.names()})
-    texts = pipe.clip.encode_text(pipe.clip.tokenize(phrases))
-    texts = torch.nn.functional.normalize(texts, dim=-1)
-    scores = pipe.clip.encode_image(images.to(pipe.device)) @ texts.T
-    return [phrases[i] for i in scores.argmax(1)]
-
-
 # ---------------------------------------------------------------------------------------------
 # Command line
 
@@ -232,8 +228,8 @@ def options():
     add("--ref", nargs="+", type=filled, metavar="IMG",
         help="the style reference; several teach one style together")
     add("--content", nargs="+", type=filled, metavar="PHRASE",
-        help='what each reference shows, such as "a house" (default: CLIP guesses)')
-    add("--style", type=utf8, help=f'words for the style (default: the rare token "{RARE_TOKEN}")')
+        help='what each reference shows, such as "a house" (default: a guess)')
+    add("--style", type=utf8, help="words for the style (default: the base's own for it)")
     add("--kind", choices=("style", "content"), default="style",
         help="what the pictures teach: a style, or an object")
     add("--method", choices=METHODS, default="adapter",

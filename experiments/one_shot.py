@@ -26,12 +26,16 @@ from experiments.judge import (attributes, held_back, load_judge, named,  # noqa
                                style_features)
 from data.pictures import grid  # noqa: E402
 from commandline import Parser, number, run_command  # noqa: E402
+from commandline.guess import guess_content, guess_style  # noqa: E402
 from styledrop import RARE_TOKEN, StyleDrop, style_prompt, to_tensor, to_uint8  # noqa: E402
 
 METRICS = {                             # unit (100: in percent), digits
     "palette": (1, 4), "texture": (1, 4), "judge's distance": (1, 3), "style seen": (100, 1),
     "object seen": (100, 1), "leakage": (100, 1)}
-MADE = ("rare token", "style in words", "tuned", "tuned, style named")           # the others: drawn
+# The base asked for no style, for words that commandline.guess found, for the true ones; then tuned.
+# "words found, tuned" is train.py's default, content guessed too. The other rows are drawn.
+MADE = ("no style", "words found", "words given", "rare token, tuned", "words found, tuned",
+        "words given, tuned")
 FLOOR, CEILING = "floor: the target, reconstructed", "ceiling: the object in another style"
 SHOWN = (*MADE, FLOOR)
 
@@ -126,46 +130,60 @@ def one_style(pipe, judge, art, subject, things, args):
     content = data.content_phrase(reference)
     example = draw(art, [reference], source, style, args.seed)
     tuning = dict(seed=args.seed) | (dict(steps=args.steps) if args.steps else {})
-    adapter = pipe.tune(example, [content], style=RARE_TOKEN, **tuning)
-    in_words = pipe.tune(example, [content], style=words, **tuning)
+    seen = guess_content(pipe, example)[0]
+    found = guess_style(pipe, example, [seen])
     names = [name for name in things for _ in range(args.seeds)]
     prompts = [data.content_phrase(name) for name in names]
-    with_token = [style_prompt(prompt, RARE_TOKEN) for prompt in prompts]
-    sample = lambda prompts, *style, **more: pipe.generate(prompts, *style, seed=args.seed,
-                                                           **more).cpu()
     again = lambda images: images.repeat_interleave(args.seeds, 0)       # as many as the samples
     target = draw(art, things, source, style, args.seed)
-    images = dict(zip(MADE, (sample(with_token), sample(prompts, style_phrase=words),
-                             sample(prompts, adapter), sample(prompts, in_words))))
+    plain = [style_prompt(prompt, RARE_TOKEN) for prompt in prompts]
+    images = {"no style": pipe.generate(plain, seed=args.seed).cpu()}
+    for row, phrase in zip(MADE[1:], (found, words)):
+        images[row] = pipe.generate(prompts, style_phrase=phrase, seed=args.seed).cpu()
+    taught = (content, RARE_TOKEN), (seen, found), (content, words)
+    for row, (shows, phrase) in zip(MADE[3:], taught):
+        adapter = pipe.tune(example, [shows], phrase, **tuning)
+        images[row] = pipe.generate(prompts, adapter, seed=args.seed).cpu()
+    print(f"found: {seen}, {found}", flush=True)
     images |= {FLOOR: again(give_back(pipe, target)),
                "the target of other objects": again(target.roll(1, 0)),
                CEILING: again(draw(art, things, source, other, args.seed))}
-    found = {}
+    means = {}
     for row, x in images.items():
         values = measure(judge, x, again(target), names, reference, style, source)
-        found[row] = {metric: v.mean().item() for metric, v in values.items()}
-    before, after = (images[row][::args.seeds][:8] for row in ("rare token", "tuned"))
-    return words, found, torch.cat([example, before, torch.ones_like(example), after])
+        means[row] = {metric: v.mean().item() for metric, v in values.items()}
+    before, after = (images[row][::args.seeds][:8] for row in (MADE[1], MADE[4]))
+    return words, means, torch.cat([example, before, torch.ones_like(example), after])
 
 
 # ---------------------------------------------------------------------------------------------
 # All styles
 
+def of_the_way(column, row, metric):
+    """From the base without style to the target reconstructed, in percent; of the mean distances.
+
+    column(row, metric): a number a style.
+    """
+    start, here, end = (np.mean(column(r, metric)) for r in (MADE[0], row, FLOOR))
+    return 100 * (start - here) / (start - end)
+
+
 def report(found, seed):
     """found: [(words, {row: {metric: mean}})] of all styles -> lines of Markdown."""
     column = lambda row, metric: [numbers[row][metric] for _, numbers in found]
     titles = [f"{m}, %" if unit == 100 else m for m, (unit, _) in METRICS.items()]
-    lines = table(["", *titles], [
-        [row, *(with_error(column(row, m), None, *how) for m, how in METRICS.items())]
+    lines = table(["", *titles, "of the way, %"], [
+        [row, *(with_error(column(row, m), None, *how) for m, how in METRICS.items()),
+         ", ".join(f"{of_the_way(column, row, m):.0f}" for m in ("palette", "texture"))]
         for row in found[0][1]])
     rows = []
-    for against in MADE[:2]:
+    for against in (MADE[1], MADE[3]):
         cells = []
         for m, (unit, digits) in METRICS.items():
             generator = torch.Generator().manual_seed(seed)
-            figures = paired_bootstrap(column("tuned", m), column(against, m), generator)
+            figures = paired_bootstrap(column(MADE[4], m), column(against, m), generator)
             cells.append("{} [{}, {}]".format(*(f"{unit * x:+.{digits}f}" for x in figures)))
-        rows.append([f"tuned minus {against}", *cells])
+        rows.append([f"{MADE[4]} minus {against}", *cells])
     lines += ["What tuning changed, style by style, with the 95 % interval of a paired bootstrap "
               "over the styles:", "", *table(["", *titles], rows)]
     rows = []
@@ -211,10 +229,13 @@ def main():
              "patches to the target, the drawing of the same object in the reference's style. The "
              "judge's distance: one minus the cosine of its style features. Style seen: it names "
              "the attributes right (OpenMoji: the icon set). Object seen: named among 100. "
-             "Leakage: the reference's object is, which chance does in 1 %.", ""]
+             "Leakage: the reference's object is, which chance does in 1 %. Of the way: in palette "
+             "and texture, from the base without style to the floor.", "",
+             "Words found: by the base itself (commandline/guess.py), from the reference. With "
+             "\"words found, tuned\", train.py's default, CLIP names the content, too.", ""]
     lines += report(found, args.seed)
     lines += ["## one_shot.png", "", "A row for each style, as above: the reference; eight objects "
-              "before (rare token); the same after. First seeds, none chosen: "
+              f"before ({MADE[1]}); the same after ({MADE[4]}). First seeds, none chosen: "
               f"{', '.join(map(data.content_phrase, things[:8]))}."]
     text = "\n".join(lines) + "\n"
     sheet = grid(np.concatenate(rows), len(rows[0]))

@@ -5,7 +5,7 @@ import math
 import os
 import pickle
 import random
-import warnings
+
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -23,9 +23,9 @@ from clip_feedback import (BYTES, CLIP, OPENAI_PIXELS, PRESETS, VOCABULARY_FILE,
                            build, check_sizes, load_clip, read_weights, select_best,
                            split_words, style_score, text_score)
 from experiments import score
-from pretrain.clip import contrastive_loss
+
 from pretrain.common import train_merges
-from styledrop import load_model, save_model, to_tensor
+from styledrop import save_model, to_tensor
 
 VIT = dict(vision_layers=2, vision_width=32, vision_heads=2)      # the other kind of image tower
 one_line = lambda words: f"^[^\n]*{words}[^\n]*$"
@@ -61,7 +61,7 @@ def words(text):
     ("they'LL 2024 don't!?", ["they", "'ll", "2", "0", "2", "4", "don", "'t", "!?"]),
     ("< salt &amp;amp; pepper", ["<", "salt", "&", "pepper"]),    # escaped twice
     ("“quoted” cafÃ©", ['"', "quoted", '"', "café"]),             # ftfy repairs broken UTF-8
-    ("熱気球 に", ["熱気球", "に"]), ("🎈 a", ["🎈", "a"]), ("", [])])
+    ("熱気球 🎈", ["熱気球", "🎈"]), ("", [])])
 def test_cleaning_and_splitting(text, expected):
     """And no text is unknown: its ids hold the same bytes."""
     assert words(text) == expected
@@ -107,11 +107,9 @@ def test_encode_applies_merges_in_rank_order():
 def test_batch_has_start_end_and_zero_padding():
     start, end = TOKENIZER.start_id, TOKENIZER.end_id
     cat, long = TOKENIZER.encode("a cat"), TOKENIZER.encode("a teapot " * 9)
-    ids = TOKENIZER(["a cat", "a teapot " * 9, ""], 8)
-    assert ids[0].tolist() == [start, *cat, end] + [0] * (6 - len(cat))
-    assert ids[1].tolist() == [start, *long[:6], end]
-    assert ids[2].tolist() == [start, end] + [0] * 6
-    assert TOKENIZER("a cat", 8).shape == (1, 8)
+    ids = TOKENIZER(["a cat", "a teapot " * 9, ""], 8).tolist()
+    assert ids[0] == [start, *cat, end] + [0] * (6 - len(cat))
+    assert ids[1:] == [[start, *long[:6], end], [start, end] + [0] * 6]
     assert TOKENIZER.fits("a cat", len(cat) + 2) and not TOKENIZER.fits("a cat", len(cat) + 1)
     ids = TOKENIZER("a <|endoftext|> cat", 32)                    # plain text in a prompt
     assert (ids == end).sum() == 1 and ids.argmax() > 5
@@ -121,21 +119,17 @@ def test_openai_vocabulary_file(tmp_path):
     path, merges = tmp_path / VOCABULARY_FILE, ["a t", "c at</w>", "h at</w>"]
     path.write_bytes(gzip.compress("\n".join(["a header line", *merges, ""]).encode()))
     assert Tokenizer(path).merges == [("a", "t"), ("c", "at</w>"), ("h", "at</w>")]
-    path.write_bytes(gzip.compress(b"header\n" + b"a b\n" * 60000))
+    whole = gzip.compress(b"header\n" + b"a b\n" * 60000)
+    path.write_bytes(whole)
     assert Tokenizer(path).vocab_size == 49408                    # it lists more than CLIP uses
-    whole = gzip.compress(b"h\na b")
     for content in (b"no gzip", gzip.compress(b"header\none two three"), gzip.compress(b"\xff\xfe"),
                     whole[:-9], whole[:12] + b"\xff" * 9):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=one_line("not a CLIP vocabulary file")):
             Tokenizer(path)
-
-
-@pytest.mark.parametrize("merges", [7, {"a": "b"}, ["a"], ["a b c"], [7], [["a", 7]],
-                                    [("a" * 999, "b")]])
-def test_merges_of_other_types_are_refused(merges):
-    with pytest.raises(ValueError, match="merges must be pairs of symbols"):
-        Tokenizer(merges)
+    for merges in (7, ["a"], ["a b c"], [["a", 7]], [("a" * 999, "b")]):
+        with pytest.raises(ValueError, match="merges must be pairs of symbols"):
+            Tokenizer(merges)
 
 
 # -- model
@@ -198,16 +192,6 @@ def test_resnet_equals_plain_operations(clip):
     close(clip.encode_image(random_images(2))[1:], clip.encode_image(random_images(2)[1:]))
 
 
-def test_what_follows_the_end_does_not_change_text_features(clip):
-    ids = clip.tokenize(["a cat"])
-    length = int(ids.argmax()) + 1
-    junk, changed = ids.clone(), ids.clone()
-    junk[:, length:], changed[0, 1] = 5, 7
-    for other in (ids[:, :length], clip.tokenize(["a cat", "a house in flat"])[:1], junk):
-        close(clip.encode_text(other), clip.encode_text(ids))
-    assert (clip.encode_text(changed) - clip.encode_text(ids)).abs().max() > 1e-3
-
-
 def test_images_of_any_shape_are_cropped_and_resampled(clip):
     image = random_images(1)
     close(clip.prepare(image), image)                             # ours reads [-1, 1] as it is
@@ -219,21 +203,10 @@ def test_images_of_any_shape_are_cropped_and_resampled(clip):
     assert white.tolist() == pytest.approx([1.9303, 2.0749, 2.1459], abs=1e-3)
 
 
-@pytest.mark.parametrize("tower", [{}, VIT])
-def test_every_weight_gets_a_gradient(tower):
-    clip = toy(**tower).train()
-    images, ids = random_images(3), clip.tokenize(["a cat", "a tree", "an owl"])
-    contrastive_loss(clip.encode_image(images), clip.encode_text(ids), clip.logit_scale).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in clip.parameters())
-
-
 def test_presets_have_the_sizes_that_are_promised():
-    def count(preset, **changes):
-        with torch.device("meta"):
-            weights = CLIP(replace(PRESETS[preset], **changes)).state_dict()
-        return sum(x.numel() for x in weights.values())
-    assert count("paper") == 427_616_513      # ViT-L/14 (CLIP Table 20 lists its widths and depths)
-    assert 2 * count("tiny", vocab_size=2514) < 9e6               # bytes of a file in fp16
+    with torch.device("meta"):
+        weights = CLIP(PRESETS["paper"]).state_dict().values()
+    assert sum(w.numel() for w in weights) == 427_616_513     # ViT-L/14 (CLIP, Table 20)
     for presets in (PRESETS, muse.PRESETS, muse.SUPERRES, vqgan.PRESETS):
         for config in presets.values():
             check_sizes(config)
@@ -242,17 +215,18 @@ def test_presets_have_the_sizes_that_are_promised():
 # -- scores and selection
 
 def test_scores_are_plain_cosines(clip):
+    """Of each image with its text, and with each reference. Neither the size of the features nor
+    the temperature matters.
+    """
     images, texts, reference = random_images(3), ["a cat", "a tree", "a cat"], random_images(2, 9)
     features, ids = clip.encode_image(images), clip.tokenize(texts)
     scores = text_score(clip, images, texts)
     close(scores, F.cosine_similarity(features, clip.encode_text(ids)).detach())
-    assert not scores.requires_grad
     close(text_score(clip, images, "a cat")[2:], scores[2:])
     cosines = F.cosine_similarity(features[:, None], clip.encode_image(reference), dim=-1).detach()
     close(style_score(clip, images, reference), cosines.mean(1))
     close(style_score(clip, images, reference[0]), cosines[:, 0])
-    close(style_score(clip, images, images[1])[1], torch.tensor(1.))
-    with torch.no_grad():          # neither the size of the features nor the temperature matters
+    with torch.no_grad():
         clip.visual.proj.mul_(3)
         clip.text_projection.mul_(5)
         clip.logit_scale.fill_(0.)
@@ -264,9 +238,6 @@ def test_scores_explain_wrong_input(clip):
         text_score(clip, random_images(3), ["a", "b"])
     with pytest.warns(UserWarning, match="only the first 14 tokens"):
         text_score(clip, random_images(1), "a teapot " * 20)
-    clip.tokenizer = None
-    with pytest.raises(ValueError, match="no tokenizer"):
-        text_score(clip, random_images(1), "a cat")
 
 
 def test_selection():
@@ -290,12 +261,13 @@ def test_checkpoint_round_trip_is_exact(tower, tmp_path):
     assert not loaded.training and all(p.requires_grad for p in loaded.parameters())
     for name, w in loaded.state_dict().items():
         assert torch.equal(w, expected[name]) and w.dtype == expected[name].dtype
-    assert torch.equal(*(text_score(x, random_images(2), "a cat") for x in (clip, loaded)))
 
 
 @pytest.mark.parametrize("layout", ["openai", "open_clip"])
 def test_foreign_weights_load_with_an_inferred_config(layout, tmp_path):
-    """A CLIP in OpenAI's proportions: 64 wide heads, quick GELU, in fp16."""
+    """A CLIP in OpenAI's proportions: 64 wide heads, quick GELU, in fp16. The vocabulary lies
+    beside it, or elsewhere.
+    """
     path, vocabulary = tmp_path / "ViT.pt", tmp_path / VOCABULARY_FILE
     foreign = toy(resolution=28, patch=14, vision_width=128, vision_layers=3, vision_heads=2,
                   text_width=64, text_heads=1, context_length=12, quick_gelu=True,
@@ -311,31 +283,10 @@ def test_foreign_weights_load_with_an_inferred_config(layout, tmp_path):
     vocabulary.write_bytes(gzip.compress("\n".join(["h", *save_merges(TOKENIZER)]).encode()))
     loaded = load_clip(path, quick_gelu=True if layout == "open_clip" else None)
     assert loaded.config == foreign.config
-    images, texts = random_images(2, 50), ["a cat", "a house"]    # the vocabulary lies beside it
+    images, texts = random_images(2, 50), ["a cat", "a house"]
     close(text_score(loaded, images, texts), text_score(foreign.float(), images, texts))
     vocabulary.rename(tmp_path / "elsewhere.gz")
     assert load_clip(path, str(tmp_path / "elsewhere.gz")).tokenizer.merges == TOKENIZER.merges
-
-
-class Writes(torch.nn.Module):
-    """A module whose TorchScript archive writes a file when it is opened."""
-
-    def __init__(self, there):
-        super().__init__()
-        self.there = there
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-    @torch.jit.export
-    def __getstate__(self) -> str:
-        return self.there
-
-    @torch.jit.export
-    def __setstate__(self, there: str) -> None:
-        self.there = there
-        self.training = False
-        torch.save(torch.ones(3), there)
 
 
 class Command:
@@ -344,13 +295,12 @@ class Command:
 
 
 @pytest.mark.filterwarnings("ignore")                             # TorchScript's, of its own age
-def test_no_code_of_a_file_is_run(tmp_path):
-    """Archives of TorchScript and pickles with commands: one line each, and nothing is written."""
+def test_no_code_of_a_file_is_run(tmp_path, monkeypatch):
+    """Archives of TorchScript and pickles with commands: one line each, and none is carried out."""
     target, path, command = tmp_path / "written", tmp_path / "ViT.pt", Command()
     command.there = str(target)
-    torch.jit.script(Writes(str(target))).save(str(path))
-    torch.jit.load(str(path))
-    target.unlink()                                               # the trap works
+    torch.jit.script(torch.nn.Identity()).save(str(path))
+    monkeypatch.setattr(torch.jit, "load", lambda *a, **k: pytest.fail("its code was run"))
     for write, words in ((lambda: None, "TorchScript archive, which holds code"),
                          (lambda: path.write_bytes(pickle.dumps(command)), "is damaged, or not a"),
                          (lambda: torch.save([command], path), "is damaged, or not a file")):
@@ -358,108 +308,84 @@ def test_no_code_of_a_file_is_run(tmp_path):
         with pytest.raises(ValueError, match=one_line(words)):
             load_clip(path)
         assert not target.exists()
+    torch.load(path, weights_only=False)
+    assert target.exists()                                        # the trap works
 
 
-@pytest.mark.parametrize("config, changes", [
-    (config, changes) for config, cases in (
-        (PRESETS["toy"], [dict(vision_layers=10 ** 9), dict(vision_layers=()), dict(text_heads=0),
-                          dict(vision_layers=(2,) * 9), dict(vision_layers=(1, 257)),
-                          dict(vision_width=2.0), dict(text_width=-1), dict(vocab_size=2 ** 40),
-                          dict(text_heads=5), dict(embed_dim=True), dict(quick_gelu=1),
-                          dict(image_mean="abc"), dict(image_std=(math.nan,) * 3),
-                          dict(context_length=None), dict(text_width="32")]),
-        (muse.PRESETS["toy"], [dict(layers=257), dict(heads=3), dict(grid=(4, 4))]),
-        (vqgan.PRESETS["toy"], [dict(blocks=300), dict(channels=[8, 8]), dict(decay=math.inf),
-                                dict(channels=(8, -8))])) for changes in cases])
-def test_sizes_that_no_model_has_are_refused(config, changes):
-    check_sizes(config)
-    with pytest.raises(ValueError, match=one_line(f"{[*changes][0]} must be")):
-        check_sizes(replace(config, **changes))
+@pytest.mark.parametrize("config, change", [
+    *((PRESETS["toy"], change) for change in (
+        dict(vision_layers=10 ** 9), dict(vision_layers=()), dict(vision_layers=(2,) * 9),
+        dict(vision_layers=(1, 257)), dict(vision_width=2.0), dict(text_width=-1),
+        dict(vocab_size=2 ** 40), dict(text_heads=0), dict(text_heads=5), dict(embed_dim=True),
+        dict(quick_gelu=1), dict(image_mean="abc"), dict(image_std=(math.nan,) * 3))),
+    (muse.PRESETS["toy"], dict(heads=3)), (vqgan.PRESETS["toy"], dict(blocks=300))])
+def test_sizes_that_no_model_has_are_refused(config, change):
+    with pytest.raises(ValueError, match=one_line(f"{[*change][0]} must be")):
+        check_sizes(replace(config, **change))
 
 
 @pytest.mark.parametrize("change", [
-    lambda w: None, lambda w: "x", lambda w: w.int(), lambda w: w.to_sparse(),
-    lambda w: w * math.nan, lambda w: w.double() * 1e300, lambda w: w[:1].clone().expand_as(w),
-    lambda w: w.to("meta"), lambda w: w[1:], lambda w: w.to(torch.complex64)])
+    lambda w: None, lambda w: w.int(), lambda w: w.to_sparse(), lambda w: w * math.nan,
+    lambda w: w.double() * 1e300, lambda w: w[:1].clone().expand_as(w), lambda w: w.to("meta"),
+    lambda w: w[1:]])
 def test_weights_that_do_not_fit_are_named(change):
     """Traps: an infinity after the step to fp32; a small file that claims much memory."""
     weights = {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
     layer = build(lambda: torch.nn.Linear(2, 3), weights)
     assert torch.equal(layer.weight, weights["weight"]) and not layer.training
-    with pytest.raises(ValueError, match=one_line("'weight'")):
-        build(lambda: torch.nn.Linear(2, 3), weights | {"weight": change(weights["weight"])})
-    with pytest.raises(ValueError, match=one_line("'one.more'")):
-        build(lambda: torch.nn.Linear(2, 3), weights | {"one.more": torch.ones(1)})
+    for name, wrong in (("weight", change(weights["weight"])), ("one.more", torch.ones(1))):
+        with pytest.raises(ValueError, match=one_line(f"'{name}'")):
+            build(lambda: torch.nn.Linear(2, 3), weights | {name: wrong})
 
 
 def test_other_files_are_refused_in_one_line(clip, tmp_path, recwarn):
     path = tmp_path / "clip.pt"
     save_model(path, "clip", clip, {}, merges=save_merges(TOKENIZER))
-    whole, saved = path.read_bytes(), read_weights(path)
-
-    def refuses(content):
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        with pytest.raises(ValueError) as error:
-            load_clip(path)
-        said = str(error.value)
-        assert "\n" not in said and str(path) in said and len(said) < 300
-        assert not any(word in said for word in ("Weights only", "weights_only", "PytorchStream"))
-
-    for content in (b"", b"hello", b"PK\x03\x04" + b"\1" * 99, pickle.dumps([1, 2], 4)):
-        refuses(content)
-    for content in ([1, 2], {"state_dict": 3}, {"layer1.weight": torch.ones(2)}, {7: 8}):
-        refuses(content)
-    for part, values in dict(config=[None, [], {"colour": 1}, {7: 1}, {"patch": 99}],
-                             merges=[7, "clip.pt", ["a"], [[1, 2]], saved["merges"][:-1]],
-                             weights=[None, [], {}, {7: 8}]).items():
-        for value in values:
-            refuses({**saved, part: value})
+    saved = read_weights(path)
+    contents = [[1, 2], {"state_dict": 3}, {"layer1.weight": torch.ones(2)}, {7: 8}]
+    for part, values in dict(config=[None, {"colour": 1}, {7: 1}, {"patch": 99}],
+                             merges=[7, "a.pt", saved["merges"][:-1]], weights=[None, {}]).items():
+        contents += [saved | {part: value} for value in values]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("archive/data.pkl", b"0" * 10 ** 6)
-    refuses(path.read_bytes())
+    with pytest.raises(ValueError, match=one_line("is compressed")):
+        load_clip(path)
+    for content in (b"", b"PK\x03\x04" + b"\1" * 99, *contents):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(ValueError, match=one_line(str(path))) as error:
+            load_clip(path)
+        assert len(str(error.value)) < 300 and "eights_only" not in str(error.value)
     for missing in (tmp_path / "missing.pt", tmp_path):
         with pytest.raises(FileNotFoundError, match="no file of weights at"):
             load_clip(missing)
-    with pytest.raises(ValueError, match="same merges"):
-        CLIP(PRESETS["toy"], TOKENIZER)
     assert not recwarn.list
 
 
-SMALL = dict(
-    clip=lambda: CLIP(replace(PRESETS["toy"], vision_layers=(1,), text_layers=1,
-                              vocab_size=TOKENIZER.vocab_size), TOKENIZER),
-    vqgan=lambda: vqgan.VQGAN(replace(vqgan.PRESETS["toy"], channels=(2, 4))),
-    muse=lambda: muse.Muse(replace(muse.PRESETS["toy"], layers=1, text_layers=0)))
-LOAD = dict(clip=load_clip, muse=lambda path: load_model(path, "muse", muse.MuseConfig, muse.Muse),
-            vqgan=lambda path: load_model(path, "vqgan", vqgan.VQGANConfig, vqgan.VQGAN))
-
-
-@pytest.mark.parametrize("kind", SMALL)
-def test_randomly_damaged_files(kind, tmp_path, capfd):
+@pytest.mark.filterwarnings("error")
+def test_randomly_damaged_files(tmp_path, capfd):
     """Flipped bytes, cut tails, inserted runs: a model, or one line; torch's words never show."""
-    path, chance, refused = tmp_path / f"{kind}.pt", random.Random(0), 0
-    save_model(path, kind, SMALL[kind](), {}, merges=save_merges(TOKENIZER))
+    path, chance, refused = tmp_path / "clip.pt", random.Random(0), 0
+    save_model(path, "clip", toy(vision_layers=(1,), text_layers=1), {},
+               merges=save_merges(TOKENIZER))
     whole = path.read_bytes()
     pickled, tail = whole.index(b".", whole.index(b"provenance")) + 99, len(whole) - 2000
     anywhere = lambda: chance.choice([chance.randrange(pickled), chance.randrange(tail, len(whole)),
                                       chance.randrange(len(whole))])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for i in range(500):
-            damaged, place = bytearray(whole), anywhere()
-            if i % 10 == 0:
-                damaged = damaged[:place]
-            elif i % 10 == 1:
-                damaged[place:place] = chance.randbytes(chance.choice((1, 7, 64, 5000)))
-            else:
-                for _ in range(chance.choice((1, 3, 30))):
-                    damaged[anywhere()] = chance.randrange(256)
-            path.write_bytes(damaged)
-            try:
-                LOAD[kind](path)
-            except (ValueError, OSError) as error:
-                refused += 1
-                assert 0 < len(str(error)) < 400 and "\n" not in str(error)
+    for i in range(500):
+        damaged, place = bytearray(whole), anywhere()
+        if i % 10 == 0:
+            damaged = damaged[:place]
+        elif i % 10 == 1:
+            damaged[place:place] = chance.randbytes(chance.choice((1, 7, 64, 5000)))
+        else:
+            for _ in range(chance.choice((1, 3, 30))):
+                damaged[anywhere()] = chance.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_clip(path)
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert 0 < len(str(error)) < 400 and "\n" not in str(error)
     assert 250 < refused < 500 and capfd.readouterr() == ("", "")
 
 
@@ -472,15 +398,15 @@ def test_scores_of_a_folder(cli, weights, tmp_path):
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(tmp_path / (f"drawn/{i}.png" if i < 3 else "ref.png"))
     (tmp_path / "prompts.txt").write_text("a cat\na house\na tree\n")
-    command = ("--images", "drawn", "--ref", "ref.png", "--clip", weights / "clip.pt",
-               "--prompts", "prompts.txt")
+    path = weights / "clip.pt"
+    command = f"--images drawn --ref ref.png --clip {path} --prompts prompts.txt".split()
     code, out, _ = cli(score.main, *command)
-    clip, images = load_clip(weights / "clip.pt"), to_tensor(pictures)
+    clip, images = load_clip(path), to_tensor(pictures)
     scores = dict(text=text_score(clip, images[:3], ["a cat", "a house", "a tree"]),
                   style=style_score(clip, images[:3], images[3]))
     assert code == 0 and out.splitlines() == [
-        f"{name} score {x.mean():.4f} +- {x.std() / 3 ** 0.5:.4f}  "
-        f"(3 pictures, by {weights / 'clip.pt'})" for name, x in scores.items()]
+        f"{name} score {x.mean():.4f} +- {x.std() / 3 ** 0.5:.4f}  (3 pictures, by {path})"
+        for name, x in scores.items()]
     (tmp_path / "prompts.txt").write_text("a cat\na house\n")
     code, out, err = cli(score.main, *command)
     assert code == 2 and out == "" and "3 pictures" in err and "2 prompts" in err

@@ -30,11 +30,17 @@ def tuned(pipe2, request):
 
 def test_only_theta_learns(pipe2, tuned):
     """Every tensor of the base is the same bit for bit (see the fixture), the loss falls, and the
-    pictures are others. Traps: full tuning in place; norms or embeddings trained along.
+    pictures are others. Methods other than "adapter" tune the first stage alone.
+    Traps: full tuning in place; norms or embeddings trained along.
     """
-    for losses in (tuned.losses[:30], tuned.losses[30:]):
-        assert sum(losses[-5:]) < sum(losses[:5]) or not losses
-    theta = tuned.theta
+    theta, losses, second = tuned.theta, tuned.losses, tuned.theta.superres
+    if tuned.method == "adapter":
+        how = dict(d_emb=32, d_prj=SECOND_TUNING.d_prj, n_layer=3, is_shared=False)
+        assert second.config == how and len(losses) == 60
+        assert sum(losses[-5:]) < sum(losses[30:35])
+    else:
+        assert second is None and len(losses) == 30
+    assert sum(losses[25:30]) < sum(losses[:5])
     assert all(p.grad.abs().sum() > 0 and not p.requires_grad for p in theta.parameters())
     assert theta.about["base"] == pipe2.base and theta.about["prompts"] == PROMPTS
     drawn = [pipe2.generate(prompt, style, steps=4, superres=False) for prompt, style in
@@ -42,34 +48,16 @@ def test_only_theta_learns(pipe2, tuned):
     assert not torch.equal(*drawn)
 
 
-def test_others_tune_the_first_stage_alone(pipe2, tuned, make_adapter):
-    """And draw both, also mixed with an object's adapter. Trap: the second stage's adapter of a
+def test_file_round_trip(pipe2, tuned, tmp_path):
+    """The method, the weights of both stages, the pictures.
+    Traps: the second stage's weights are dropped or drawn anew; the second stage's adapter of a
     method that has none.
     """
-    second, content = tuned.theta.superres, make_adapter(1, style="", base=pipe2.base)
-    if tuned.method == "adapter":
-        how = dict(d_emb=32, d_prj=SECOND_TUNING.d_prj, n_layer=3, is_shared=False)
-        assert second.config == how and len(tuned.losses) == 60
-    else:
-        assert second is None and len(tuned.losses) == 30
-    draw = lambda **options: pipe2.generate("a cat", steps=2, **options)
-    style, both = draw(style=tuned.theta), dict(style=tuned.theta, content=content)
-    assert style.shape == (1, 3, 32, 32) and torch.equal(draw(**both, gamma=0.0), style)
-    assert torch.equal(draw(**both, gamma=1.0), draw(content=content))
-    assert not torch.equal(draw(**both, gamma=0.5), style)
-
-
-def test_file_round_trip(pipe2, tuned, tmp_path):
-    """From the file and from its folder: the method, the weights of both stages, the pictures.
-    Trap: the second stage's weights are dropped or drawn anew.
-    """
     tuned.theta.save(tmp_path / "adapter.pt")
-    for path in (tmp_path, tmp_path / "adapter.pt"):
-        again = load_adapter(path)
-        assert type(again) is METHODS[tuned.method] and again.about == tuned.theta.about
-        assert fingerprint(again.state_dict()) == fingerprint(tuned.theta.state_dict())
-        drawn = [pipe2.generate("a cat", theta, steps=2) for theta in (again, tuned.theta)]
-        assert torch.equal(*drawn)
+    again = load_adapter(tmp_path)
+    assert type(again) is METHODS[tuned.method] and again.about == tuned.theta.about
+    assert fingerprint(again.state_dict()) == fingerprint(tuned.theta.state_dict())
+    assert torch.equal(*(pipe2.generate("a cat", theta, steps=2) for theta in (again, tuned.theta)))
 
 
 def test_only_its_words_mean_something_else(pipe2, tuned):
@@ -96,11 +84,6 @@ def test_starts_from_the_base(pipe, method):
     styled = pipe.generate(PROMPTS, style=fresh, steps=4, lambda_a=3.0)
     base = pipe.generate([style_prompt(p, PHRASE) for p in PROMPTS], steps=4)
     assert torch.allclose(styled, base, atol=1e-4)
-    plain = pipe.generate(PROMPTS, style=fresh, steps=4, lambda_a=3.0, style_phrase="")
-    assert not torch.allclose(plain, base, atol=1e-4)
-    if method == "full":                                    # T is frozen in all that StyleDrop does
-        assert set(fresh.config["shapes"]) == {name for name, _ in pipe.muse.named_parameters()
-                                               if not name.startswith("text_encoder.")}
 
 
 def test_lora_against_its_formula(pipe):

@@ -13,25 +13,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCABULARY, noise_images, toy_clip
+from conftest import VOCABULARY, noise_images
 from PIL import Image
 
 import data
-import muse as muse_
-import pretrain.clip
-import pretrain.muse
-import pretrain.superres
-import pretrain.vqgan
 import train
-from muse import PRESETS, SUPERRES, Muse
-from pretrain import common
+from clip_feedback import Tokenizer
+from muse import SUPERRES, Muse, TextEncoder
+from pretrain import clip, common, muse, superres, vqgan
 from pretrain.clip import InTurn, StyleWords, augment, contrastive_loss
 from pretrain.common import Muon, Replay, Run, optimisers_for, set_rate, update_average
 from styledrop import StyleDrop
 
-STAGES = ("vqgan", "clip", "muse", "superres")
-MODULES = {name: getattr(pretrain, name) for name in STAGES}
-SAMPLES = {name: MODULES[name].samples for name in ("muse", "superres")}
+STAGES = dict(vqgan=vqgan, clip=clip, muse=muse, superres=superres)
+SAMPLES = {name: STAGES[name].samples for name in ("muse", "superres")}
 chance = lambda seed=0: torch.Generator().manual_seed(seed)
 content = lambda folder: {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 checkpoint = lambda folder: torch.load(f"{folder}/checkpoint.pt", weights_only=True)
@@ -61,8 +56,6 @@ def test_replay_keeps_the_last_steps():
         assert ages.min() >= 0 and ages.max() < min(4, step + 1)
         seen |= set(ages.tolist()) if step > 5 else set()
     assert seen == {0, 1, 2, 3}
-    new = drawn(0, 8)
-    assert Replay(8, 1)(new, chance()) is new
 
 
 @pytest.mark.parametrize("first", [0, 3, 5, 6])
@@ -80,22 +73,11 @@ def test_replay_resumed_is_replay_unbroken(first):
                 assert all(torch.equal(a, b) for a, b in zip(batch, again))
 
 
-def test_steps_are_numbered():
-    """A step's images hang on seed and number alone; a second source draws the same, larger."""
-    steps = lambda seed=0: common.Steps([Source(), Source()], [16, 32], 4, seed)
-    low, high = steps()[7]
-    assert low.shape == (4, 16, 16, 3) and high.shape == (4, 32, 32, 3)
-    assert torch.equal(low.repeat_interleave(2, 1).repeat_interleave(2, 2), high)
-    assert torch.equal(steps()[7][0], low) and not torch.equal(steps(1)[7][0], low)
-    assert not torch.equal(steps()[8][0], low)
-
-
 def test_captions_of_clip_come_in_kinds():
     """Styles alone in one batch, whose kind and number follow from the step."""
-    captions = ["a man in tuxedo in flat vector style", "a man in tuxedo", "a cat in sepia style"]
+    captions = ["a man in tuxedo in flat vector style", "a man in tuxedo"]
     source = SimpleNamespace(batch=lambda n, rng, resolution: ("images", captions))
-    images, said = StyleWords(source).batch(3, None, 16)
-    assert images == "images" and said == ["flat vector style", "a man in tuxedo", "sepia style"]
+    assert StyleWords(source).batch(2, None, 16) == ("images", ["flat vector style", captions[1]])
     turns = InTurn([0, 10, 20, 30, 40, 50], [0, 11, 21, 31, 41, 51])
     assert [turns[step] for step in (3, 4, 5)] == [31, 40, 51]
 
@@ -118,29 +100,15 @@ def test_contrastive_loss_equals_a_plain_loop():
     draw, n = lambda seed: torch.randn(5, 8, generator=chance(seed)), range(5)
     images, texts, scale, same = draw(1), draw(2), torch.tensor(7.), torch.eye(5).bool()
     same[0, 1] = True                             # text 1 is right for image 0, not text 0 for 1
+    logits = [[scale * F.cosine_similarity(images[i], texts[j], dim=0) for j in n] for i in n]
+    logits = torch.stack([torch.stack(row) for row in logits])
     for mask in (None, same):
         right = torch.eye(5).bool() if mask is None else mask
-        logits = [[scale * F.cosine_similarity(images[i], texts[j], dim=0) for j in n] for i in n]
-        logits = torch.stack([torch.stack(row) for row in logits])
         total = sum(logits[i].logsumexp(0) - logits[i][right[i]].mean()
                     + logits[:, i].logsumexp(0) - logits[:, i][right[:, i]].mean() for i in n)
         torch.testing.assert_close(contrastive_loss(images, texts, scale.log(), mask), total / 10)
     hundred = torch.tensor(math.log(100))
     assert torch.equal(*(contrastive_loss(images, texts, hundred + x) for x in (0, 1)))
-
-
-def test_identical_captions_are_not_negatives():
-    """Images 0 and 1 share a caption: the least loss leaves them together, plain CLIP's not."""
-    features, same = torch.eye(4)[[0, 0, 1, 2]], torch.eye(4).bool()
-    scale = torch.tensor(100.).log()
-    same[0, 1] = same[1, 0] = True
-    loss = contrastive_loss(features, features, scale, same)
-    assert loss.item() == pytest.approx(math.log(2) / 2, abs=1e-5)   # half have two right answers
-    apart = features.clone()
-    apart[0, 3], apart[1, 3] = 0.1, -0.1
-    assert contrastive_loss(apart, apart, scale, same) > loss + 1e-3
-    alike = contrastive_loss(torch.ones(4, 4), torch.ones(4, 4), scale, same)
-    assert alike.item() == pytest.approx(math.log(4))
 
 
 # -- optimisers
@@ -163,26 +131,19 @@ def test_muon_is_torchs(monkeypatch):
             assert torch.allclose(p, q, atol=1e-5) and (p - old).abs().mean() > 1e-4
 
 
-MODELS = {"muse": lambda: Muse(PRESETS["toy"]), "superres": lambda: Muse(SUPERRES["toy"]),
-          "clip": toy_clip}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_weight_has_one_optimiser(name):
+def test_every_weight_has_one_optimiser():
     """Traps: a matrix that neither Muon nor AdamW moves, or both; decayed norms and biases."""
-    model = MODELS[name]()
-    blocks = model.transformer.resblocks if name == "clip" else model.blocks
-    muon, adamw = (x.param_groups for x in optimisers_for(model, blocks, 1e-3))
+    model = Muse(SUPERRES["toy"])
+    muon, adamw = (x.param_groups for x in optimisers_for(model, model.blocks, 1e-3))
     hidden, rest = ([p for group in groups for p in group["params"]] for groups in (muon, adamw))
     assert sorted(map(id, hidden + rest)) == sorted(map(id, model.parameters()))
-    assert all(p.dim() == 2 for p in hidden)
-    assert all((group["weight_decay"] > 0) == (p.dim() > 1) for group in adamw
-               for p in group["params"])
-    embedding = model.token_embedding if name == "clip" else model.token
-    assert id(embedding.weight) in map(id, rest)
+    assert hidden and all(p.dim() == 2 for p in hidden)
+    for group in adamw:
+        assert all((group["weight_decay"] > 0) == (p.dim() > 1) for p in group["params"])
+    assert id(model.token.weight) in map(id, rest)
 
 
-@pytest.mark.parametrize("steps, warmup", [(50, 5), (50, 1), (3, 100), (1, 1)])
+@pytest.mark.parametrize("steps, warmup", [(50, 5), (50, 1), (3, 100)])
 def test_the_rate_warms_up_and_falls(steps, warmup):
     """Up for `warmup` steps, then only down, to 2 %; a group has its share. Trap: a second peak."""
     groups = [dict(params=[torch.zeros(1)]), dict(params=[torch.zeros(1)], share=0.5)]
@@ -237,9 +198,9 @@ def stage(cli, weights, monkeypatch):
     kill_at: Ctrl-C after that step's weights were changed, before it is logged or kept.
     """
     monkeypatch.setattr(data, "Art", Source)
-    monkeypatch.setattr(pretrain.clip, "measure", lambda clip: dict(top1=0.5))
+    monkeypatch.setattr(clip, "measure", lambda clip: dict(top1=0.5))
     monkeypatch.setattr(Replay, "WINDOW", 8)                # CLIP shares it among four
-    for module in (pretrain.muse, pretrain.superres):       # drawn once, in test_base_from_scratch
+    for module in (muse, superres):                         # drawn once, in test_base_from_scratch
         monkeypatch.setattr(module, "samples", lambda *a: Image.new("RGB", (8, 8)))
     real = Run.log
 
@@ -272,6 +233,18 @@ def same_but_minutes(a, b):
     return len(a) == len(b) > 10 and all(map(same, a, b))
 
 
+def is_refused(answer, *words):
+    """A stage ended with one line that holds these words."""
+    code, _, err = answer
+    assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
+
+
+def set_rate_to(optimisers, rate):
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+
+
 CASES = [(name, reuse) for name in STAGES for reuse in (1, 2) if (name, reuse) != ("vqgan", 2)]
 
 
@@ -286,8 +259,7 @@ def test_killed_and_resumed_equals_unbroken(stage, name, reuse):
     """
     steps = 6 if reuse == 1 else 15                         # more than the window
     options = ["--steps", steps, "--reuse", reuse] + ["--gan-start", 0.3] * (name == "vqgan")
-    code, _, err = stage(name, "whole", *options)
-    assert code == 0, err
+    assert stage(name, "whole", *options)[0] == 0
     assert stage(name, "broken", *options, kill_at=steps - 1)[0] == 130
     kept = checkpoint("broken")["step"]
     assert steps - 6 <= kept < steps - 1 and kept % 8
@@ -297,10 +269,9 @@ def test_killed_and_resumed_equals_unbroken(stage, name, reuse):
     assert code == 0 and f"going on from step {kept}" in out
     assert same_but_minutes("whole/checkpoint.pt", "broken/checkpoint.pt")
     assert same_but_minutes(f"whole/{name}.pt", f"broken/{name}.pt")
-    logs = [log_of(folder) for folder in ("whole", "broken")]
-    assert [line["step"] for line in logs[1]] == list(range(1, steps + 1))
-    assert {"step", "images", "loss", "minutes"} <= logs[1][0].keys()
-    assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
+    whole, broken = ([(line["step"], line["loss"]) for line in log_of(folder)]
+                     for folder in ("whole", "broken"))
+    assert whole == broken and [step for step, _ in whole] == list(range(1, steps + 1))
     before = content("broken")
     assert stage(name, "broken", *options)[0] == 0          # and has nothing left to do
     assert content("broken") == before
@@ -325,29 +296,25 @@ def test_only_the_same_command_goes_on(stage, name):
     stage(name, "run", kill_at=5)
     before = content("run")
     own = {"vqgan": ["--gan-weight", 1], "clip": ["--preset", "tiny"]}
-    own = own.get(name, ["--mask-power", 3])
-    for options in (["--lr", 1e-4, "--seed", 1], ["--steps", 7], ["--steps", 5], own):
-        code, _, err = stage(name, "run", *options)
-        assert code == 2 and f"another {', '.join(options[::2])};" in err and err.count("\n") == 1
+    for options in (["--lr", 1e-4, "--seed", 1], ["--steps", 7],
+                    own.get(name, ["--mask-power", 3])):
+        is_refused(stage(name, "run", *options), f"another {', '.join(options[::2])};")
         assert content("run") == before
 
 
-@pytest.mark.parametrize("damage", ["cut", "parts", "another part", "recipe", "a list", "step"])
-def test_a_damaged_checkpoint_is_one_line(stage, damage):
+def test_a_damaged_checkpoint_is_one_line(stage):
     """Trap: a traceback, or worse, a fresh start over what was there."""
     stage("vqgan", "run", "--steps", 1)
     path, saved = Path("run/checkpoint.pt"), checkpoint("run")
-    if damage == "another part":
-        saved["parts"]["model"].popitem()
-    saved["recipe"] = [saved["recipe"]] if damage == "a list" else saved["recipe"]
-    saved.pop(damage, None)
-    torch.save(saved, path)
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-500])
-    before = content("run")
-    code, _, err = stage("vqgan", "run", "--steps", 1)
-    assert code == 2 and err.count("\n") == 1 and "checkpoint.pt" in err
-    assert content("run") == before
+    whole, no_step = path.read_bytes(), {name: saved[name] for name in saved if name != "step"}
+    for damaged in (saved | dict(recipe=[saved["recipe"]]), saved | dict(parts={}), no_step, None):
+        if damaged is None:
+            path.write_bytes(whole[:-500])
+        else:
+            torch.save(damaged, path)
+        before = content("run")
+        is_refused(stage("vqgan", "run", "--steps", 1), "checkpoint.pt")
+        assert content("run") == before
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -356,18 +323,12 @@ def test_a_loss_that_is_no_number_stops_the_stage(stage, name, monkeypatch):
 
     Trap: all steps are taken, and NaN is written over what had been learned.
     """
-    def too_large(optimisers, step, args):
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = 1e30 if step >= 4 else 1e-3
-    monkeypatch.setattr(MODULES[name], "set_rate", too_large)
-    code, _, err = stage(name, "run", "--steps", 12, "--keep-minutes", 0)
-    assert code == 2 and err.count("\n") == 1 and "lower --lr" in err, err
-    saved = checkpoint("run")
-    assert saved["step"] == 4                               # the fifth step threw all weights away
-    assert all(x.isfinite().all() for x in tensors(saved) if torch.is_tensor(x))
-    if Path(f"run/{name}.pt").exists():
-        assert all(x.isfinite().all() for x in tensors(shipped(name)) if torch.is_tensor(x))
+    rate = lambda optimisers, step, args: set_rate_to(optimisers, 1e30 if step >= 4 else 1e-3)
+    monkeypatch.setattr(STAGES[name], "set_rate", rate)
+    is_refused(stage(name, "run", "--steps", 12, "--keep-minutes", 0), "lower --lr")
+    assert checkpoint("run")["step"] == 4                   # the fifth step threw all weights away
+    for saved in (checkpoint("run"), shipped(name)):
+        assert all(x.isfinite().all() for x in tensors(saved) if torch.is_tensor(x))
 
 
 @pytest.mark.parametrize("how, code", [("Ctrl-C", 130), ("SIGTERM", 143)])
@@ -405,79 +366,70 @@ def test_a_kill_between_the_last_files_is_mended(stage, monkeypatch, name):
     def killed(*a, **k):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(MODULES[name], "save_model", killed)
+        patch.setattr(STAGES[name], "save_model", killed)
         assert stage(name, "run", "--keep-minutes", 1e4)[0] == 130
     assert stage(name, "run", "--keep-minutes", 1e4)[0] == 0
     assert shipped(name)["provenance"]["steps"] == 6
 
 
-@pytest.mark.parametrize("name, options, words", [
-    ("vqgan", ["--reuse", 2], "--reuse"), ("muse", ["--reuse", 3], "--reuse 3"),
-    ("muse", ["--gan-start", 0.5], "--gan-start"), ("vqgan", ["--gan-start", 7], "--gan-start"),
-    ("muse", ["--batch", 10 ** 9], "--batch"), ("clip", ["--lr", "nan"], "--lr"),
-    *((name, ["--weights", "nowhere"], "nowhere") for name in ("muse", "superres"))])
-def test_refusals(stage, tmp_path, name, options, words):
-    code, _, err = stage(name, "run", *options)
-    assert code == 2 and err.count("\n") == 1 and words in err and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name, options, words, world", [
+    ("vqgan", ["--reuse", 2], "--reuse", 1), ("muse", ["--reuse", 3], "--reuse 3", 1),
+    ("muse", ["--gan-start", 0.5], "--gan-start", 1), ("muse", ["--batch", 7], "2 processes", 2),
+    ("superres", ["--weights", "nowhere"], "nowhere", 1), ("clip", [], "for --stage muse", 2)])
+def test_refusals(stage, tmp_path, monkeypatch, name, options, words, world):
+    """In one line, before anything is written and before any process group is made."""
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a: pytest.fail("joined"))
+    if world > 1:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    is_refused(stage(name, "run", *options), words)
+    assert not list(tmp_path.iterdir())
 
 
 # -- what the stages of G show it
 
-@pytest.fixture
-def watched(monkeypatch):
-    """[dict(shown, ids, mask, low, text_ids, options), ...]: what every step of G trained on."""
-    steps, forward, read = [], Muse.forward, muse_.TextEncoder.forward
-    now = {}
-    monkeypatch.setattr(muse_.TextEncoder, "forward", lambda self, ids, vectors=None: (
-        now.update(text_ids=ids), read(self, ids, vectors))[1])
-    monkeypatch.setattr(Muse, "forward", lambda self, ids, *a, low=None: (
-        now.update(shown=ids, low=low), forward(self, ids, *a, low=low))[1])
-    loss = pretrain.muse.masked_loss
-    for module in (pretrain.muse, pretrain.superres):
-        monkeypatch.setattr(module, "masked_loss", lambda logits, ids, mask, **k: (
-            steps.append(now | dict(ids=ids, mask=mask, options=k)),
-            loss(logits, ids, mask, **k))[1])
-    return steps
+def calls(monkeypatch, owner, name):
+    """A list of the arguments, [(positional, named), ...], of every call from now on."""
+    found, real = [], getattr(owner, name)
+
+    def call(*positional, **named):
+        found.append((positional, named))
+        return real(*positional, **named)
+    monkeypatch.setattr(owner, name, call)
+    return found
 
 
-@pytest.mark.parametrize("name", ["muse", "superres"])
-def test_masked_tokens_stay_hidden_in_pretraining(stage, watched, name):
-    """Eq. 2: G sees M(E(x), m), the loss is against E(x) at m. Trap: the whole `ids` goes in."""
-    stage(name, "run")
-    assert len(watched) == 6
-    for step in watched:
-        assert torch.equal(step["shown"], step["ids"].masked_fill(step["mask"], 32))
-        assert step["ids"].max() < 32 and step["options"] == dict(label_smoothing=0.1)
-    assert not torch.equal(watched[0]["mask"], watched[1]["mask"])               # drawn afresh
+@pytest.mark.parametrize("name, sides", [("muse", [16]), ("superres", [16, 32])])
+def test_what_a_step_of_g_sees(stage, weights, monkeypatch, name, sides):
+    """Eq. 2: G sees M(E(x), m), the loss is against E(x) at m. 10 % of the texts are empty, the
+    rest their own. The second stage reads the same image small, with some tokens wrong.
 
-
-def test_ten_percent_of_texts_are_dropped(stage, watched):
-    """10 % see the empty prompt, the rest their own caption. Trap: `uniform < 0.9` keeps 10 %."""
-    stage("muse", "run", "--steps", 10, "--batch", 100)
-    saved = shipped("muse")
-    tokenizer = pretrain.muse.Tokenizer(saved["merges"])
-    empty, dropped = tokenizer("", 16)[0], 0
-    assert len(watched) == 10
-    for i, step in enumerate(watched):
-        _, captions = Source().batch(100, np.random.default_rng((0, i)), 16)
-        own, without = tokenizer(captions, 16), (step["text_ids"] == empty).all(1)
-        assert torch.equal(step["text_ids"][~without], own[~without])
-        dropped += int(without.sum())
-    assert 60 <= dropped <= 140
-
-
-def test_the_second_stage_reads_the_same_image_small(stage, watched, weights):
-    """High and low tokens are of one image; some low ones are wrong, and never the targets."""
-    stage("superres", "run", "--steps", 20, "--batch", 20)
-    vqgan, shares = common.load_vqgan(SimpleNamespace(weights=weights, device="cpu"), 4), []
-    for i, step in enumerate(watched):
-        images = [torch.from_numpy(Source().batch(20, np.random.default_rng((0, i)), side)[0])
-                  for side in (16, 32)]
-        low, high = (vqgan.encode(common.to_float(x)).flatten(1) for x in images)
-        assert torch.equal(step["ids"], high) and step["low"].shape == (20, 16)
-        shares += (step["low"] != low).float().mean(1).tolist()
-    shares = np.array(shares)
-    assert 0.4 < (shares == 0).mean() < 0.75 and 0.02 < shares.mean() < 0.08 and shares.max() < 0.6
+    Traps: the whole `ids` goes in; `uniform < 0.9` keeps 10 %; one mask for all steps.
+    """
+    read, seen = (calls(monkeypatch, part, "forward") for part in (TextEncoder, Muse))
+    losses, masks, empties, wrong = calls(monkeypatch, STAGES[name], "masked_loss"), [], [], []
+    stage(name, "run", "--steps", 20, "--batch", 30, "--seed", 1)
+    frozen = common.load_vqgan(SimpleNamespace(weights=weights, device="cpu"), 4)
+    tokenizer = Tokenizer(shipped(name)["merges"])
+    assert len(read) == len(seen) == len(losses) == 20
+    for i in range(20):
+        (_, text_ids), _ = read[i]
+        (_, shown, *_), more = seen[i]
+        (_, ids, mask), options = losses[i]
+        drawn = [Source().batch(30, np.random.default_rng((1, i)), side) for side in sides]
+        tokens = [frozen.encode(common.to_float(torch.from_numpy(images))).flatten(1)
+                  for images, _ in drawn]
+        assert torch.equal(ids, tokens[-1]) and options == dict(label_smoothing=0.1)
+        assert torch.equal(shown, ids.masked_fill(mask, 32))
+        empty = (text_ids == tokenizer("", 16)).all(1)
+        assert torch.equal(text_ids[~empty], tokenizer(drawn[0][1], 16)[~empty])
+        masks.append(mask)
+        empties += empty.tolist()
+        wrong += (more.get("low", tokens[0]) != tokens[0]).float().mean(1).tolist()
+    assert not torch.equal(masks[0], masks[1]) and 35 <= sum(empties) <= 90
+    wrong = np.array(wrong)
+    if name == "superres":                                  # a fifth of the tokens at most
+        assert 0.4 < (wrong == 0).mean() < 0.75 and 0.02 < wrong.mean() < 0.08 and wrong.max() < 0.6
 
 
 # -- what comes out
@@ -494,81 +446,72 @@ def test_the_average_is_what_ships(stage, name):
     assert said["stage"] == name and {"minutes", "machine", "data", "seed", "lr"} <= said.keys()
 
 
-@pytest.mark.parametrize("wrong", [None, "sizes", "words", "no words", "a vqgan", "nothing"])
-def test_init(stage, weights, monkeypatch, wrong):
+def test_init(stage, weights, monkeypatch):
     """All weights of an earlier run, of the same sizes and words, or one line.
 
     Traps: what does not fit is left at chance; the average starts elsewhere than the model.
     """
-    monkeypatch.setattr(pretrain.muse, "set_rate", lambda optimisers, *a: [
-        group.update(lr=0.0) for optimiser in optimisers for group in optimiser.param_groups])
-    stage("muse", "first", "--steps", 1)
-    path = {"a vqgan": weights / "vqgan.pt", "nothing": Path("no.pt")}.get(wrong, "first/muse.pt")
-    saved = torch.load("first/muse.pt", weights_only=True)
-    changes = {"sizes": dict(config=saved["config"] | dict(heads=4)),    # the same weights, read
-               "words": dict(merges=saved["merges"][::-1]), "no words": dict(merges=None)}  # anew
-    torch.save(saved | changes.get(wrong, {}), "first/muse.pt")
-    code, _, err = stage("muse", "second", "--steps", 2, "--seed", 5, "--init", path)
-    if wrong:
-        assert code == 2 and err.count("\n") == 1 and str(path) in err, err
+    still = lambda optimisers, *a: set_rate_to(optimisers, 0)
+    monkeypatch.setattr(muse, "set_rate", still)
+    stage("muse", "run", "--steps", 1)
+    saved = shipped("muse")
+    torch.save(saved | dict(config=saved["config"] | dict(heads=4)), "sizes.pt")
+    torch.save(saved | dict(merges=saved["merges"][::-1]), "words.pt")
+    for path in ("sizes.pt", "words.pt", str(weights / "vqgan.pt")):
+        is_refused(stage("muse", "second", "--init", path), path)
         assert not Path("second").exists()
-        return
-    assert code == 0, err
+    stage("muse", "second", "--steps", 2, "--seed", 5, "--init", "run/muse.pt")
     for part in ("model", "average"):
         found = checkpoint("second")["parts"][part]
         assert all(torch.equal(found[k].half(), p) for k, p in saved["weights"].items())
 
 
-def test_base_from_scratch(stage, tmp_path, monkeypatch):
-    """The stages in order give a folder that tuning and sampling accept."""
+def test_base_from_scratch(stage, picture, tmp_path, monkeypatch):
+    """The stages in order, on images of one's own, give a folder that sampling accepts."""
+    for i, words in enumerate(("a cat", "a house", "a zebra")):
+        picture(f"own-{i}.png", i)
+        (tmp_path / f"own-{i}.txt").write_text(words)
     for name in ("muse", "superres"):
-        monkeypatch.setattr(MODULES[name], "samples", SAMPLES[name])
+        monkeypatch.setattr(STAGES[name], "samples", SAMPLES[name])
     for name in STAGES:
-        code, _, err = stage(name, "base", "--weights", "base")
-        assert code == 0, err
+        assert stage(name, "base", "--weights", "base", "--data", tmp_path)[0] == 0
         (tmp_path / "base" / "checkpoint.pt").unlink()
     pipe = StyleDrop.load("base", "cpu")
     assert pipe.generate("a cat", steps=2).shape == (1, 3, 32, 32)
-    assert pipe.words == set(VOCABULARY) and pipe.clip.tokenizer.vocab_size > 514
+    assert pipe.words == {"a", "cat", "house", "zebra"}
     cat = [pipe.tokenizer.symbols[i] for i in pipe.tokenizer.encode("a cat")]
     assert cat == ["a</w>", "cat</w>"]                      # a token a word
     with Image.open("base/samples.png") as sheet:
         assert sheet.width > 8 * 16
 
 
-def test_images_of_the_user(stage, picture, tmp_path):
-    """--data: a folder of images with captions, for every stage."""
-    for i in range(3):
-        picture(f"own-{i}.png", i)
-        (tmp_path / f"own-{i}.txt").write_text(["a cat", "a house", "a zebra"][i])
-    for name in STAGES:
-        code, _, err = stage(name, f"runs/{name}", "--data", tmp_path, "--steps", 2)
-        assert code == 0, err
-    assert "zebra" in torch.load("runs/muse/muse.pt", weights_only=True)["words"]
-
-
 # -- several processes
 
+def gradients(monkeypatch):
+    """A list to which every step adds its gradients, before they are clipped."""
+    real, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def spy(parameters, most):
+        parameters = list(parameters)
+        steps.append([p.grad.clone() for p in parameters])
+        return real(parameters, most)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    return steps
+
+
 TORCHRUN = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
+import os, pytest, torch
 import data, styledrop, test_pretrain, train
+from pathlib import Path
 from pretrain import common
 data.Art = test_pretrain.Source
 common.Replay.WINDOW = 8
 styledrop.fast_bf16 = common.fast_bf16 = lambda device: False
 torch.set_num_threads(1)
-clip, grads = torch.nn.utils.clip_grad_norm_, []
-def spy(parameters, most):
-    parameters = list(parameters)
-    grads.append([p.grad.clone() for p in parameters])
-    if len(grads) == 1 and common.processes()[0] == 0:
-        torch.save(grads[0], "grads.pt")
-    return clip(parameters, most)
-torch.nn.utils.clip_grad_norm_ = spy
+grads = test_pretrain.gradients(pytest.MonkeyPatch())
 train.main()
-from pathlib import Path
+if os.environ["RANK"] == "0":
+    torch.save(grads[0], "grads.pt")
 tasks = Path("/proc/self/task").glob("*/comm")
 assert not [task for task in tasks if "gloo" in task.read_text()]
 """
@@ -580,40 +523,20 @@ def test_two_processes_take_the_steps_of_one(stage, weights, tmp_path, monkeypat
     Traps: each process draws its own masks, or its own images; sums instead of means. A group
     that something still holds leaves its threads behind, and its process may abort under them.
     """
-    script, grads, clip = tmp_path / "run.py", [], torch.nn.utils.clip_grad_norm_
-    root, tests = (str(Path(module).parent) for module in (train.__file__, __file__))
-    script.write_text(TORCHRUN.format(root=root, tests=tests))
-    options = ["--batch", "8", "--reuse", "2", "--steps", "4", "--warmup", "1", "--lr", "0.003"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(script), "--stage", "muse", "--preset", "toy", "--workers", "0", "--device",
-               "cpu", "--log-seconds", "0", "--weights", str(weights), "--out", "two", *options]
+    (tmp_path / "run.py").write_text(TORCHRUN)
+    where = os.pathsep.join(str(Path(module).parent) for module in (train.__file__, __file__))
+    options = "--batch 8 --reuse 2 --steps 4 --warmup 1 --lr 0.003".split()
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split(),
+               *"run.py --stage muse --preset toy --workers 0 --device cpu --log-seconds 0".split(),
+               "--weights", str(weights), "--out", "two", *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
-                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+                          env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=where))
     assert done.returncode == 0, done.stderr
-
-    def spy(parameters, most):
-        parameters = list(parameters)
-        grads.append([p.grad.clone() for p in parameters])
-        return clip(parameters, most)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    grads = gradients(monkeypatch)
     assert stage("muse", "one", *options)[0] == 0
     one, two = grads[0], torch.load(tmp_path / "grads.pt")
     size = torch.cat([g.flatten() for g in one]).norm()
     assert len(one) == len(two) and size > 0.01
     assert all(torch.allclose(a, b, atol=1e-5 * size) for a, b in zip(one, two))
-    logs = [log_of(name) for name in ("one", "two")]
-    losses = [[line["loss"] for line in log] for log in logs]
+    losses = [[line["loss"] for line in log_of(name)] for name in ("one", "two")]
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], abs=2e-3)
-
-
-def test_what_two_processes_cannot_do(stage, monkeypatch, tmp_path):
-    """Shares of different size, stages that run alone: one line, before any group is made."""
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a: pytest.fail("joined"))
-    code, _, err = stage("muse", "run", "--batch", 7)
-    assert code == 2 and err.count("\n") == 1 and "--batch 7" in err and "2 processes" in err
-    for name in ("vqgan", "clip", "superres"):
-        code, _, err = stage(name, "run")
-        assert code == 2 and err.count("\n") == 1 and "--stage muse" in err
-    assert not list(tmp_path.iterdir())

@@ -2,8 +2,9 @@
 
 import json
 import math
-import shutil
+import os
 import socket
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,15 @@ from clip_feedback import style_score, text_score
 from human_feedback import rounds as rounds_
 from human_feedback.rounds import (FEEDBACK, alone, choose_at_random, choose_by_clip, measure,
                                    sample_pool)
-from styledrop import StyleDrop, load_adapter, to_uint8
+from styledrop import StyleDrop, fingerprint, load_adapter, to_uint8
 
 PROMPTS = ["a cat", "a tree", "an owl"]
 PERSON, CLIP = ["--feedback", "human"], ["--feedback", "clip"]
 PICK = [*PERSON, "--pick", "1,5,9"]
-stamp = lambda folder="runs/a": {
-    str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
-    for path in Path(folder).rglob("*") if path.is_file()}
+read = lambda name: json.loads(Path("runs/a", name).read_text())
+stamp = lambda: {
+    str(path.relative_to("runs/a")): (path.read_bytes(), path.stat().st_mtime_ns)
+    for path in Path("runs/a").rglob("*") if path.is_file()}
 
 
 def killed(*_, **__):
@@ -36,10 +38,8 @@ def killed(*_, **__):
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """18 decoding steps and 100 of tuning teach a test nothing."""
-    real = StyleDrop.generate
-    monkeypatch.setattr(StyleDrop, "generate",
-                        lambda self, *a, **k: real(self, *a, **{**k, "steps": 2}))
-    monkeypatch.setitem(rounds_.ROUND, "steps", 3), monkeypatch.setitem(rounds_.ROUND, "d_prj", 2)
+    monkeypatch.setattr(StyleDrop, "generate", partialmethod(StyleDrop.generate, steps=2))
+    monkeypatch.setattr(rounds_, "ROUND", dict(rounds_.ROUND, steps=3, d_prj=2))
 
 
 @pytest.fixture
@@ -63,56 +63,27 @@ def unmoved(rounds):
     return run
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return tmp_path_factory.mktemp("made")
-
-
-@pytest.fixture
-def finished(rounds, made):
-    """finished(*options): runs/a as rounds(*options) leaves it, which is made only once."""
-    def run(*options):
-        kept = made / "-".join(["run", *options])
-        if not kept.exists():
-            assert rounds(*options)[::2] == (0, "")
-            Path("runs/a").rename(kept)
-        shutil.copytree(kept, "runs/a")
-    return run
-
-
 # -- the pool and the choice
 
-@pytest.fixture
-def pool(pipe):
-    return sample_pool(pipe, PROMPTS, 4)
+def test_pool_and_choice(pipe, make_adapter):
+    """K pictures in a row for each prompt. Of these CLIP takes the one that a plain loop finds;
+    at random it is any.
 
-
-def test_pool_is_ordered_by_prompt(pipe, make_adapter):
-    """K pictures in a row for each prompt, however they were batched.
-
-    Trap: pictures beside the wrong prompt.
+    Traps: pictures beside the wrong prompt; the best of the whole pool, or the text with the words
+    of the style.
     """
-    adapter, seen = make_adapter(), []
-    pool = sample_pool(pipe, PROMPTS, 6, adapter, seed=3, on_batch=seen.append)
-    assert pool.contents == [p for p in PROMPTS for _ in range(6)] and seen == [16, 18]
-    assert pool.style == "watercolor painting" and pool.images.shape == (18, 3, 16, 16)
-    for i in (0, 5, 6, 15, 16, 17):
+    adapter = make_adapter()
+    pool = sample_pool(pipe, PROMPTS, 6, adapter, seed=3)
+    assert pool.contents == [p for p in PROMPTS for _ in range(6)] and len(pool.images) == 18
+    assert pool.style == "watercolor painting"
+    for i in (0, 5, 6, 17):
         one = pipe.generate(pool.contents[i], style=adapter, seed=3 + i)
-        assert np.array_equal(to_uint8(one)[0], to_uint8(pool.images)[i])
-
-
-def test_one_of_each_prompt_is_chosen(pipe, pool):
-    """CLIP's against a plain loop over pictures; at random it is any.
-
-    Traps: the best of the whole pool, or the text with the words of the style.
-    """
-    pool.style = "watercolor painting"
+        assert torch.allclose(one[0], pool.images[i], atol=1e-4)
     score = lambda i: text_score(pipe.clip, pool.images[i][None], pool.contents[i]).item()
-    best = [max(range(4 * p, 4 * p + 4), key=score) for p in range(3)]
-    assert choose_by_clip(pipe, pool) == best
+    assert choose_by_clip(pipe, pool) == [max(range(6 * p, 6 * p + 6), key=score) for p in range(3)]
     draws = {tuple(choose_at_random(pipe, pool, torch.Generator().manual_seed(s)))
              for s in range(20)}
-    assert len(draws) > 10 and all([i // 4 for i in draw] == [0, 1, 2] for draw in draws)
+    assert len(draws) > 10 and all([i // 6 for i in draw] == [0, 1, 2] for draw in draws)
 
 
 def test_measure(pipe):
@@ -142,29 +113,23 @@ def test_two_rounds(rounds, monkeypatch, name):
     calls, real, run = [], StyleDrop.tune, Path("runs/a")
     monkeypatch.setattr(StyleDrop, "tune",
                         lambda self, *a, **k: calls.append(a) or real(self, *a, **k))
-    assert rounds("--feedback", name)[::2] == (0, "")
-    assert sorted(p.name for p in run.iterdir()) == [
-        "adapter.pt", "config.json", "log.jsonl", "round1", "round2", "rounds.png", "samples.png",
-        "scores.json"]
+    assert rounds("--feedback", name)[::2] == (0, "") and sample.newest_run() == run
+    assert {"round1", "round2", "rounds.png", "samples.png"} < set(os.listdir(run))
     first, second, newest = map(load_adapter, (run / "round1", run / "round2", run))
-    assert first.config.items() >= dict(is_shared=True, d_prj=4).items()
     assert second.config == dict(first.config, is_shared=False, d_prj=2)
-    assert all(torch.equal(p, newest.state_dict()[k]) for k, p in second.state_dict().items())
-    assert sample.newest_run() == run
-    scores = json.loads((run / "scores.json").read_text())
-    assert list(scores) == ["base", "round 1", "round 2", "scorer"]
-    assert set(scores["base"]) == {"text", "style", "leakage"}
+    assert fingerprint(second.state_dict()) == fingerprint(newest.state_dict())
+    assert list(read("scores.json")) == ["base", "round 1", "round 2", "scorer"]
     _, (images, contents, style, *_) = calls
     assert contents == PROMPTS and style == "watercolor painting"
-    sheet = np.asarray(Image.open("runs/a/round2/pool.png"))
-    chosen = json.loads((run / "round2/choice.json").read_text())["chosen"]
+    sheet = np.asarray(Image.open(run / "round2/pool.png"))
+    chosen = read("round2/choice.json")["chosen"]
     for row, (i, image) in enumerate(zip(chosen, to_uint8(images), strict=True)):
         x = 16 * (i - 4 * row)
         assert np.array_equal(sheet[16 * row:16 * row + 16, x:x + 16], image)
 
 
 @pytest.mark.parametrize("part", ["tune", "sample_pool", "choose", "write_log", "compare_rounds"])
-def test_interrupted_or_not_it_is_the_same(rounds, finished, monkeypatch, part):
+def test_interrupted_or_not_it_is_the_same(rounds, monkeypatch, part):
     """Ctrl-C in any part of round 2: what is there stays as it is, and all ends in the same bytes.
 
     Trap: everything from the start again.
@@ -181,39 +146,23 @@ def test_interrupted_or_not_it_is_the_same(rounds, finished, monkeypatch, part):
     assert all(after[name] == old for name, old in before.items()
                if name not in ("adapter.pt", "config.json"))
     Path("runs/a").rename("mine")
-    finished(*CLIP)
+    rounds(*CLIP)
     whole = stamp()
-    assert after.keys() == whole.keys() and all(
-        after[name][0] == whole[name][0] for name in after if name != "config.json")    # its paths
+    assert {name: after[name][0] for name in after} == {name: whole[name][0] for name in whole}
 
 
-def test_the_same_command_on_a_finished_run_leaves_it(rounds, finished):
-    """Also where the reference lies elsewhere by now."""
-    finished(*CLIP)
-    Path("runs/a/notes.txt").write_text("mine")
-    Path("ref.png").rename("other.png")
-    before = stamp()
-    code, out, _ = rounds("--ref", "other.png")
-    assert code == 0 and "is finished" in out and stamp() == before
-
-
-@pytest.mark.parametrize("first, who", [(CLIP, "clip chose"), (PICK, "human chose 1, 5, 9"),
-                                        (PERSON, "human chose 1, 5, 9")])
+@pytest.mark.parametrize("first, who", [(CLIP, "clip chose"), (PICK, "human chose 1, 5, 9")])
 @pytest.mark.parametrize("options, words", [
-    (["--feedback", "random"], "feedback ("), (["--pool", 5], "pool ("), (["--seed", 1], "seed ("),
-    (["--pool-prompts", "other.txt"], "prompts ("), ([*PERSON, "--pick", 2], "chosen ("),
-    (["--content", "a cat", "--lr", 1e-4], "lr, content;"), (["--ref", "b.png"], "pictures;")])
-def test_no_choice_is_ever_replaced(finished, unmoved, picture, monkeypatch, first, who, options,
-                                    words):
-    """Whether made by CLIP, by number or on the page. The line says what is there, and what to do.
+    (["--feedback", "random"], "feedback ("), ([*PERSON, "--pick", 2], "chosen ("),
+    (["--pool-prompts", "other.txt", "--pool", 5, "--seed", 1], "prompts, pool, seed (")])
+def test_no_choice_is_ever_replaced(rounds, unmoved, first, who, options, words):
+    """Whether made by CLIP or by a person. The line says what is there, and what to do.
 
     Trap: pool, choice and adapter of round 2, or all, are replaced in silence.
     """
-    monkeypatch.setattr(human_feedback, "pick", lambda *a, **k: [0, 4, 8])
-    finished(*first)
+    assert rounds(*first)[::2] == (0, "")
     Path("other.txt").write_text("a cat\na tree\n")
-    picture("b.png", 7)
-    unmoved(words + who * words.endswith("("), *first[:2], *options)
+    unmoved(words + who, *first[:2], *options)
 
 
 def test_clicks_that_are_not_ended_are_not_lost(rounds, unmoved, monkeypatch):
@@ -234,7 +183,7 @@ def test_clicks_that_are_not_ended_are_not_lost(rounds, unmoved, monkeypatch):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--pick", "99"], "1..12"), (["--pick", "x"], "1..12"), (["--pick", ""], "1..12"),
+    (["--pick", "99"], "1..12"), (["--pick", ""], "1..12"),
     (["--port", "PORT"], "port PORT"), (["--pool", 1024, "--pool-prompts", "many.txt"], "5,000")])
 def test_what_would_be_found_late_is_found_first(unmoved, monkeypatch, options, words):
     """A wrong --pick, a port in use, a pool too large: before the base is even read."""
@@ -247,47 +196,45 @@ def test_what_would_be_found_late_is_found_first(unmoved, monkeypatch, options, 
     assert not Path("runs").exists()
 
 
-JUNK = [b"", b"[]", b"3", b"{", b"\xff", b"[" * 100_000, b'{"a": ' * 20_000]
-CHOSEN = [None, [], "all", [99], ["1"], [True], {"1": 2}, [[1]], [-1]]
-
-
-@pytest.mark.parametrize("name, damage", [
-    *[(name, junk) for name in ("config", "round2/pool", "round2/choice", "round2/picking",
-                                "round2/adapter") for junk in JUNK],
-    *[("round2/choice", chosen) for chosen in CHOSEN]])
-def test_damaged_files(finished, unmoved, name, damage):
+@pytest.mark.parametrize("name", ["config", "round2/pool", "round2/choice", "round2/picking",
+                                  "round2/adapter"])
+def test_damaged_files(rounds, unmoved, name):
     """One line, and nothing is made over the damage."""
-    finished(*PICK)
-    path = Path(f"runs/a/{name}.json")
-    if not isinstance(damage, bytes):
-        damage = json.dumps(json.loads(path.read_text()) | dict(chosen=damage)).encode()
-    path.write_bytes(damage)
-    unmoved(path.name, *PERSON)
+    rounds(*PICK)
+    path, damage = Path(f"runs/a/{name}.json"), [b"", b"[]", b"\xff", b"[" * 100_000]
+    if name == "round2/choice":
+        damage += [json.dumps(read(f"{name}.json") | dict(chosen=chosen)).encode()
+                   for chosen in (None, [], "all", [99], ["1"], {"1": 2}, [[1]])]
+    for content in damage:
+        path.write_bytes(content)
+        unmoved(path.name, *PERSON)
 
 
 def test_a_person_chooses(rounds, monkeypatch):
-    """The page gets the pool, its prompts and the references; what it returns is learned;
-    asked only once.
+    """The page gets the pool, its prompts and the references; what it returns is learned. The same
+    command on the finished run leaves it, also where the reference lies elsewhere by now.
     """
     asked = []
     monkeypatch.setattr(human_feedback, "pick", lambda images, prompts, reference, path, **k: (
         asked.append((images.shape, prompts, reference.shape)) or [1, 2, 9]))
-    assert rounds(*PERSON)[0] == rounds(*PERSON)[0] == 0
+    assert rounds(*PERSON)[0] == 0 and "round2/sheet1.png" in stamp()
     assert asked == [((12, 16, 16, 3), [p for p in PROMPTS for _ in range(4)], (1, 16, 16, 3))]
     assert load_adapter("runs/a").about["prompts"] == ["a cat", "a cat", "an owl"]
-    assert [path.name for path in Path("runs/a/round2").glob("sheet*.png")] == ["sheet1.png"]
+    before = stamp()
+    Path("ref.png").rename("other.png")
+    code, out, _ = rounds(*PERSON, "--ref", "other.png")
+    assert code == 0 and "is finished" in out and stamp() == before and len(asked) == 1
 
 
-def test_numbers_are_of_the_last_round(finished, rounds, cli, unmoved, weights):
+def test_numbers_are_of_the_last_round(rounds, cli, unmoved, weights):
     """Traps: --pick for round 3 chooses in round 2 anew; a command with fewer rounds, or without
     any, replaces the folder by a fresh round 1, with every choice of a person's in it.
     """
-    finished(*PICK)
+    rounds(*PICK)
     assert rounds(*PERSON, "--pick", "1,2,6", "--rounds", 3)[0] == 0
-    assert [json.loads(Path(f"runs/a/round{k}/choice.json").read_text())["chosen"]
-            for k in (2, 3)] == [[0, 4, 8], [0, 1, 5]]
+    assert [read(f"round{k}/choice.json")["chosen"] for k in (2, 3)] == [[0, 4, 8], [0, 1, 5]]
     assert load_adapter("runs/a/round3").about["prompts"] == ["a cat", "a cat", "a tree"]
-    assert len(json.loads(Path("runs/a/scores.json").read_text())) == 5
+    assert len(read("scores.json")) == 5
     unmoved("give --rounds", *PERSON)                       # two of three
     before = stamp()
     code, _, err = cli(train.main, "--ref", "ref.png", "--weights", weights, "--out", "runs/a")
@@ -295,11 +242,10 @@ def test_numbers_are_of_the_last_round(finished, rounds, cli, unmoved, weights):
 
 
 def test_two_commands_do_not_share_a_run(tmp_path):
-    """Trap: two pages are open on one pool, and the later choice replaces the one that was taught."""
-    with alone(tmp_path):
-        with pytest.raises(ValueError, match="another command works on"):
-            with alone(tmp_path):
-                pass
+    """Trap: two pages are open on one pool, and the later choice replaces the taught one."""
+    with alone(tmp_path), pytest.raises(ValueError, match="another command works on"):
+        with alone(tmp_path):
+            pass
     with alone(tmp_path):                                    # both have ended: it is free again
         pass
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,6 @@
 """styledrop.py: guidance by separate passes, tuning by Eq. 3, files that are whole or not there."""
 
 import math
-import copy
 import platform
 import random
 import shutil
@@ -34,20 +33,12 @@ small = lambda images: F.interpolate(images, (16, 16), mode="area")
 # -- equations
 
 def test_equations():
-    """(1 + lA) G^(t) + (lB - lA) G(t) - lB G(n): 3, 3, -5 at (2, 5); they sum to 1. Without an
-    adapter it is Eq. 1. A mix ends in its parts, bit by bit. t is as in Table S4.
+    """(1 + lA) G^(t) + (lB - lA) G(t) - lB G(n): 3, 3, -5 at (2, 5). t is as in Table S4.
     Trap: G^(t) - G^(n) or G^(t) - G(n) in the lB term, which is another equation.
     """
     weights = lambda a, b: [x.item() for x in guided_logits(*torch.eye(3), a, b)]
-    assert weights(2, 5) == [3, 3, -5]
-    assert weights(1, 0) == [2, -1, 0] and weights(0, 0) == [1, 0, 0]
-    for a, b in ((0.7, 3.1), (5, 0), (0, 12)):
-        assert sum(weights(a, b)) == pytest.approx(1, abs=1e-5)
-    s, c = torch.tensor([0.1, 3.3]), torch.tensor([7.7, -0.3])
-    for lambda_a in (0, 2):
-        assert torch.equal(guided_logits(s, s, c, lambda_a, 5), s + 5 * (s - c))
-    assert torch.equal(mix_logits(s, c, 0), s) and torch.equal(mix_logits(s, c, 1), c)
-    assert torch.allclose(mix_logits(s, c, 0.25), 0.75 * s + 0.25 * c)
+    assert weights(2, 5) == [3, 3, -5] and weights(1, 0) == [2, -1, 0]
+    assert mix_logits(style=1, content=5, gamma=0.25) == 2
     assert styled[0] == "a cat in watercolor painting style" and style_prompt("x", "") == "x"
 
 
@@ -81,7 +72,6 @@ EQUATIONS = [           # options, what they must give, and in how many passes
     (dict(style=1, negative="blurry", style_phrase="flat vector", **FIXED),
      "3 * fs + 3 * f - 5 * blurry", 3),
     (dict(style_phrase=PHRASE, **FIXED), "3 * t - 2 * c + 5 * (c - n)", 3),      # style in words
-    (dict(style_phrase=PHRASE, lambda_a=5, lambda_b=5), "6 * t - 5 * n", 3),     # is Eq. 1 of t
     (dict(style_phrase=["", PHRASE], **FIXED),
      "[(6 * c - 5 * n)[0], (3 * t + 3 * c - 5 * n)[1]]", 3),
     (dict(style_phrase=PHRASE, content=1, gamma=0.3, lambda_b=5),
@@ -103,8 +93,8 @@ def test_equations_from_separate_passes(pipe, make_adapter, options, by_hand, pa
     options = options | {k: x for k, x in dict(style=s, content=o).items() if k in options}
     ours, calls, ids = logits_of(pipe, **options)
     t, c, f = styled, PROMPTS, [style_prompt(p, "flat vector") for p in PROMPTS]
-    passed = dict(t=[t], ts=[t, s], c=[c], co=[c, o], n=[NULL], f=[f], fs=[f, s], cs=[c, s],
-                  to=[t, o], ns=[NULL, s], blurry=[["blurry"] * 2])
+    passed = dict(t=[t], ts=[t, s], c=[c], co=[c, o], n=[NULL], f=[f], fs=[f, s],
+                  blurry=[["blurry"] * 2])
     g = {name: pipe.muse(ids, *pipe.embed(pipe.muse, x[0]), x[1]() if x[1:] else None)
          for name, x in passed.items()}
     assert torch.pdist(torch.stack([*g.values()]).flatten(1)).min() > 5          # no two are alike
@@ -112,17 +102,15 @@ def test_equations_from_separate_passes(pipe, make_adapter, options, by_hand, pa
     assert close(ours, torch.stack([*expected])) and calls == passes
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_g_runs_in_bf16_where_that_is_fast(pipe, make_adapter, monkeypatch, fast):
+def test_g_runs_in_bf16_where_that_is_fast(pipe, make_adapter, monkeypatch):
     """Sampling and tuning alike; the logits come out in fp32 and stay near."""
     exact, *_ = logits_of(pipe, style=make_adapter())
-    monkeypatch.setattr(styledrop, "fast_bf16", lambda device: fast)
-    seen, losses = watch(monkeypatch), []
+    monkeypatch.setattr(styledrop, "fast_bf16", lambda device: True)
+    seen = watch(monkeypatch)
     ours, *_ = logits_of(pipe, style=make_adapter())
-    pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=3, on_step=lambda *a: losses.append(a[2]))
-    assert [bf16 for *_, bf16 in seen] == [fast] * 6 and np.isfinite(losses).all()
-    assert ours.dtype == torch.float32 and torch.equal(ours, exact) == (not fast)
-    assert (ours - exact).norm() < 0.05 * exact.norm()
+    pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=3)
+    assert [bf16 for *_, bf16 in seen] == [True] * 6 and ours.dtype == torch.float32
+    assert 0 < (ours - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("device, able, fast", [
@@ -166,7 +154,7 @@ def test_a_picture_is_its_prompt_and_its_seed(pipe2, make_adapter):
     low, high, images = draw(prompts, seed=7, on_batch=done.append)
     assert done == [AT_ONCE, AT_ONCE + 2] and images.shape == (AT_ONCE + 2, 3, 32, 32)
     for i in (0, 3, AT_ONCE - 1, AT_ONCE, AT_ONCE + 1):
-        torch.seed()
+        torch.seed(), np.random.seed()
         one, two, image = draw(prompts[i], seed=7 + i)
         assert torch.equal(one[0], low[i]) and torch.equal(two[0], high[i])
         assert torch.allclose(image[0], images[i], atol=1e-4) and image.abs().max() <= 1
@@ -177,7 +165,7 @@ def test_a_picture_is_its_prompt_and_its_seed(pipe2, make_adapter):
 @pytest.mark.parametrize("words", [False, True])
 def test_the_second_stage_has_lambdas_of_its_own(pipe2, make_adapter, monkeypatch, words):
     """2 G^(t) - G(t) over the low tokens, whatever lambdas the first has, in 12 steps; with the
-    style in words, G(t). It draws twice the size of the first, and leaves that as it is.
+    style in words, G(t). It draws twice the size of the first.
     Traps: a null pass that is not needed; the first's strengths; its temperature's steps.
     """
     style, caught, decode = second_adapter(pipe2, make_adapter(base=pipe2.base)), [], muse_.decode
@@ -185,16 +173,12 @@ def test_the_second_stage_has_lambdas_of_its_own(pipe2, make_adapter, monkeypatc
     options = dict(style_phrase=PHRASE) if words else dict(style=style, lambda_a=3, lambda_b=5)
     calls = watch(monkeypatch)
     low, high, images = tokens_of(pipe2, PROMPTS, steps=2, **options)
-    assert images.shape == (2, 3, 32, 32) and (low.shape, high.shape) == ((2, 16), (2, 64))
     assert torch.equal(images, pipe2.vqgan.decode(high.view(2, 8, 8))) and pipe2.resolution == 32
     assert [G is pipe2.superres for G, *_ in calls] == [False] * 2 * 3 + [True] * 12 * (2 - words)
     assert all(torch.equal(a[4], low) for G, a, _ in calls if G is pipe2.superres)
     ids = torch.randint(33, (2, 64), generator=torch.Generator().manual_seed(0))
     G = lambda *a: pipe2.superres(ids, *pipe2.embed(pipe2.superres, styled), *a, low)
     assert close(caught[1](ids, 0), G(None) if words else 2 * G(style.superres()) - G(None))
-    style.superres = None
-    alone, small = tokens_of(pipe2, PROMPTS, steps=2, superres=False, **options)
-    assert torch.equal(low, alone) and small.shape == (2, 3, 16, 16)
 
 
 @pytest.mark.parametrize("has", ["both", "style", "content", "neither"])
@@ -205,19 +189,19 @@ def test_gamma_ends_are_single_adapters_in_both_stages(pipe2, make_adapter, has)
     second stage, at gamma 0 the object.
     """
     draw = lambda **options: tokens_of(pipe2, PROMPTS, steps=2, **options)[:2]
-    adapters, alone = {}, {}
+    adapters, words = {}, dict(style_phrase=PHRASE)
     for name, seed in (("style", 1), ("content", 2)):
         adapters[name] = make_adapter(seed, base=pipe2.base)
         low, high = draw(**{name: adapters[name]})
         if has in ("both", name):
             second_adapter(pipe2, adapters[name], 5)
-        alone[name] = draw(**{name: adapters[name]})
-        assert torch.equal(alone[name][0], low)
-        assert torch.equal(alone[name][1], high) == (has not in ("both", name))
-    half, words = draw(**adapters, gamma=0.5), dict(style_phrase=PHRASE)
-    for gamma, name in enumerate(alone):
-        assert same(draw(**adapters, gamma=float(gamma)), alone[name])
-        assert not torch.equal(half[0], alone[name][0])
+            changed = draw(**{name: adapters[name]})
+            assert torch.equal(low, changed[0]) and not torch.equal(high, changed[1])
+    half = draw(**adapters, gamma=0.5)[0]
+    for gamma, name in enumerate(adapters):
+        alone = draw(**{name: adapters[name]})
+        assert same(draw(**adapters, gamma=float(gamma)), alone)
+        assert not torch.equal(half, alone[0])
     assert same(draw(content=adapters["content"], gamma=0.0, **words), draw(**words))
 
 
@@ -255,11 +239,11 @@ def test_what_tuning_sees(pipe2, references, monkeypatch, batch):
     pipe2.tune(images, prompts, PHRASE, steps=6, batch=batch, on_step=lambda *a: said.append(a[:2]))
     assert said == [(step, 6) for step in range(6)] * 2 and len(calls) == len(asked) == 12
     tokens = [pipe2.vqgan.encode(x).flatten(1) for x in (small(images), images)]
+    passes = list(zip(calls, asked))
     for stage, G in enumerate((pipe2.muse, pipe2.superres)):
         texts, lengths = pipe2.embed(G, [style_prompt(p, PHRASE) for p in prompts])
         counts, share = [0, 0, 0], []
-        for (model, (shown, text, text_mask, _, low), _), (ids, mask) in list(
-                zip(calls, asked))[6 * stage:6 * stage + 6]:
+        for (model, (shown, text, text_mask, _, low), _), (ids, mask) in passes[6 * stage:][:6]:
             assert model is G and len(ids) == batch and (low is None) == (stage == 0)
             assert torch.equal(shown, ids.masked_fill(mask, G.config.mask_id))
             share.append(mask.float().mean())
@@ -300,17 +284,25 @@ def test_the_seed_is_the_adapter(pipe2, references, monkeypatch):
     assert tune(images, superres=False) == tune(small(images)) == (first, first)
 
 
-def test_one_of_each_for_each(pipe, references):
-    """And words for textual inversion. Trap: zip() drops the third reference, or the second prompt,
-    in silence.
+CALLS = [               # a method of the pipeline, its arguments: a word of the refusal
+    ("tune", (noise_images(3), PROMPTS), {}, "3 reference images .* not 2"),
+    ("tune", (noise_images(1), ["a"]), dict(method="textual-inversion"), "words of the style"),
+    ("tune", (noise_images(1), ["a"]), dict(method="dreambooth"), "must be one of adapter"),
+    ("generate", (PROMPTS,), dict(seed=[1, 2, 3]), "3 seeds for 2 prompts"),
+    ("generate", (PROMPTS,), dict(style_phrase=[PHRASE]), "1 style phrases"),
+    ("generate", ([],), {}, "give prompts"),
+    ("generate", ("a cat",), dict(steps=0), "at least one step"),
+    ("generate", ("a cat",), dict(gamma=math.nan), "gamma from 0 to 1")]
+
+
+@pytest.mark.parametrize("call, arguments, options, words", CALLS)
+def test_what_does_not_fit_is_refused(pipe, call, arguments, options, words):
+    """One of each for each, words for textual inversion, settings in range.
+    Traps: zip() drops the third reference, or the second prompt, in silence; ids without a value;
+    a None mixed; another method is taken for inversion.
     """
-    for words, call in (("3 reference images .* not 2", lambda: pipe.tune(references[0], PROMPTS)),
-                        ("3 seeds for 2 prompts", lambda: pipe.generate(PROMPTS, seed=[1, 2, 3])),
-                        ("1 style phrases", lambda: pipe.generate(PROMPTS, style_phrase=[PHRASE])),
-                        ("words of the style phrase",
-                         lambda: pipe.tune(noise_images(1), ["a"], method="textual-inversion"))):
-        with pytest.raises(ValueError, match=words):
-            call()
+    with pytest.raises(ValueError, match=words):
+        getattr(pipe, call)(*arguments, **options)
 
 
 # -- files
@@ -337,25 +329,17 @@ def read(path):
 
 @pytest.mark.filterwarnings("error")
 def test_damaged_adapters(saved_adapter, weights, tmp_path, capfd):
-    """Flipped bits, a file that was cut, bytes in between: an adapter, or one line, and silence.
-    From a file, and from its run folder.
-    """
+    """Other bytes, a file that was cut, bytes in between: an adapter, or one line, and silence."""
     chance, path, read_well = random.Random(0), tmp_path / "adapter.pt", [0, 0, 0]
     assert read(path) is read(tmp_path) is None             # no file
     for content in (b"", b"hello", (weights / "muse.pt").read_bytes()):
         path.write_bytes(content)
         assert read(path) is read(tmp_path) is None
+    whole = saved_adapter[0]
     for i in range(500):
-        damaged = bytearray(saved_adapter[0])
-        at = chance.randrange(len(damaged))
-        if i % 3 == 0:
-            for _ in range(chance.choice((1, 1, 4, 30))):
-                damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
-        elif i % 3 == 1:
-            del damaged[at:]
-        else:
-            damaged[at:at] = chance.randbytes(chance.choice((1, 8, 300)))
-        path.write_bytes(damaged)
+        at, new = chance.randrange(len(whole)), chance.randbytes(chance.choice((1, 8, 300)))
+        rest = (whole[at + len(new):], b"", whole[at:])[i % 3]
+        path.write_bytes(whole[:at] + new * (i % 3 != 1) + rest)
         read_well[i % 3] += read(path) is not None
     assert 0 < read_well[0] < 160 and read_well[1] == 0 and capfd.readouterr() == ("", "")
 
@@ -373,11 +357,9 @@ def test_wrong_types_in_an_adapter(saved_adapter, tmp_path, field):
     wrong = [saved | {field: value} for value in WRONG]
     wrong.append({name: value for name, value in saved.items() if name != field})
     if isinstance(saved[field], dict):
-        wrong += [saved | {field: saved[field] | {name: value}} for value in WRONG
-                  for name in list(saved[field])[:3]]
-    name, weight = list(saved["weights"].items())[-1]
-    wrong.append(saved | {"weights": saved["weights"] | {name: weight * float("nan")}})
-    for content in (*wrong, {}, torch.zeros(3)):
+        wrong += [saved | {field: saved[field] | {name: value}} for name in list(saved[field])[:3]
+                  for value in (*WRONG, torch.full((32, 4), math.nan))]
+    for content in (*wrong, torch.zeros(3)):
         torch.save(content, path)
         assert read(path) is None or field == "about" and field in content
 
@@ -391,43 +373,32 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     assert read(tmp_path) is None and not (tmp_path / "boom").exists()
 
 
-BASE_DAMAGE = [(part, how) for part in ("vqgan", "clip", "muse", "superres")
-               for how in ("cut", "swapped", "other keys", "missing")][:-1]
-BASE_DAMAGE += [("muse", (lost, wrong)) for lost in ("merges", "words")
-                for wrong in (None, 7, [["a"]], [{}])]
-BASE_DAMAGE += [("muse", dict(codebook_size=33)), ("muse", dict(grid=6)),
-                ("muse", dict(vocab_size=700)), ("superres", dict(codebook_size=33)),
-                ("superres", dict(grid=4, low_grid=2)), ("superres", {})]        # {}: other merges
+BASE_DAMAGE = [         # a part, and what is wrong: entries of the file, or sizes of another model
+    *[(part, dict(weights={}), {}) for part in ("vqgan", "clip", "muse", "superres")],
+    *[("muse", {name: wrong}, {}) for name in ("merges", "words") for wrong in (None, 7, [{}])],
+    ("superres", dict(merges=[]), {}), ("muse", {}, dict(codebook_size=33)),
+    ("muse", {}, dict(grid=6)), ("muse", {}, dict(vocab_size=700)),
+    ("superres", {}, dict(codebook_size=33)), ("superres", {}, dict(grid=4, low_grid=2))]
 
 
-@pytest.mark.parametrize("part, damage", BASE_DAMAGE, ids=str)
-def test_a_damaged_base_is_one_line(weights2, tmp_path, part, damage):
+@pytest.mark.parametrize("part, entries, sizes", BASE_DAMAGE, ids=str)
+def test_a_damaged_base_is_one_line(weights2, tmp_path, part, entries, sizes):
     """Traps: a tokenizer of 32 codes with a Muse of 33 runs, until it draws the one out of reach; a
     second stage that does not fit is left out in silence, and pictures are small; a KeyError for a
     file of an earlier version.
     """
     path = shutil.copytree(weights2, tmp_path / "base") / f"{part}.pt"
-    saved = torch.load(path, weights_only=True)
-    if damage == "missing":
-        path.unlink()
-    elif damage == "cut":
-        path.write_bytes(path.read_bytes()[:-500])
-    elif damage == "swapped":
-        shutil.copy(weights2 / ("muse.pt" if part == "vqgan" else "vqgan.pt"), path)
-    elif isinstance(damage, dict):
+    if sizes:
         (path.parent / "superres.pt").unlink()              # which would fit no other muse.pt
-        model = toy_muse(presets=PRESETS if part == "muse" else SUPERRES, **damage)
-        save_model(path, part, model, {}, words=VOCABULARY,
-                   merges=save_merges(TOKENIZER)[::1 if damage else -1])
-    else:
-        saved["weights"].popitem() if damage == "other keys" else saved.update([damage])
-        torch.save(saved, path)
-    with pytest.raises((ValueError, FileNotFoundError), match=f"^[^\n]*{part}.pt[^\n]*$"):
+        model = toy_muse(presets=PRESETS if part == "muse" else SUPERRES, **sizes)
+        save_model(path, part, model, {}, words=VOCABULARY, merges=save_merges(TOKENIZER))
+    torch.save(torch.load(path, weights_only=True) | entries, path)
+    with pytest.raises(ValueError, match=f"^[^\n]*{part}.pt[^\n]*$"):
         StyleDrop.load(path.parent, "cpu").clip             # CLIP is read when it is needed
 
 
 def test_clip_is_only_the_judge(weights, tmp_path, pipe, make_adapter):
-    """Drawing and tuning need none, and another one is the same base: adapters go on to fit.
+    """Drawing and tuning need none, and without it, it is the same base: adapters go on to fit.
     Trap: seconds of loading for a picture, or no picture without CLIP.
     """
     for name in ("vqgan.pt", "muse.pt"):
@@ -437,28 +408,21 @@ def test_clip_is_only_the_judge(weights, tmp_path, pipe, make_adapter):
     again.tune(noise_images(1), ["a cat"], PHRASE, steps=1)
     with pytest.raises((ValueError, FileNotFoundError), match="clip.pt"):
         again.clip
-    other = copy.deepcopy(pipe.clip)
-    other.token_embedding.weight.data += 1
-    save_model(tmp_path / "clip.pt", "clip", other, {}, merges=save_merges(TOKENIZER))
-    assert again.clip is again.clip and not any(p.requires_grad for p in again.clip.parameters())
-    assert (again.clip.token_embedding.weight - pipe.clip.token_embedding.weight).min() > 0.9
-    assert again.base == pipe.base
     assert torch.equal(*(p.generate("a cat", style, steps=2) for p in (again, pipe)))
+    shutil.copy(weights / "clip.pt", tmp_path)
+    assert again.clip is again.clip and not any(p.requires_grad for p in again.clip.parameters())
 
 
 def test_models_are_stored_in_half_and_read_in_full(weights):
-    """Frozen, fp32, to within half precision of what was saved."""
     model, saved = load_model(weights / "vqgan.pt", "vqgan", VQGANConfig, VQGAN)
     assert all(w.dtype == torch.half for w in saved["weights"].values() if w.is_floating_point())
     assert all(p.dtype == torch.float and not p.requires_grad for p in model.parameters())
-    assert not model.training and all(torch.equal(w.float(), model.state_dict()[name].float())
-                                      for name, w in saved["weights"].items())
 
 
 def test_fingerprint_knows_every_tensor(pipe):
     """Trap: a digest of names or shapes alone lets any base of this size pass."""
     state = pipe.muse.state_dict()
-    prints = {fingerprint(state), fingerprint(copy.deepcopy(pipe.muse).state_dict())}
+    prints = {fingerprint(state), fingerprint({name: p.clone() for name, p in state.items()})}
     for name, tensor in state.items():
         other = tensor.clone()
         other.flatten()[0] += 1e-3
@@ -477,8 +441,6 @@ def test_write_whole_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, fail)
-    with pytest.raises(OSError):
-        write_whole(path.parent, lambda file: file.write(b"a folder is in the way"))
     assert path.read_bytes() == b"old" and list(tmp_path.rglob("*")) == [path.parent, path]
 
 
@@ -509,14 +471,3 @@ def test_pixels_round_trip_exactly():
     assert tensor[1, 2, 3, 4] == pytest.approx(values[1, 3, 4, 2] / 127.5 - 1)
     assert (to_uint8(tensor) == values).all()
     assert torch.equal(torch.tensor(to_uint8(tensor * 3) == 255).movedim(-1, 1), tensor >= 1 / 3)
-
-
-@pytest.mark.parametrize("settings", [dict(steps=0), dict(gamma=2), dict(gamma=math.nan)])
-def test_settings_out_of_range_are_refused(pipe, settings):
-    """Traps: an ids without a value, a None mixed; another method is taken for inversion."""
-    with pytest.raises(ValueError, match="at least one step"):
-        pipe.generate(["a cat"], **settings)
-    with pytest.raises(ValueError, match="prompts"):
-        pipe.generate([])
-    with pytest.raises(ValueError, match="method must be one of adapter"):
-        pipe.tune(noise_images(1), ["a cat"], method="dreambooth")

@@ -10,7 +10,7 @@ from conftest import shake
 from adapter import Adapter
 from data import styles
 from experiments import superres
-from experiments.superres import SWEEP, TAUGHT, TRIED, WITH, WITHOUT
+from experiments.superres import TAUGHT, TRIED, WITH, WITHOUT
 
 
 def toy_art(side):
@@ -49,21 +49,6 @@ def test_styles_are_held_out_and_none_is_in_the_sweep_and_in_the_report():
     assert all(styles.is_held_out(s) for s in chosen) and len(set(chosen)) == len(chosen)
 
 
-def test_the_settings_of_least_distance_are_chosen():
-    titles = ["lambda_A {:g}, lambda_B {:g}".format(*x) for x in SWEEP]
-    found = {title: dict(palette=1.0, texture=1.0) for title in [*titles, f"{WITHOUT}, lambda_B 0"]}
-    found[titles[3]] = dict(palette=1.1, texture=0.5)
-    assert superres.best_of([found]) == SWEEP[3]
-
-
-def test_the_same_scene_is_drawn_at_both_sizes():
-    arts = toy_art(16), toy_art(32)
-    (small, large), captions = superres.drawings(arts, ["cat", "owl"], False, 0)
-    assert large.shape == (2, 3, 32, 32) and captions == ["a cat", "an owl"]
-    near = superres.psnr(superres.bicubic(small), large)
-    assert (near > 2 + superres.psnr(superres.bicubic(small), large.roll(1, 0))).all()
-
-
 def test_a_lesson_compares_with_and_without_the_adapter(pipe2, tmp_path, monkeypatch):
     monkeypatch.setattr(pipe2, "tune", lambda images, prompts, words: toy_adapter(pipe2, words))
     art = toy_art(pipe2.resolution)
@@ -85,12 +70,3 @@ def test_the_second_stage_alone_draws_what_the_pipeline_draws_of_it(pipe2):
     assert torch.equal(superres.enlarge(pipe2, low[1:], ["a house"], seed=6), one[1:])
     assert torch.equal(superres.decode(pipe2, low), pipe2.generate(
         ["a cat", "a house"], seed=3, superres=False))
-
-
-def test_what_is_done_is_not_done_again(tmp_path):
-    args = SimpleNamespace(cache=tmp_path, base="b", seconds=0)
-    assert superres.cached(args, "x", 2, lambda: {"row": (1, 2)}) == {"row": [1, 2]}
-    assert superres.cached(args, "x", 2, lambda: 1 / 0) == {"row": [1, 2]}
-    assert superres.cached(args, "x", 3, lambda: 2) == 2
-    args.base = "another"
-    assert superres.cached(args, "x", 2, lambda: 3) == 3

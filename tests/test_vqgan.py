@@ -32,22 +32,21 @@ def quantizer():
 
 # -- shapes
 
-@pytest.mark.parametrize("height, width", [(16, 16), (8, 24), (18, 16), (16, 18)])
+@pytest.mark.parametrize("height, width", [(16, 16), (8, 24)])
 def test_shapes_and_ranges(height, width):
     """Traps: a grid of fixed size, h and w swapped, pixels outside [-1, 1]; strides round down in
     silence, and the image comes back smaller.
     """
     vqgan, images = toy_vqgan(), noise_images(2)[..., :1, :1].expand(2, 3, height, width)
     vqgan.decoder[-1].weight.data *= 1000
-    if height % 4 or width % 4:
-        with pytest.raises(ValueError, match="multiples of 4"):
-            vqgan.encode(images)
-        return
     ids = vqgan.encode(images)
     assert ids.shape == (2, height // 4, width // 4) and ids.dtype == torch.long
     assert 0 <= ids.min() and ids.max() < V
-    images = vqgan.decode(ids)
-    assert images.shape == (2, 3, height, width) and images.min() == -1 and images.max() == 1
+    again = vqgan.decode(ids)
+    assert again.shape == images.shape and again.min() == -1 and again.max() == 1
+    for odd in (images[..., 2:], images[..., 2:, :]):
+        with pytest.raises(ValueError, match="multiples of 4"):
+            vqgan.encode(odd)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -146,12 +145,11 @@ def test_dead_codes_move_onto_the_batch_and_living_ones_do_not(quantizer):
     """Traps: dead codes never come back; revival also moves codes that are in use."""
     z, alive = features(), new_quantizer()
     ids = quantizer(z)[1]
-    dead = torch.ones(V, dtype=torch.bool)
-    dead[ids.unique()] = False
+    dead = torch.bincount(ids.flatten(), minlength=V) == 0
     assert 0 < dead.sum() < V and from_data(quantizer.codes[dead], z).min() > 0.05
-    update_codes(alive, z, ids, generator())
     quantizer.usage[dead] = 0.01
-    update_codes(quantizer, z, ids, generator())
+    for q in (alive, quantizer):
+        update_codes(q, z, ids, generator())
     assert torch.equal(quantizer.codes[~dead], alive.codes[~dead])
     assert from_data(quantizer.codes[dead], z).max() < 1e-3
     assert (quantizer.usage[dead] == 1).all()                # a fair chance before the next verdict

@@ -1,0 +1,63 @@
+"""What a reference shows and in which words of style, where the user says neither.
+
+CLIP names the content. The style is read by G, as diffusion classifiers do (Li et al. 2023): the
+best words are those under which the reference's tokens are the likeliest. For an adapter that is
+the best place to begin, too: what the words say it need not learn.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+import data
+from data import styles
+from styledrop import RARE_TOKEN, style_prompt
+
+GAIN = 0.2                   # nats a token that a word has to bring
+MOST = 4                     # references that are looked at for the style
+ORDER = ("ground", "palette", "medium", "line", "light")     # data.styles.ATTRIBUTES
+
+
+def guess_content(pipe, images):
+    """images (R, 3, H, W) in [-1, 1] -> of each the content phrase that CLIP finds nearest.
+
+    G would be worse: it names drawings by hands that it knows, and no others.
+    """
+    phrases = sorted({data.content_phrase(name) for name in data.names()})
+    texts = F.normalize(pipe.clip.encode_text(pipe.clip.tokenize(phrases)), dim=-1)
+    scores = pipe.clip.encode_image(images.to(pipe.device)) @ texts.T            # (R, phrases)
+    return [phrases[i] for i in scores.argmax(1)]
+
+
+def guess_style(pipe, images, contents):
+    """images (R, 3, H, W) in [-1, 1], R content phrases -> the words of the style they share.
+
+    One attribute after the other, and all of them once more, since the first were judged beside
+    none. The rare token where no word brings GAIN: a style without a name.
+    """
+    side = pipe.vqgan.config.resolution
+    small = F.interpolate(images[:MOST].to(pipe.device), (side, side), mode="area")
+    tokens, style = pipe.vqgan.encode(small).flatten(1), styles.Style()          # (R, N)
+    for attribute in ORDER + ORDER:
+        plain = getattr(styles.Style(), attribute)           # what goes without saying
+        tried = [replace(style, **{attribute: value})
+                 for value in (plain, *styles.ATTRIBUTES[attribute])]
+        losses = sum(surprise(pipe, ids, [style_prompt(content, styles.phrase(s)) for s in tried])
+                     for ids, content in zip(tokens, contents)) / len(tokens)
+        best = losses.argmin()
+        style = tried[best if losses[0] - losses[best] > GAIN else 0]
+    return styles.phrase(style) or RARE_TOKEN
+
+
+def surprise(pipe, tokens, texts):
+    """CE_m of Eq. 2 with all tokens masked: tokens (N,), n texts -> (n,), in nats a token."""
+    masked = torch.full_like(tokens, pipe.muse.config.mask_id)
+    losses = []
+    for start in range(0, len(texts), 32):
+        some = texts[start:start + 32]
+        with torch.no_grad():
+            logits = pipe.forward_pass(pipe.muse, some)(masked.expand(len(some), -1))
+        target = tokens.expand(len(some), -1)
+        losses.append(F.cross_entropy(logits.mT, target, reduction="none").mean(1))
+    return torch.cat(losses)

@@ -1,0 +1,66 @@
+"""commandline.guess: content and style of a reference, read by a base whose taste is known."""
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import data
+from commandline.guess import guess_content, guess_style, surprise
+from styledrop import RARE_TOKEN
+
+SMALL = {"a", "in", "on", "with", "and", "ground", "style"}
+IMAGES = torch.zeros(2, 3, 16, 16)
+TOKENS = torch.arange(16)
+
+
+def base_that_knows(truth, gain=0.5):
+    """G finds the tokens the likelier, the more words of `truth` a text has and the fewer others.
+
+    CLIP takes every image for "a cat".
+    """
+    def forward_pass(G, texts):
+        words, wanted = [set(text.split()) - SMALL for text in texts], set(truth.split()) - SMALL
+        worth = torch.tensor([len(some & wanted) - len(some - wanted) for some in words])
+
+        def forward(ids):
+            assert (ids == G.config.mask_id).all()           # all is masked: only the text speaks
+            return gain * worth[:, None, None] * F.one_hot(TOKENS, 16).float()
+        return forward
+
+    names = sorted({data.content_phrase(name) for name in data.names()})
+    near = torch.tensor([float(name == "a cat") for name in names])
+    clip = SimpleNamespace(tokenize=list, encode_text=lambda texts: torch.eye(len(texts)),
+                           encode_image=lambda images: near.expand(len(images), -1))
+    return SimpleNamespace(
+        muse=SimpleNamespace(config=SimpleNamespace(mask_id=16)), clip=clip, device="cpu",
+        vqgan=SimpleNamespace(config=SimpleNamespace(resolution=16),
+                              encode=lambda images: TOKENS.expand(len(images), -1)),
+        forward_pass=forward_pass)
+
+
+def test_content_is_the_nearest_name_by_clip():
+    assert guess_content(base_that_knows(""), IMAGES) == ["a cat", "a cat"]
+
+
+def test_style_has_the_words_that_make_the_tokens_likely():
+    """Of several references, their own contents aside: what they share."""
+    for words in ("pixel art with drop shadow on gold", "thick red outline on black", "sepia"):
+        pipe = base_that_knows(f"a cat house in {words}")
+        assert guess_style(pipe, IMAGES, ["a cat", "a house"]) == words
+
+
+def test_a_word_has_to_bring_something():
+    """Trap: some word always fits best. Where none brings GAIN, the rare token is the name."""
+    assert guess_style(base_that_knows("a cat in sepia", 0.01), IMAGES[:1], ["a cat"]) == RARE_TOKEN
+
+
+def test_surprise_is_a_plain_cross_entropy(pipe):
+    """Trap: unmasked tokens would tell G the answer. By hand, one text after the other."""
+    tokens, texts = torch.randint(32, (16,)), ["a cat", "a house in watercolor"] * 20
+    masked = torch.full((1, 16), pipe.muse.config.mask_id)
+    by_hand = []
+    for text in texts:
+        logits = pipe.muse(masked, *pipe.embed(pipe.muse, [text]))[0]            # (N, V)
+        by_hand.append(-logits.log_softmax(1)[torch.arange(16), tokens].mean())
+    assert torch.allclose(surprise(pipe, tokens, texts), torch.stack(by_hand), atol=1e-4)
