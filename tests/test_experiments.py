@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import data
-from experiments import base, common, judge, one_shot
+from experiments import base, common, judge, one_shot, speed
 
 NAMES = data.names()
 
@@ -113,3 +113,22 @@ def test_no_batch_holds_what_is_held_back():
     assert not set(unseen) & set(batches.picks)
     assert len(unseen) + len(batches.picks) == len(art.names)
     assert 0.03 < len(unseen) / len(art.names) < 0.07
+
+
+# -- speed
+
+def test_operations_are_counted_by_hand():
+    """Two for each multiplication of a product. Trap: torch does not count the CPU's attention."""
+    q = torch.randn(2, 3, 8, 4)                              # (B, heads, P, D / heads)
+
+    def work():
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q).flatten(2) @ q.new_ones(32, 5)
+    assert speed.operations(work) == 2 * (2 * 2 * 3 * 8 * 8 * 4 + 2 * 3 * 32 * 5)
+
+
+def test_shares_of_time_add_up():
+    """All kinds of operation together are the whole; a product is a product."""
+    a = torch.randn(300, 300)
+    found = speed.where(lambda: [a @ a for _ in range(20)])
+    outside = found.pop("Python, of all time")
+    assert sum(found.values()) == pytest.approx(1) and found["products"] > 0.8 and outside < 1
