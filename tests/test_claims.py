@@ -144,3 +144,11 @@ def test_a_run_goes_on_where_it_was_and_reports_what_is_there(small, weights, tm
     said = json.loads((tmp_path / "claims.json").read_text())
     assert said["lambda_a"] in (0, 1) and len(said["rows"]) == 24
     assert {"claims_frontier.png", "claims_pictures.png"} <= {f.name for f in tmp_path.iterdir()}
+    own[own.index("--work") + 1] = tmp_path / "elsewhere"                # on another machine
+    code, out, err = cli(run.main, *own, "--groups", "curve,rounds", "--restore",
+                         tmp_path / "claims.json")
+    assert code == 0 and out.count("\n") == 2, err                       # nothing is drawn again
+    assert [file.read_bytes() for file in sorted((tmp_path / "elsewhere").glob("*/style*/*.json"))
+            ] == [file.read_bytes() for file in files if "chosen" not in file.name]
+    code, _, err = cli(run.main, *own, "--seed", 1, "--restore", tmp_path / "claims.json")
+    assert code == 2 and "other settings" in err

@@ -90,6 +90,19 @@ class Found:
             self.read[file] = json.loads(file.read_text()) if file.exists() else None
         return self.read[file]
 
+    def kept(self, subject, arm):
+        """Are its pictures there, too?"""
+        return (self.folder / subject.key / f"{arm}.npy").exists()
+
+    def everything(self):
+        """{subject's key: {arm: {ruler: numbers}}} of all that is there, for claims.json."""
+        found = {}
+        for s in self.subjects:
+            names = sorted(path.stem for path in (self.folder / s.key).glob("*.json"))
+            found[s.key] = {arm: self.pictures(s, arm) for arm in names
+                            if not arm.endswith(".chosen")}
+        return found
+
     def at(self, arm, ruler, reported=True):
         found = {}
         for s in self.subjects:

@@ -134,8 +134,7 @@ def arm_table(f, arms, rulers):
 
 
 def seconds_of(f):
-    return sum(numbers["seconds"] for s in f.subjects for arm in (f.folder / s.key).glob("*.npy")
-               if (numbers := f.pictures(s, arm.stem)))
+    return sum(numbers["seconds"] for arms in f.everything().values() for numbers in arms.values())
 
 
 def report(f, args, settings, rows, tests, own):
@@ -233,7 +232,7 @@ def frontier(f, axis, width=640, height=460):
 
 def sheet(f, art, subjects):
     """The wanted drawings beside the reference, then the arms, style by style."""
-    arms = [arm for arm in SHOWN if all(f.pictures(s, arm) for s in subjects)]
+    arms = [arm for arm in SHOWN if all(f.kept(s, arm) for s in subjects)]
     rows, names = [], ["as wanted", *arms] * len(subjects)
     for s in subjects:
         reference = to_uint8(drawings(art, s.references[:1], s.style))
@@ -245,7 +244,7 @@ def sheet(f, art, subjects):
 
 def identity_sheet(f, art):
     """A row a style: what taught the object, the style, the arms -> image or None, the styles."""
-    have = [s for s in f.subjects if s.reported and all(f.pictures(s, a) for a in OBJECT_ARMS)]
+    have = [s for s in f.subjects if s.reported and all(f.kept(s, a) for a in OBJECT_ARMS)]
     rows = []
     for s in have:
         taught = identity.lessons(identity.objects(art, s.object)[0], s.index)[:1]
@@ -298,12 +297,10 @@ def main():
     lines = report(f, args, settings, rows, tests, own) + pictures(f, art, out)
     text = "\n".join(lines) + "\n"
     write_text(out / "claims.md", text)
-    means = {arm: {ruler: f.at(arm, ruler) for ruler in rulers if f.at(arm, ruler)}
-             for arms, rulers in ((ARMS, RULERS), (OBJECT_ARMS, OBJECT_RULERS)) for arm in arms}
     write_json(out / "claims.json", dict(
         settings, command=f"python {' '.join(sys.argv)}", machine=machine(), lambda_a=f.lambda_a,
         chosen=f.chosen, seconds=round(seconds_of(f)), rows=rows,
-        styles={s.index: s.words for s in some}, means={k: v for k, v in means.items() if v},
+        styles={s.key: s.words for s in some}, arms=f.everything(),
         tests=[t._asdict() for t in tests if t.values]))
     print(text)
 

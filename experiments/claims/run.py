@@ -192,8 +192,11 @@ class Unit:
         return f"R1 at {self.lambda_a:g}"
 
     def drawn(self, arm):
-        """An arm's pictures, drawn before: (B, 3, 64, 64)."""
-        return to_tensor(np.load(self.folder / f"{arm}.npy"))
+        """An arm's pictures, drawn before, or now where `restore` has its numbers alone."""
+        if not (self.folder / f"{arm}.npy").exists():
+            (self.folder / f"{arm}.json").unlink(missing_ok=True)
+            self.draw(arm)
+        return to_tensor(np.load(self.folder / f"{arm}.npy"))                    # (B, 3, 64, 64)
 
 
 def arms(u):
@@ -276,6 +279,17 @@ def work_folder(args, settings):
     return Path(args.work) / f"{settings['base']}-{name}"
 
 
+def restore(file, settings, folder):
+    """The numbers of a claims.json go to the folder, where no arm of that name is yet."""
+    written = json.loads(Path(file).read_text())
+    if {name: written.get(name) for name in settings} != settings:
+        raise ValueError(f"{file} is of other settings, or of another base")
+    for key, arms in written["arms"].items():
+        for arm, numbers in arms.items():
+            if not (folder / key / f"{arm}.json").exists():
+                write_json(folder / key / f"{arm}.json", numbers)
+
+
 def options(parser):
     """What run.py and report.py share."""
     add = parser.add_argument
@@ -322,6 +336,7 @@ def main():
     add("--groups", default=",".join(GROUPS), help="of arms, in the order to draw them in")
     add("--jobs", type=number(int, 1), default=1, help="processes of one thread each")
     add("--part", default="0/1", help="i/n: every n-th style, from i on")
+    add("--restore", help="a claims.json of the same settings: its arms are not drawn again")
     args = parser.parse_args()
     groups = check_groups(args.groups)
     if args.jobs > 1:
@@ -335,6 +350,8 @@ def main():
     torch.set_num_threads(1)
     pipe, net, art, some, settings, folder = everything(args)
     write_json(folder / "settings.json", settings)
+    if args.restore:
+        restore(args.restore, settings, folder)
     print(f"python {' '.join(sys.argv)}\n{machine()}, {folder}", flush=True)
     index, count = map(int, args.part.split("/"))
     for subject, group in tasks(some, groups):
