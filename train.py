@@ -139,7 +139,8 @@ def tune(args):
         say(f"content: {', '.join(contents)}, CLIP thinks (say it with --content if not)")
     if style is None:
         style = guess_style(pipe, references, contents)
-        say(f"style: {style}, in the base's words (say it with --style if not)")
+        said = "no words of the base fit" if style == RARE_TOKEN else "in the base's words"
+        say(f"style: {style}, {said} (say it with --style if not)")
     note_unknown(pipe, *(style_prompt(content, style) for content in contents))
     tuning = {name: getattr(args, name) for name in TUNING}
     tuning["lr"] = args.lr or LR[args.method]
@@ -229,7 +230,8 @@ def options():
         help="the style reference; several teach one style together")
     add("--content", nargs="+", type=filled, metavar="PHRASE",
         help='what each reference shows, such as "a house" (default: a guess)')
-    add("--style", type=utf8, help="words for the style (default: the base's own for it)")
+    add("--style", type=utf8,
+        help="words for the style (default: the base's, for the first four references)")
     add("--kind", choices=("style", "content"), default="style",
         help="what the pictures teach: a style, or an object")
     add("--method", choices=METHODS, default="adapter",

@@ -1,8 +1,9 @@
 """What a reference shows and in which words of style, where the user says neither.
 
-CLIP names the content. The style is read by G, as diffusion classifiers do (Li et al. 2023): the
-best words are those under which the reference's tokens are the likeliest. For an adapter that is
-the best place to begin, too: what the words say it need not learn.
+CLIP names the content. The style is read by G, much as diffusion classifiers do (Li et al. 2023):
+the best words are those that give the reference's tokens the least cross-entropy. All of them are
+masked, since those that are seen would tell G the rest, whatever the words. An adapter need not
+learn what the words say already.
 """
 
 from dataclasses import replace
@@ -16,7 +17,7 @@ from styledrop import RARE_TOKEN, style_prompt
 
 GAIN = 0.2                   # nats a token that a word has to bring
 MOST = 4                     # references that are looked at for the style
-ORDER = ("ground", "palette", "medium", "line", "light")     # data.styles.ATTRIBUTES
+ORDER = ("ground", "palette", "medium", "line", "light")     # of data.styles.ATTRIBUTES
 
 
 def guess_content(pipe, images):
@@ -34,23 +35,27 @@ def guess_style(pipe, images, contents):
     """images (R, 3, H, W) in [-1, 1], R content phrases -> the words of the style they share.
 
     One attribute after the other, and all of them once more, since the first were judged beside
-    none. The rare token where no word brings GAIN: a style without a name.
+    none. Only words that the base has read. The rare token where none of them brings GAIN.
     """
+    hands = [row["style"] for row in data.read_table("sets.tsv")]            # icon sets are media
+    choices = styles.ATTRIBUTES | dict(medium=styles.ATTRIBUTES["medium"] + hands)
     side = pipe.vqgan.config.resolution
     small = F.interpolate(images[:MOST].to(pipe.device), (side, side), mode="area")
     tokens, style = pipe.vqgan.encode(small).flatten(1), styles.Style()          # (R, N)
     for attribute in ORDER + ORDER:
         plain = getattr(styles.Style(), attribute)           # what goes without saying
-        tried = [replace(style, **{attribute: value})
-                 for value in (plain, *styles.ATTRIBUTES[attribute])]
-        losses = sum(surprise(pipe, ids, [style_prompt(content, styles.phrase(s)) for s in tried])
-                     for ids, content in zip(tokens, contents)) / len(tokens)
+        known = [value for value in choices[attribute] if pipe.words.issuperset(value.split())]
+        tried = [replace(style, **{attribute: value}) for value in (plain, *known)]
+        phrases, losses = [styles.phrase(s) for s in tried], 0
+        for ids, content in zip(tokens, contents):
+            texts = [style_prompt(content, phrase) for phrase in phrases]
+            losses = losses + cross_entropy(pipe, ids, texts) / len(tokens)
         best = losses.argmin()
         style = tried[best if losses[0] - losses[best] > GAIN else 0]
     return styles.phrase(style) or RARE_TOKEN
 
 
-def surprise(pipe, tokens, texts):
+def cross_entropy(pipe, tokens, texts):
     """CE_m of Eq. 2 with all tokens masked: tokens (N,), n texts -> (n,), in nats a token."""
     masked = torch.full_like(tokens, pipe.muse.config.mask_id)
     losses = []

@@ -64,7 +64,7 @@ def rows_of(pipe, prompts, args):
          "no say", sample(lambda_b=40.0)),
         ("pale", "`--lambda-b 0`: no pull of the text: plainer, and now and then half missing",
          sample(lambda_b=0.0)),
-        ("tuned", f"on {REFERENCE}, at the defaults", sample(tuned)),
+        ("tuned", f"on {REFERENCE}, with the rare token", sample(tuned)),
         ("collapsed", f"the same tuned for {args.long} steps at ten times the rate: every prompt "
          "turns to the reference's colours, then to its walls", sample(overtuned)),
         ("burnt", "`--lambda-a 10` on the well tuned one: further along the learned direction than "

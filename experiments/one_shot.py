@@ -27,6 +27,7 @@ from experiments.judge import (attributes, held_back, load_judge, named,  # noqa
 from data.pictures import grid  # noqa: E402
 from commandline import Parser, number, run_command  # noqa: E402
 from commandline.guess import guess_content, guess_style  # noqa: E402
+from pretrain.common import machine  # noqa: E402
 from styledrop import RARE_TOKEN, StyleDrop, style_prompt, to_tensor, to_uint8  # noqa: E402
 
 METRICS = {                             # unit (100: in percent), digits
@@ -36,7 +37,8 @@ METRICS = {                             # unit (100: in percent), digits
 # "words found, tuned" is train.py's default, content guessed too. The other rows are drawn.
 MADE = ("no style", "words found", "words given", "rare token, tuned", "words found, tuned",
         "words given, tuned")
-FLOOR, CEILING = "floor: the target, reconstructed", "ceiling: the object in another style"
+OTHER = "words found, tuned on another style"                # a control: the next style's adapter
+FLOOR, CEILING = "floor: the target, reconstructed", "control: the object in another style"
 SHOWN = (*MADE, FLOOR)
 
 
@@ -121,17 +123,29 @@ def measure(judge, images, target, names, reference, style, source):
             "leakage": named(judge, images, [reference] * len(images))}
 
 
-def one_style(pipe, judge, art, subject, things, args):
+def taught_by_default(pipe, art, subject, args):
+    """What train.py does without words -> the reference (1, 3, H, W), words found, an adapter."""
+    style, source, reference, _ = subject
+    example = draw(art, [reference], source, style, args.seed)
+    seen = guess_content(pipe, example)
+    found = guess_style(pipe, example, seen)
+    print(f"found: {seen[0]}, {found}", flush=True)
+    return example, found, pipe.tune(example, seen, found, **tuning(args))
+
+
+def tuning(args):
+    return dict(seed=args.seed) | (dict(steps=args.steps) if args.steps else {})
+
+
+def one_style(pipe, judge, art, subject, things, default, another, args):
     """Tune on one drawing, sample other objects -> the style's words, {row: {metric: mean}}, one
     line of the sheet.
+
+    default: of taught_by_default; another: of another style.
     """
     style, source, reference, other = subject
     words = styles.phrase(style) or art.hands[art.sets.index(source)]
-    content = data.content_phrase(reference)
-    example = draw(art, [reference], source, style, args.seed)
-    tuning = dict(seed=args.seed) | (dict(steps=args.steps) if args.steps else {})
-    seen = guess_content(pipe, example)[0]
-    found = guess_style(pipe, example, [seen])
+    content, (example, found, adapter) = data.content_phrase(reference), default
     names = [name for name in things for _ in range(args.seeds)]
     prompts = [data.content_phrase(name) for name in names]
     again = lambda images: images.repeat_interleave(args.seeds, 0)       # as many as the samples
@@ -140,11 +154,11 @@ def one_style(pipe, judge, art, subject, things, args):
     images = {"no style": pipe.generate(plain, seed=args.seed).cpu()}
     for row, phrase in zip(MADE[1:], (found, words)):
         images[row] = pipe.generate(prompts, style_phrase=phrase, seed=args.seed).cpu()
-    taught = (content, RARE_TOKEN), (seen, found), (content, words)
-    for row, (shows, phrase) in zip(MADE[3:], taught):
-        adapter = pipe.tune(example, [shows], phrase, **tuning)
+    adapters = {MADE[3]: pipe.tune(example, [content], RARE_TOKEN, **tuning(args)),
+                MADE[4]: adapter, OTHER: another[2],
+                MADE[5]: pipe.tune(example, [content], words, **tuning(args))}
+    for row, adapter in adapters.items():
         images[row] = pipe.generate(prompts, adapter, seed=args.seed).cpu()
-    print(f"found: {seen}, {found}", flush=True)
     images |= {FLOOR: again(give_back(pipe, target)),
                "the target of other objects": again(target.roll(1, 0)),
                CEILING: again(draw(art, things, source, other, args.seed))}
@@ -194,6 +208,18 @@ def report(found, seed):
     return lines + [f"Style by style: {' / '.join(SHOWN)}.", "", *table(["style", *titles], rows)]
 
 
+def read(subjects, found):
+    """What the base read from each reference, and by chance: from the next style's. -> lines."""
+    hits = lambda style, words: [value in words for value in styles.named(style).values()]
+    own, chance, rows = [], [], []
+    for i, (style, *_) in enumerate(subjects):
+        own += hits(style, found[i])
+        chance += hits(style, found[i - 1])
+        rows.append([styles.phrase(style) or "OpenMoji's", found[i]])
+    return [f"The base's words name {sum(own)} of {len(own)} attributes, those for another "
+            f"style's reference {sum(chance)}.", "", *table(["style", "words found"], rows)]
+
+
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
@@ -206,23 +232,25 @@ def main():
     add("--seed", type=number(int, 0), default=0)
     add("--steps", type=number(int, 1), help="of tuning (default: the pipeline's)")
     args = parser.parse_args()
-    judge, pipe = load_judge(args.judge), StyleDrop.load(args.weights)
+    judge, pipe, began = load_judge(args.judge), StyleDrop.load(args.weights), time.time()
+    base = pipe.base
     pipe.superres = None                                    # the first stage: targets have 64 px
     art = data.Art(["noto", "openmoji"])
     things, subjects = choose_subjects(art, args)
+    defaults = [taught_by_default(pipe, art, subject, args) for subject in subjects]
     found, rows = [], []
-    for subject in subjects:
-        began = time.time()
-        words, numbers, row = one_style(pipe, judge, art, subject, things, args)
+    for i, subject in enumerate(subjects):
+        words, numbers, row = one_style(pipe, judge, art, subject, things, defaults[i],
+                                        defaults[i - 1], args)
         found.append((words, numbers))
         rows.append(to_uint8(row))
         palettes = ", ".join(f"{made} {numbers[made]['palette']:.3f}" for made in MADE)
-        print(f"{words} (from {data.content_phrase(subject[2])}): palette {palettes}  "
-              f"{time.time() - began:.0f} s", flush=True)
+        print(f"{words} (from {data.content_phrase(subject[2])}): palette {palettes}", flush=True)
 
     settings = f"tuned for {args.steps} steps" if args.steps else "all settings at their defaults"
     lines = [*heading("A style from one drawing, measured"),
-             f"Base {pipe.base}, torch {torch.__version__}; {settings}. {len(found)} styles, "
+             f"Base {base}, {machine()}, {time.time() - began:.0f} s; {settings}. "
+             f"{len(found)} styles, "
              f"{args.things} objects x {args.seeds} seeds in each; ± is one standard error over "
              "the styles.", "",
              "Palette and texture: sliced Wasserstein distances of pixels and of grey 3 x 3 "
@@ -234,6 +262,7 @@ def main():
              "Words found: by the base itself (commandline/guess.py), from the reference. With "
              "\"words found, tuned\", train.py's default, CLIP names the content, too.", ""]
     lines += report(found, args.seed)
+    lines += read(subjects, [found for _, found, _ in defaults])
     lines += ["## one_shot.png", "", "A row for each style, as above: the reference; eight objects "
               f"before ({MADE[1]}); the same after ({MADE[4]}). First seeds, none chosen: "
               f"{', '.join(map(data.content_phrase, things[:8]))}."]

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-from commandline.guess import guess_content, guess_style, surprise
+from commandline.guess import guess_content, guess_style, cross_entropy
+from data import styles
 from styledrop import RARE_TOKEN
 
 SMALL = {"a", "in", "on", "with", "and", "ground", "style"}
@@ -32,8 +33,9 @@ def base_that_knows(truth, gain=0.5):
     near = torch.tensor([float(name == "a cat") for name in names])
     clip = SimpleNamespace(tokenize=list, encode_text=lambda texts: torch.eye(len(texts)),
                            encode_image=lambda images: near.expand(len(images), -1))
+    words = {word for values in styles.ATTRIBUTES.values() for word in " ".join(values).split()}
     return SimpleNamespace(
-        muse=SimpleNamespace(config=SimpleNamespace(mask_id=16)), clip=clip, device="cpu",
+        words=words | {"flat", "vector"}, muse=SimpleNamespace(config=SimpleNamespace(mask_id=16)), clip=clip, device="cpu",
         vqgan=SimpleNamespace(config=SimpleNamespace(resolution=16),
                               encode=lambda images: TOKENS.expand(len(images), -1)),
         forward_pass=forward_pass)
@@ -45,7 +47,7 @@ def test_content_is_the_nearest_name_by_clip():
 
 def test_style_has_the_words_that_make_the_tokens_likely():
     """Of several references, their own contents aside: what they share."""
-    for words in ("pixel art with drop shadow on gold", "thick red outline on black", "sepia"):
+    for words in ("pixel art with drop shadow on gold", "flat vector on red", "thick red outline on black", "sepia"):
         pipe = base_that_knows(f"a cat house in {words}")
         assert guess_style(pipe, IMAGES, ["a cat", "a house"]) == words
 
@@ -55,7 +57,14 @@ def test_a_word_has_to_bring_something():
     assert guess_style(base_that_knows("a cat in sepia", 0.01), IMAGES[:1], ["a cat"]) == RARE_TOKEN
 
 
-def test_surprise_is_a_plain_cross_entropy(pipe):
+def test_only_words_of_the_base_are_tried():
+    """Trap: a base that never read a word makes of it whatever it likes."""
+    pipe = base_that_knows("a cat in glowing on gold")
+    pipe.words = pipe.words - {"glowing"}
+    assert guess_style(pipe, IMAGES[:1], ["a cat"]) == "gold ground"
+
+
+def test_cross_entropy_is_a_plain_cross_entropy(pipe):
     """Trap: unmasked tokens would tell G the answer. By hand, one text after the other."""
     tokens, texts = torch.randint(32, (16,)), ["a cat", "a house in watercolor"] * 20
     masked = torch.full((1, 16), pipe.muse.config.mask_id)
@@ -63,4 +72,4 @@ def test_surprise_is_a_plain_cross_entropy(pipe):
     for text in texts:
         logits = pipe.muse(masked, *pipe.embed(pipe.muse, [text]))[0]            # (N, V)
         by_hand.append(-logits.log_softmax(1)[torch.arange(16), tokens].mean())
-    assert torch.allclose(surprise(pipe, tokens, texts), torch.stack(by_hand), atol=1e-4)
+    assert torch.allclose(cross_entropy(pipe, tokens, texts), torch.stack(by_hand), atol=1e-4)

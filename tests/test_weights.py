@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import data
 import train
-from commandline.guess import guess_content, surprise
+from commandline.guess import guess_content, cross_entropy
 from data import styles
 from human_feedback import rounds
 from styledrop import StyleDrop, Tuning, style_prompt, to_tensor
@@ -75,7 +75,7 @@ def test_muse_reads_a_style(pipe):
     for number in (0, 4, 8):
         image = styles.apply(some[number], art.drawings[0], np.random.default_rng(0))
         tokens = pipe.vqgan.encode(to_tensor(image[None])).flatten()
-        assert surprise(pipe, tokens, texts).argmin() == number
+        assert cross_entropy(pipe, tokens, texts).argmin() == number
 
 
 @torch.no_grad()
