@@ -1,9 +1,9 @@
 """What a reference shows and in which words of style, where the user says neither.
 
 CLIP names the content. The style is read by G, much as diffusion classifiers do (Li et al. 2023):
-the best words are those that give the reference's tokens the least cross-entropy. All of them are
-masked, since those that are seen would tell G the rest, whatever the words. An adapter need not
-learn what the words say already.
+the best words are those that make the reference's tokens the likeliest. Which tokens, not where:
+a layout is no style. All are masked, since those that are seen would tell G the rest, whatever the
+words. An adapter need not learn what the words say already.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ import data
 from data import styles
 from styledrop import RARE_TOKEN, style_prompt
 
-GAIN = 0.2                   # nats a token that a word has to bring
+GAIN = 0.1                   # nats a token that a word has to bring
 MOST = 4                     # references that are looked at for the style
 ORDER = ("ground", "palette", "medium", "line", "light")     # of data.styles.ATTRIBUTES
 
@@ -56,13 +56,16 @@ def guess_style(pipe, images, contents):
 
 
 def cross_entropy(pipe, tokens, texts):
-    """CE_m of Eq. 2 with all tokens masked: tokens (N,), n texts -> (n,), in nats a token."""
+    """Of the tokens (N,) under the histogram of tokens that G expects for each of n texts -> (n,).
+
+    In nats a token.
+    """
     masked = torch.full_like(tokens, pipe.muse.config.mask_id)
     losses = []
     for start in range(0, len(texts), 32):
         some = texts[start:start + 32]
         with torch.no_grad():
             logits = pipe.forward_pass(pipe.muse, some)(masked.expand(len(some), -1))
-        target = tokens.expand(len(some), -1)
-        losses.append(F.cross_entropy(logits.mT, target, reduction="none").mean(1))
+        histogram = logits.softmax(-1).mean(1)                                   # (B, V)
+        losses.append(-histogram.log()[:, tokens].mean(1))
     return torch.cat(losses)
