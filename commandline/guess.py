@@ -1,9 +1,9 @@
 """What a reference shows and in which words of style, where the user says neither.
 
 CLIP names the content. The style is read by G, much as diffusion classifiers do (Li et al. 2023):
-the best words are those that make the reference's tokens the likeliest. Which tokens, not where:
-a layout is no style. All are masked, since those that are seen would tell G the rest, whatever the
-words. An adapter need not learn what the words say already.
+the best words are those that make the reference's tokens the likeliest, each at its place, and all
+together wherever they are: a layout is no style. All are masked, since those that are seen would
+tell G the rest, whatever the words. An adapter need not learn what the words say already.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ import data
 from data import styles
 from styledrop import RARE_TOKEN, style_prompt
 
-GAIN = 0.1                   # nats a token that a word has to bring
+GAIN = 0.15                  # nats a token that a word has to bring
 MOST = 4                     # references that are looked at for the style
 ORDER = ("ground", "palette", "medium", "line", "light")     # of data.styles.ATTRIBUTES
 
@@ -56,9 +56,10 @@ def guess_style(pipe, images, contents):
 
 
 def cross_entropy(pipe, tokens, texts):
-    """Of the tokens (N,) under the histogram of tokens that G expects for each of n texts -> (n,).
+    """How unlikely tokens (N,) are for each of n texts, all of them masked: (n,), nats a token.
 
-    In nats a token.
+    The mean of two cross-entropies: CE_m of Eq. 2, each token at its place, and that of their
+    histogram under the one G expects, which also serves where G would draw another layout.
     """
     masked = torch.full_like(tokens, pipe.muse.config.mask_id)
     losses = []
@@ -66,6 +67,8 @@ def cross_entropy(pipe, tokens, texts):
         some = texts[start:start + 32]
         with torch.no_grad():
             logits = pipe.forward_pass(pipe.muse, some)(masked.expand(len(some), -1))
-        histogram = logits.softmax(-1).mean(1)                                   # (B, V)
-        losses.append(-histogram.log()[:, tokens].mean(1))
+        p = logits.softmax(-1)                                                   # (B, N, V)
+        placed = p.gather(2, tokens.expand(len(some), -1)[..., None])[..., 0]    # (B, N)
+        anywhere = p.mean(1)[:, tokens]                                          # (B, N)
+        losses.append(-(placed.log() + anywhere.log()).mean(1) / 2)
     return torch.cat(losses)
