@@ -33,7 +33,7 @@ from styledrop import RARE_TOKEN, StyleDrop, style_prompt, to_tensor, to_uint8  
 METRICS = {                             # unit (100: in percent), digits
     "palette": (1, 4), "texture": (1, 4), "judge's distance": (1, 3), "style seen": (100, 1),
     "object seen": (100, 1), "leakage": (100, 1)}
-# The base asked for no style, for words that commandline.guess found, for the true ones; then tuned.
+# The base asked for no style, for words that commandline.guess found, for the true ones; tuned.
 # "words found, tuned" is train.py's default, content guessed too. The other rows are drawn.
 MADE = ("no style", "words found", "words given", "rare token, tuned", "words found, tuned",
         "words given, tuned")

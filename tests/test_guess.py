@@ -35,7 +35,8 @@ def base_that_knows(truth, gain=0.5):
                            encode_image=lambda images: near.expand(len(images), -1))
     words = {word for values in styles.ATTRIBUTES.values() for word in " ".join(values).split()}
     return SimpleNamespace(
-        words=words | {"flat", "vector"}, muse=SimpleNamespace(config=SimpleNamespace(mask_id=16)), clip=clip, device="cpu",
+        words=words | {"flat", "vector"}, clip=clip, device="cpu",
+        muse=SimpleNamespace(config=SimpleNamespace(mask_id=16)),
         vqgan=SimpleNamespace(config=SimpleNamespace(resolution=16),
                               encode=lambda images: TOKENS.expand(len(images), -1)),
         forward_pass=forward_pass)
@@ -47,7 +48,8 @@ def test_content_is_the_nearest_name_by_clip():
 
 def test_style_has_the_words_that_make_the_tokens_likely():
     """Of several references, their own contents aside: what they share."""
-    for words in ("pixel art with drop shadow on gold", "flat vector on red", "thick red outline on black", "sepia"):
+    for words in ("pixel art with drop shadow on gold", "flat vector on red",
+                  "thick red outline on black", "sepia"):
         pipe = base_that_knows(f"a cat house in {words}")
         assert guess_style(pipe, IMAGES, ["a cat", "a house"]) == words
 

@@ -47,7 +47,8 @@ def test_tables_are_the_ones_that_the_script_wrote():
     (r"among 100 in (.+?) %", "base.md", "| openmoji | {} %"),
     (r"in another style in (.+?) %", "base.md", "72.0 ± 2.2 % | {} % |")])
 def test_figures_in_the_text_are_the_ones_that_the_scripts_wrote(pattern, file, written):
-    figures = [figure.replace(" and ", ", ").replace(" images: ", " | ") for figure in re.findall(pattern, README)]
+    figures = [figure.replace(" and ", ", ").replace(" images: ", " | ")
+               for figure in re.findall(pattern, README)]
     text = (RESULTS / file).read_text(encoding="utf-8")
     assert figures and [f for f in figures if written.format(f) not in text] == []
 
