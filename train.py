@@ -264,7 +264,7 @@ def options():
 
 
 def main():
-    stage = Parser(add_help=False, allow_abbrev=False)
+    stage = Parser(add_help=False)
     stage.add_argument("--stage", choices=STAGES)
     known, others = stage.parse_known_args()
     if known.stage:                                          # pretraining has scripts of its own

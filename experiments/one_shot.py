@@ -37,7 +37,7 @@ METRICS = {                             # unit (100: in percent), digits
 # "words found, tuned" is train.py's default, content guessed too. The other rows are drawn.
 MADE = ("no style", "words found", "words given", "rare token, tuned", "words found, tuned",
         "words given, tuned")
-OTHER = "words found, tuned on another style"                # a control: the next style's adapter
+OTHER = "words found, tuned on another style"                # a control
 FLOOR, CEILING = "floor: the target, reconstructed", "control: the object in another style"
 SHOWN = (*MADE, FLOOR)
 
@@ -209,7 +209,7 @@ def report(found, seed):
 
 
 def read(subjects, found):
-    """What the base read from each reference, and by chance: from the next style's. -> lines."""
+    """What the base read from each reference, and by chance: from another style's. -> lines."""
     hits = lambda style, words: [value in words for value in styles.named(style).values()]
     own, chance, rows = [], [], []
     for i, (style, *_) in enumerate(subjects):

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from adapter import Adapter  # noqa: E402
 from clip_feedback import Tokenizer  # noqa: E402
-from commandline import Parser, run_command  # noqa: E402
+from commandline import Parser, peak_memory, run_command  # noqa: E402
 from experiments.common import heading, table, write_png, write_text  # noqa: E402
 from experiments.losses import ticks  # noqa: E402
 from muse import PRESETS, Muse, MuseConfig, decode, masked_loss, random_mask  # noqa: E402
@@ -110,8 +109,8 @@ def random_pipe(device="cpu", **sizes):
 
 def new_adapter(pipe):
     """An adapter of both stages, as large as `tune` makes it."""
-    generator, c = torch.Generator().manual_seed(0), pipe.muse.config
-    theta = Adapter(c.width, 4, c.depth, True, generator)
+    generator = torch.Generator().manual_seed(0)
+    theta = pipe.new_adapter(Tuning(), STYLE, generator)
     if pipe.superres is not None:
         c, two = pipe.superres.config, SECOND_TUNING
         theta.superres = Adapter(c.width, two.d_prj, c.depth, two.is_shared, generator)
@@ -260,7 +259,7 @@ def growth(axis, value, steps):
     if axis == "references":
         work = lambda: pipe.tune(images, prompts(value), STYLE, steps=20, superres=False)
     seconds = timed(work, 2, lambda: None)
-    return dict(seconds=seconds, memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return dict(seconds=seconds, memory=peak_memory())
 
 
 def plot(found):
