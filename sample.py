@@ -162,8 +162,8 @@ def text_chunks(args, pipe, run):
     facts = {name: value for name, value in vars(args).items()
              if value is not None and name not in ("out", "trace", "words", "weights", "device")}
     if not (args.gamma_sweep or args.lambda_grid):           # the defaults may change
-        if run or args.style_phrase and not args.content:
-            facts.setdefault("lambda_a", LAMBDA_A if run else LAMBDA_A_WORDS)
+        if run or bool(args.content) != bool(args.style_phrase):
+            facts.setdefault("lambda_a", LAMBDA_A if run or args.content else LAMBDA_A_WORDS)
         if args.content and (run or args.style_phrase):
             facts.setdefault("gamma", Sampling.gamma)
     info = PngInfo()

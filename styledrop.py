@@ -72,7 +72,7 @@ LAMBDA_A, LAMBDA_A_WORDS = 0.5, 2.0     # strength of an adapter's style, and of
 class Sampling:
     """How images are drawn. In the second stage SECOND_SAMPLING takes the place of these."""
     lambda_a: float = None          # strength of the style [0 to 2]; None: LAMBDA_A or .._WORDS
-    lambda_a_content: float = None  # the same of the content adapter; None: lambda_a, or 1
+    lambda_a_content: float = None  # the same of the content adapter; None: lambda_a, or LAMBDA_A
     lambda_b: float = 1.0           # strength of the text [5]
     gamma: float = 0.5              # of two adapters, 0: style, 1: content alone [0.5 to 0.7]
     steps: int = 18                 # of decoding [36]

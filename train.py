@@ -237,11 +237,13 @@ def options():
     add("--method", choices=METHODS, default="adapter",
         help="what is trained; the others are the paper's baselines")
     add("--d-prj", type=count(4096), default=Tuning.d_prj,
-        help="H, the bottleneck; LoRA's rank (default %(default)s)")
-    add("--steps", type=count(10**6), default=Tuning.steps, help="(default %(default)s)")
-    add("--batch", type=count(4096), default=Tuning.batch, help="(default %(default)s)")
+        help="H of round 1's first stage; LoRA's rank (default %(default)s)")
+    add("--steps", type=count(10**6), default=Tuning.steps,
+        help="of round 1's first stage (default %(default)s)")
+    add("--batch", type=count(4096), default=Tuning.batch,
+        help="of the first stage (default %(default)s)")
     add("--lr", type=number(float, 0, strict=True, high=1),
-        help="learning rate (default 1e-3; other methods have their own)")
+        help="of round 1's first stage (default 1e-3; other methods have their own)")
     add("--no-superres", dest="superres", action="store_false", help="tune the first stage alone")
     add("--seed", type=number(int, 0, high=2**31), default=0, help="of everything drawn at random")
     add("--weights", type=filled, default=WEIGHTS, help="folder of the base (default: what ships)")

@@ -44,7 +44,8 @@ def guess_style(pipe, images, contents):
     tokens, style = pipe.vqgan.encode(small).flatten(1), styles.Style()          # (R, N)
     for attribute in ORDER + ORDER:
         plain = getattr(styles.Style(), attribute)           # what goes without saying
-        known = [value for value in choices[attribute] if pipe.words.issuperset(value.split())]
+        known = [value for value in choices[attribute] if pipe.words.issuperset(value.split())
+                 and value not in styles.HELD_OUT.get(attribute, ())]    # a star is "glowing"
         tried = [replace(style, **{attribute: value}) for value in (plain, *known)]
         phrases, losses = [styles.phrase(s) for s in tried], 0
         for ids, content in zip(tokens, contents):

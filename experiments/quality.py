@@ -2,8 +2,8 @@
 
     python experiments/quality.py --train --workers 8       # experiments/quality.pt
     python experiments/quality.py --train --chunks 1100 --reuse 2        # an hour of one core
-    python experiments/quality.py                           # results/quality.md, quality.json
-    python experiments/quality.py --choose --grids          # settings first; four sheets of samples
+    python experiments/quality.py --choose                  # results/sweep.md: sampling settings
+    python experiments/quality.py --grids                   # results/quality.md, sheets of samples
 
 A class judge alone is easily pleased: the pixel mean of a class's drawings, or a picture torn to
 pieces by guidance, is named as surely as a drawing. So beside every share of names stand a Fréchet
@@ -293,7 +293,7 @@ def share(values):
 
 def table_of(found):
     """{row: {column: number or (mean, error) in percent}} -> lines of Markdown."""
-    cell = lambda x: f"{x[0]:.1f} ± {x[1]:.1f} %" if isinstance(x, tuple) else f"{x:.3g}"
+    cell = lambda x: f"{x:.3g}" if isinstance(x, float) else f"{x[0]:.1f} ± {x[1]:.1f} %"
     rows = [[name, *map(cell, row.values())] for name, row in found.items()]
     return ["", *table(["", *next(iter(found.values()))], rows)]
 
@@ -427,13 +427,14 @@ def words_of(setting):
     return ", ".join(f"{k} {v:g}" for k, v in setting.items())
 
 
-def choose(net, pipe, art, names, per, seed, sampling):
-    """One setting after the other that is not given, the best value kept -> all, {all: row}.
+def choose(net, pipe, art, names, per, seed, sampling, rows, done):
+    """One setting after the other that is not given, the best value kept -> all of the best.
 
     Best: most names for the least distance, named / Fréchet. Alone, each has a trivial winner:
-    guidance that tears every picture, or none at all.
+    guidance that tears every picture, or none at all. rows: {all settings: row}, of an earlier run
+    too; done() after each that is new. Of the first stage, whose settings they are.
     """
-    names, rows, top = [name for name in names for _ in range(per)], {}, -1
+    names, top = [name for name in names for _ in range(per)], -1
     prompts, chosen = [data.content_phrase(n) for n in names], [Scene((n,)) for n in names]
     rng, known = np.random.default_rng(seed), part(art, ~is_new(art))
     reference = look(net, real(known, chosen, rng))["features"]
@@ -441,16 +442,15 @@ def choose(net, pipe, art, names, per, seed, sampling):
     for k in [k for k in SWEEP if k not in sampling]:
         for setting in [best, *(best | {k: value} for value in SWEEP[k])]:
             title = words_of(setting)
-            if title in rows:
-                continue
-            images = sample(pipe, prompts, seed, **setting)
-            row = row_of(net, images, names, per, reference)
-            row["named / distance"] = row["named, of all"][0] / row["Fréchet distance"]
-            rows[title] = row
-            print(table_of(rows)[-2], flush=True)
-            if row["named / distance"] > top:
-                top, best = row["named / distance"], setting
-    return best, rows
+            if title not in rows:
+                images = sample(pipe, prompts, seed, superres=False, **setting)
+                row = rows[title] = row_of(net, images, names, per, reference)
+                row["named / distance"] = row["named, of all"][0] / row["Fréchet distance"]
+                print(table_of(rows)[-2], flush=True)
+                done()
+            if rows[title]["named / distance"] > top:
+                top, best = rows[title]["named / distance"], setting
+    return best
 
 
 def sheets(pipe, seed, sampling):
@@ -475,7 +475,7 @@ def sheets(pipe, seed, sampling):
 
 
 # ---------------------------------------------------------------------------------------------
-# The two commands
+# The three commands
 
 def train_command(args, about):
     art = data.Art(smallest=0.75, bent=0.04)
@@ -492,17 +492,39 @@ def train_command(args, about):
     print(*table_of(rows), sep="\n")
 
 
-def measure_command(args, about):
+def parts_of(args):
+    """-> classifier, its provenance, pipe, art, settings given, names to choose on and to report."""
     net, saved = load_classifier(args.classifier)
     net, pipe = net.to(args.device), StyleDrop.load(args.weights, args.device)
-    art, openmoji = data.Art(smallest=0.9), data.Art(role="held-out", smallest=0.9)
+    art = data.Art(smallest=0.9)
     sampling = {k: v for k in SWEEP if (v := getattr(args, k)) is not None}
     names = sorted(set(part(art, is_new(art)).names))       # each has a drawing of either kind
     names = [str(n) for n in np.random.default_rng(args.seed).permutation(names)[:args.names]]
-    found = {}
-    if args.choose:
-        half, names = names[::2], names[1::2]
-        sampling, found["sweep"] = choose(net, pipe, art, half, args.per, args.seed, sampling)
+    return net, saved["provenance"], pipe, art, sampling, names[::2], names[1::2]
+
+
+def choose_command(args, about):
+    """Goes on from what sweep.json has of the same recipe."""
+    net, _, pipe, art, sampling, names, _ = parts_of(args)
+    file = Path(args.out) / "sweep.json"
+    recipe = dict(base=pipe.base, names=len(names), per=args.per, seed=args.seed)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    rows = found["rows"] if found.get("recipe") == recipe else {}
+
+    def done():
+        write_text(file, json.dumps(about() | dict(recipe=recipe, rows=rows), indent=1))
+    best = choose(net, pipe, art, names, args.per, args.seed, sampling, rows, done)
+    lines = [*heading("Sampling settings"), f"Base {pipe.base}, first stage alone, {args.per} "
+             f"pictures of each of {len(names)} names, none of which quality.md reports; one "
+             "setting after the other, the best value by named / distance kept: "
+             f"{words_of(best)}.", *table_of(rows)]
+    write_text(Path(args.out) / "sweep.md", "\n".join(lines) + "\n")
+    print(*lines, sep="\n")
+
+
+def measure_command(args, about):
+    net, trained, pipe, art, sampling, _, names = parts_of(args)
+    openmoji, found = data.Art(role="held-out", smallest=0.9), {}
     found["classifier"] = measure_itself(net, art, openmoji, args.scenes, args.seed)
     found["plain"] = measure_plain(net, pipe, art, names, args.per, args.seed + 1, sampling)
     found["words"] = measure_words(net, pipe, art, args.scenes, args.seed, sampling)
@@ -510,27 +532,24 @@ def measure_command(args, about):
         for name, sheet in sheets(pipe, args.seed, sampling).items():
             write_png(Path(args.out) / f"{name}.png", sheet)
     about = about() | dict(base=pipe.base, sampling=defaults() | sampling, names=len(names),
-                           per=args.per, prompts=args.scenes, classifier=saved["provenance"])
+                           per=args.per, prompts=args.scenes, classifier=trained)
     lines = [
         *heading("Quality"), f"Base {pipe.base}, sampled at {words_of(about['sampling'])}; "
         f"{about['machine']}, {about['seconds']} s. ± is one standard error, over names or "
         "prompts.", "", "## Plain prompts", "",
-        f"{len(names)} names, {args.per} pictures of each in every row; distances are to as many "
-        "real drawings, and shrink with more pictures: compare only what has this n. An object is "
-        f"named among all {len(data.names())}, or among 100. The class mean is one picture a name, "
-        "repeated. Other draws are often of the reference's own drawings, placed anew: a floor "
-        "that is a little too low.", *table_of(found["plain"]),
+        f"{len(names)} names that the sweep of the settings did not meet (sweep.md), {args.per} "
+        "pictures of each in every row; distances are to as many real drawings, and shrink with "
+        "more pictures: compare only what has this n. An object is named among all "
+        f"{len(data.names())}, or among 100. The class mean is one picture a name, repeated. Other "
+        "draws are often of the reference's own drawings, placed anew: a floor that is a little "
+        "too low.", *table_of(found["plain"]),
         "## More than one word", "", f"{args.scenes} prompts each. Control: what the next prompt's "
         "sample shows of it by chance. Real: composed of drawings that the classifier mostly "
         "knows; given back: the same by the tokenizer; never seen: of drawings it does not know.",
         *table_of(found["words"]), "## The classifier itself", "",
-        f"{args.scenes} real drawings a row. Trained by `{saved['provenance']['command']}` in "
-        f"{saved['provenance']['seconds']} s. The base was trained on all but OpenMoji.",
+        f"{args.scenes} real drawings a row. Trained by `{trained['command']}` in "
+        f"{trained['seconds']} s. The base was trained on all but OpenMoji.",
         *table_of(found["classifier"])]
-    if args.choose and found["sweep"]:
-        lines += ["## Sampling settings", "", f"On {len(half)} other names; one setting after the "
-                  "other, the best value by named / distance kept. Only the plain prompts above "
-                  "are of names that the sweep did not meet.", *table_of(found["sweep"])]
     text = "\n".join(lines) + "\n"
     write_text(Path(args.out) / "quality.md", text)
     write_text(Path(args.out) / "quality.json", json.dumps(about | found, indent=1))
@@ -557,7 +576,7 @@ def main():
     for name, value in defaults().items():
         add(f"--{name.replace('_', '-')}", type=number(type(value), 0),
             help="(default: the pipeline's)")
-    add("--choose", action="store_true", help="settings by a sweep on half of the names")
+    add("--choose", action="store_true", help="sweep the settings on the other half of the names")
     add("--grids", action="store_true", help="four sheets of samples as well")
     add("--seed", type=number(int, 0), default=0)
     args, began = parser.parse_args(), time.time()
@@ -565,7 +584,8 @@ def main():
     def about():
         return dict(command=f"python {' '.join(sys.argv)}", seconds=round(time.time() - began),
                     machine=machine())
-    train_command(args, about) if args.train else measure_command(args, about)
+    command = train_command if args.train else choose_command if args.choose else measure_command
+    command(args, about)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Pretrain CLIP, which judges images: both towers, contrastively (Radford et al. 2021).
 
     python train.py --stage clip                                # -> runs/clip/clip.pt
-    python train.py --stage clip --batch 1024 --reuse 16 --workers 15 --steps 15000   # on one GPU
+    python train.py --stage clip --batch 1024 --reuse 16 --workers 2 --steps 2600     # on one GPU
 
 The same command goes on where it was stopped.
 """
@@ -16,10 +16,9 @@ import torch.nn.functional as F
 import data
 from clip_feedback import CLIP, PRESETS, Tokenizer, image_features
 from data import styles
-from commandline import say
+from commandline import run_command, say
 from pretrain.common import (Replay, Run, Steps, batches, image_source, optimisers_for, set_rate,
                              stage_parser, start, to_float, train_merges)
-from commandline import run_command
 from styledrop import autocast, save_model, to_tensor
 
 MAX_LOGIT_SCALE = math.log(100)         # CLIP 2.5: sharper than this, training becomes unstable

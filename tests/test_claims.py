@@ -78,12 +78,14 @@ def art():
 
 
 def test_subjects_are_held_out_and_a_style_has_its_own_things(art):
-    some = setting.subjects(art, 3, references=2, seeds=2)
-    assert len(some) == 6 * 4 == len({s.key for s in some}) and sum(s.reported for s in some) == 12
+    some = setting.subjects(art, 3, references=2)
+    assert len(some) == 3 + 6 == len({s.key for s in some}) and sum(s.reported for s in some) == 6
     for s in some:
         assert styles.is_held_out(s.style) and styles.has_new_words(s.style) == s.new_words
         assert not set(s.references) & set(s.things) and s.object not in s.references + s.things
-    assert len({s.references[0] for s in some}) == 12
+    assert len({s.references[0] for s in some}) == 9 == len({s.object for s in some})
+    one = {s.key for s in setting.subjects(art, 3)}          # a second reference moves no first one
+    assert one == {s.key for s in some if s.seed == 0}
 
 
 def test_probabilities_mix_as_numbers_do():

@@ -120,7 +120,7 @@ def test_the_page_has_the_controls_and_what_real_drawings_score(tmp_path, monkey
     monkeypatch.setattr(quality.StyleDrop, "load", lambda *_: Pipe())
     monkeypatch.setattr(quality.data, "Art", functools.partial(data.Art, ["noto", "twemoji"]))
     for options in ("--train --chunks 2 --reuse 1 --batch 8 --pool 2 --workers 0 --scenes 4",
-                    "--names 8 --per 1 --scenes 4 --choose --grids"):
+                    "--names 8 --per 1 --choose", "--names 8 --per 1 --scenes 4 --grids"):
         monkeypatch.setattr(sys, "argv", ["quality.py", "--device=cpu", f"--out={tmp_path}",
                                           f"--classifier={tmp_path / 'q.pt'}", *options.split()])
         quality.main()
@@ -131,6 +131,8 @@ def test_the_page_has_the_controls_and_what_real_drawings_score(tmp_path, monkey
         assert row in page
     assert all("control" in row for row in found["words"].values())
     assert found["names"] == 4 and set(found["sampling"]) == set(sweep)
-    assert len(found["sweep"]) == 4    # the defaults, lambda_b 3, steps 2, top_k 0: none twice
+    rows = quality.json.loads((tmp_path / "sweep.json").read_text())["rows"]
+    assert len(rows) == 4              # the defaults, lambda_b 3, steps 2, top_k 0: none twice
+    assert all(row in (tmp_path / "sweep.md").read_text() for row in rows)
     for sheet in ("things_styles", "colours_things", "counts", "two_things"):
         assert (tmp_path / f"{sheet}.png").stat().st_size < 500_000

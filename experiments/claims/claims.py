@@ -72,7 +72,7 @@ OURS = {100: "R1 at lambda_A 1",
 # What was drawn
 
 class Found:
-    """Means of what is there, references and seeds of a style averaged.
+    """Means of what is there, the references of a style averaged.
 
     at(arm, ruler) -> {style: mean}, of the reported styles. r1: the arm of the chosen lambda_A.
     """
@@ -142,12 +142,13 @@ class Found:
 
     def correlations(self, one, other):
         """Rank correlation of two rulers within R1's pictures of one lambda_A: one a style."""
-        out = []
+        found = {}
         for s in (s for s in self.subjects if s.reported):
             drawn = [self.pictures(s, arm) for arm in CURVE[1:]]
             if all(drawn):
-                out.append(np.mean([rank_correlation(d[one], d[other]) for d in drawn]))
-        return out
+                values = [rank_correlation(d[one], d[other]) for d in drawn]
+                found.setdefault(s.index, []).append(np.mean(values))
+        return [np.mean(values) for values in found.values()]
 
 
 def choose_mixtures(f):

@@ -146,14 +146,14 @@ def report(f, args, settings, rows, tests, own):
     lines = [
         "# The claims of the paper, tested", "",
         f"`python experiments/claims/run.py --things {args.things} --references "
-        f"{args.references} --seeds {args.seeds}`; base {settings['base']}; {machine()}, "
+        f"{args.references}`; base {settings['base']}; {machine()}, "
         f"{seconds_of(f) / 60:.0f} minutes of drawing so far. The first stage alone, at 64 pixels, "
         "but for claim 24.", "",
         f"{len(reported)} held-out styles so far, {new} with a word that the base never read, "
-        f"{len(reported) - new} new combinations of its words; {args.things} things in each, of "
-        f"its own. Settings were chosen on {CHOOSING} other styles: lambda_A {f.lambda_a:g}, for "
-        "R1 and all other adapters (most names for the least distance, as in quality.py); of "
-        f"Section 3.4, {chosen}.", "",
+        f"{len(reported) - new} new combinations of its words; {args.references} references in "
+        f"each, with {args.things} things and a seed of its own. Settings were chosen on "
+        f"{CHOOSING} other styles: lambda_A {f.lambda_a:g}, for R1 and all other adapters (most "
+        f"names for the least distance, as in quality.py); of Section 3.4, {chosen}.", "",
         "A figure is a mean of differences, with a 95 % interval by Student's t over styles: "
         f"whatever is drawn of a style counts once. Verdicts are at {LEVEL:g}, by the p beside "
         "them, which is corrected by Holm for the number of claims. A claim of several parts holds "
@@ -186,7 +186,12 @@ def report(f, args, settings, rows, tests, own):
 # Pictures
 
 def drawn_styles(f):
-    return [s for s in f.subjects if s.reported and f.pictures(s, f.r1)]
+    """The first subject of each reported style that is drawn."""
+    first = {}
+    for s in f.subjects:
+        if s.reported and f.pictures(s, f.r1):
+            first.setdefault(s.index, s)
+    return list(first.values())
 
 
 def frontier(f, axis, width=640, height=460):
@@ -242,37 +247,37 @@ def sheet(f, art, subjects):
     return grid(np.concatenate(rows), 1 + len(subjects[0].things), left=names)
 
 
-def identity_sheet(f, art):
-    """A row a style: what taught the object, the style, the arms -> image or None, the styles."""
-    have = [s for s in f.subjects if s.reported and all(f.kept(s, a) for a in OBJECT_ARMS)]
+def identity_sheet(f, art, subjects):
+    """A row a style: what taught the object, what taught the style, the arms."""
     rows = []
-    for s in have:
+    for s in subjects:
         taught = identity.lessons(identity.objects(art, s.object)[0], s.index)[:1]
         rows += [to_uint8(taught), to_uint8(drawings(art, s.references[:1], s.style))]
         rows += [np.load(f.folder / s.key / f"{arm}.npy")[:1] for arm in OBJECT_ARMS]
-    if not rows:
-        return None, have
     top = ["taught by", "style", "ceiling", "class", *[f"gamma {g:g}" for g in identity.GAMMAS] * 2]
-    return grid(np.concatenate(rows), len(top), top=top, left=[s.object for s in have]), have
+    return grid(np.concatenate(rows), len(top), top=top, left=[s.object for s in subjects])
 
 
 def pictures(f, art, out):
-    """Write them; lines that say what they show."""
+    """Write those of which run.py has kept the pictures, not numbers alone; lines that say what
+    all of them show."""
     save = lambda name, image: write_whole(out / name, lambda file: image.quantize(192).save(
         file, "PNG", optimize=True))
     panels = [np.asarray(frontier(f, axis)) for axis in AXES]
     save("claims_frontier.png", Image.fromarray(np.concatenate(panels, 1)))
     some = drawn_styles(f)[:2]
-    save("claims_pictures.png", sheet(f, art, some))
+    if all(f.kept(s, f.r1) for s in some):
+        save("claims_pictures.png", sheet(f, art, some))
     lines = ["## Pictures", "", "claims_frontier.png: mean differences from words over styles, "
              "crosses one standard error of them. The line is R1, from words alone over lambda_A "
              "0, 0.5, 1, 2, 3.", "",
              "claims_pictures.png: the first two reported styles "
              f"({'; '.join(s.words for s in some)}), first seeds, nothing chosen; on the left "
              "of the first row of each its reference."]
-    image, have = identity_sheet(f, art)
-    if image is not None:
-        save("claims_identity.png", image)
+    have = [s for s in drawn_styles(f) if all(f.pictures(s, arm) for arm in OBJECT_ARMS)]
+    if have:
+        if all(f.kept(s, arm) for s in have for arm in OBJECT_ARMS):
+            save("claims_identity.png", identity_sheet(f, art, have))
         lines += ["", "claims_identity.png: a row a style, first seeds: what taught the object, "
                   "what taught the style, the object in that style by the tokenizer, its class by "
                   "the style adapter, gamma 0 to 1 with its class named, and unnamed. Rows: "

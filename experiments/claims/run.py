@@ -1,7 +1,7 @@
 """Draws and measures what the claims need, and keeps it: the same command again goes on.
 
     python experiments/claims/run.py --jobs 2               # the short run: 10 styles, hours
-    python experiments/claims/run.py --jobs 2 --references 2 --seeds 2          # the full one
+    python experiments/claims/run.py --jobs 2 --references 2    # two drawings of each style
     python experiments/claims/run.py --part 0/3             # a third; other machines take 1/3, 2/3
     python experiments/claims/report.py                     # the table, from whatever is there
 
@@ -298,8 +298,8 @@ def options(parser):
     add("--work", default="runs/claims", help="folder of what is kept")
     add("--styles", type=number(int, 0), default=10, help=f"reported; {CHOOSING} more to choose on")
     add("--things", type=number(int, 2), default=8, help="of each style, each once in an arm")
-    add("--references", type=number(int, 1), default=1, help="of each style, each with its own R1")
-    add("--seeds", type=number(int, 1), default=1, help="of tuning and sampling")
+    add("--references", type=number(int, 1), default=1,
+        help="of each style, each with an R1, things and a seed of its own")
     add("--seed", type=number(int, 0), default=0, help="of the styles")
     add("--steps", type=number(int, 1), help="of tuning (default: the pipeline's; for tests)")
     return parser
@@ -309,7 +309,7 @@ def everything(args):
     """-> pipe, classifier, art, subjects, settings, the folder."""
     pipe, (net, _) = StyleDrop.load(args.weights), load_classifier(args.classifier)
     art = data.Art()
-    some = subjects(art, args.styles, args.things, args.references, args.seeds, args.seed)
+    some = subjects(art, args.styles, args.things, args.references, args.seed)
     settings = settings_of(args, pipe, net)
     return pipe, net, art, some, settings, work_folder(args, settings)
 

@@ -67,8 +67,11 @@ class Subject:
         return f"style{self.index:02d}-{zlib.crc32(what.encode()):08x}-{self.seed}"
 
 
-def subjects(art, count, things=8, references=1, seeds=1, seed=0):
-    """`count` reported styles after CHOOSING others, each as often as references and seeds say."""
+def subjects(art, count, things=8, references=1, seed=0):
+    """`count` reported styles, each with `references` drawings, after CHOOSING others with one.
+
+    Every reference has things, an object and a seed of its own.
+    """
     everywhere = set.intersection(*(set(art.names_of[s]) for s in HANDS))
     usual = [n for n in scenes.pools(tuple(sorted(everywhere)))["several"]
              if data.content_phrase(n) not in POOL_PROMPTS]
@@ -80,12 +83,10 @@ def subjects(art, count, things=8, references=1, seeds=1, seed=0):
             style = sample_style(rng)
         met.add(style)
         names = [usual[i] for i in rng.permutation(len(usual))]
-        fixed = dict(style=style, new_words=wanted, object=names.pop())
-        teach, some = names[:4 * references], tuple(names[4 * references:][:things])
-        for r in range(references):
-            for s in range(seeds):
-                found.append(Subject(index, seed + s, references=tuple(teach[4 * r:4 * r + 4]),
-                                     things=some, **fixed))
+        for r in range(references if index >= CHOOSING else 1):
+            own = names[r * (4 + things):(r + 1) * (4 + things)]
+            found.append(Subject(index, seed + r, style, tuple(own[:4]), tuple(own[4:]),
+                                 names[-1 - r], wanted))
     return found
 
 
