@@ -66,17 +66,18 @@ def main():
                 measured(*tune)
                 measured(*draw)
                 same = first == [path.read_bytes() for path in made]
-                share = next(line for line in said.splitlines() if line.startswith("adapter:"))
+                told = said.replace(str(run), f"runs/{run.name}").strip()
     results = ROOT / "experiments" / "results"
     write_png(results / "before_after.png", Image.fromarray(np.concatenate(sheets)).quantize(128))
     lines = [*heading("The main job, measured"),
              *table(["reference", "what it shows", "as read", "train.py", "peak memory",
                      "sample.py", "peak memory"], rows),
              f"On {machine()}, {os.cpu_count()} cores, base {StyleDrop.load().base}.", "",
-             f"{share[0].upper()}{share[1:]}.", "", "The same commands again gave the same adapter "
-             f"and the same picture, byte for byte: {'yes' if same else 'NO'}."]
+             "The same commands again gave the same adapter and the same picture, byte for byte: "
+             f"{'yes' if same else 'NO'}. What the first one said the second time:", "",
+             "```", told, "```"]
     write_text(results / "main_job.md", "\n".join(lines) + "\n")
-    print("\n".join(lines[-5:]))
+    print("\n".join(lines[-8:]))
 
 
 if __name__ == "__main__":

@@ -241,8 +241,8 @@ class Muon(torch.optim.Optimizer):
                 momentum.lerp_(grad, 1 - group["momentum"])
                 update = orthogonal(grad.lerp(momentum, group["momentum"]))      # Nesterov
                 scale = 0.2 * group["lr"] * max(shape) ** 0.5                  # as large as AdamW's
-                for p, u in zip(ps, update):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(u, alpha=scale)
+                torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_sub_(ps, list(update.unbind()), alpha=scale)
 
 
 def orthogonal(x):
@@ -283,8 +283,7 @@ def set_rate(optimisers, step, args):
 def update_average(average, model, step, decay=0.999):
     """The exponential moving average of the weights, over fewer steps in the beginning."""
     decay = min(decay, (1 + step) / (10 + step))
-    for a, p in zip(average.parameters(), model.parameters()):
-        a.lerp_(p, 1 - decay)
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -42,7 +42,6 @@ def test_tables_are_the_ones_that_the_script_wrote():
 
 @pytest.mark.parametrize("pattern, file, written", [
     (r"(\d+ and \d+) %", "one_shot.md", "| {} |"),            # of the way to a style
-    (r"dapter: (.+?)\n", "main_job.md", "Adapter: {}."),
     (r"([\d,]+ images: [\d.]+)", "losses.md", "| {} |"),
     (r"among 100 in (.+?) %", "base.md", "| openmoji | {} %"),
     (r"in another style in (.+?) %", "base.md", "72.0 ± 2.2 % | {} % |")])
@@ -51,6 +50,12 @@ def test_figures_in_the_text_are_the_ones_that_the_scripts_wrote(pattern, file, 
                for figure in re.findall(pattern, README)]
     text = (RESULTS / file).read_text(encoding="utf-8")
     assert figures and [f for f in figures if written.format(f) not in text] == []
+
+
+def test_the_main_job_says_what_is_shown():
+    shown = section("## Two commands").split("```")[3].strip().splitlines()
+    said = (RESULTS / "main_job.md").read_text(encoding="utf-8").splitlines()
+    assert len(shown) == 5 and [line for line in shown if line not in said] == []
 
 
 def test_the_map_comes_early():

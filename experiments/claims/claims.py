@@ -118,7 +118,7 @@ class Found:
         return [function(*(column[i] for column in columns)) for i in have]
 
     def only(self, new_words):
-        """The same of the styles with, or without, a word that the base never read."""
+        """The same of the styles with, or without, a medium or light of no training picture."""
         part = copy.copy(self)
         part.subjects = [s for s in self.subjects if s.new_words == new_words]
         return part

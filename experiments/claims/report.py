@@ -149,11 +149,12 @@ def report(f, args, settings, rows, tests, own):
         f"{args.references}`; base {settings['base']}; {machine()}, "
         f"{seconds_of(f) / 60:.0f} minutes of drawing so far. The first stage alone, at 64 pixels, "
         "but for claim 24.", "",
-        f"{len(reported)} held-out styles so far, {new} with a word that the base never read, "
-        f"{len(reported) - new} new combinations of its words; {args.references} references in "
-        f"each, with {args.things} things and a seed of its own. Settings were chosen on "
-        f"{CHOOSING} other styles: lambda_A {f.lambda_a:g}, for R1 and all other adapters (most "
-        f"names for the least distance, as in quality.py); of Section 3.4, {chosen}.", "",
+        f"{len(reported)} held-out styles so far, {new} with a medium or light that no training "
+        f"picture has, {len(reported) - new} new combinations of words; {args.references} "
+        f"references in each, with {args.things} things and a seed of its own. Settings were "
+        f"chosen on {CHOOSING} other styles: lambda_A {f.lambda_a:g}, for R1 and all other "
+        "adapters (most names for the least distance, as in quality.py); of Section 3.4, "
+        f"{chosen}.", "",
         "A figure is a mean of differences, with a 95 % interval by Student's t over styles: "
         f"whatever is drawn of a style counts once. Verdicts are at {LEVEL:g}, by the p beside "
         "them, which is corrected by Holm for the number of claims. A claim of several parts holds "

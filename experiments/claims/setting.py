@@ -1,8 +1,9 @@
 """What the claims are tried on: styles, references, things, and the rulers.
 
-Half of the styles have a word that the base never read ("glowing"), half combine words in a way
-that it never saw. Each style has things of its own, so that an interval over styles is one over
-things too. The first CHOOSING styles serve for choosing settings and are never reported.
+Half of the styles have a medium or light that no training picture has (the word may be known:
+"glowing" of a star), half combine words in a way that none has. Each reference has things of its
+own, so that an interval over styles is one over things too. The first CHOOSING styles serve for
+choosing settings and are never reported.
 
 Rulers, all of one picture: CLIP's text and style score, as in the paper, and two that share nothing
 with it: quality.py's classifier for names, and distances of palette and texture to the drawing that
@@ -44,7 +45,7 @@ class Subject:
     references: tuple                   # four names; the first is R1's only one
     things: tuple                       # names to draw
     object: str                         # a class for Section 3.4
-    new_words: bool                     # does the style have a word that the base never read?
+    new_words: bool                     # has it a medium or light of no training picture?
 
     @property
     def words(self):
