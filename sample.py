@@ -26,12 +26,12 @@ import numpy as np
 import torch
 from PIL.PngImagePlugin import PngInfo
 
-from commandline import (Parser, check_place, filled, load_pipe, newest_run, number, run_command,
-                         say, utf8)
+from commandline import (Parser, check_place, filled, load_pipe, load_run, newest_run, number,
+                         run_command, say, utf8)
 from data.english import note_unknown
 from data.pictures import grid
-from styledrop import (AT_ONCE, LAMBDA_A, LAMBDA_A_WORDS, WEIGHTS, Sampling, load_adapter,
-                       style_prompt, to_uint8, write_whole)
+from styledrop import (AT_ONCE, LAMBDA_A, LAMBDA_A_WORDS, WEIGHTS, Sampling, style_prompt,
+                       to_uint8, write_whole)
 
 SCALE = 2                               # a drawn pixel is so many pixels of the PNG a side
 GAMMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
@@ -184,8 +184,7 @@ def main():
         args.style = utf8(str(run or "none"))
     check_options(args)
     pipe = load_pipe(args)
-    style = load_adapter(run) if run is not None else None
-    content = load_adapter(args.content) if args.content is not None else None
+    style, content = load_run(run, "style"), load_run(args.content, "content")
     phrase = args.style_phrase
     if phrase is None:
         phrase = style.about.get("style", "") if style else ""

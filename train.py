@@ -32,7 +32,7 @@ import data
 from adapter import METHODS
 from commandline import (Parser, check_place, filled, load_pipe, number, peak_memory, run_command,
                          say, utf8)
-from commandline.guess import guess_content, guess_style
+from commandline.guess import words_for
 from data.english import note_unknown
 from data.pictures import grid
 from human_feedback.rounds import (alone, check_rounds, finished, further_rounds, made, read_json,
@@ -134,19 +134,16 @@ def tune(args):
     style = "" if args.kind == "content" else args.style
     if style is None and args.method == "textual-inversion":
         style = RARE_TOKEN                                   # to learn a word of its own
-    if contents is None:
-        contents = guess_content(pipe, references)
-        say(f"content: {', '.join(contents)}, CLIP thinks (say it with --content if not)")
-    if style is None:
-        style = guess_style(pipe, references, contents)
-        said = "no words of the base fit" if style == RARE_TOKEN else "in the base's words"
-        say(f"style: {style}, {said} (say it with --style if not)")
+    of = dict(base=pipe.base, pictures=fingerprint({"references": references}))
+    there = read_json(out / "config.json") or {}
+    there = there.get("guessed") if {name: there.get(name) for name in of} == of else None
+    contents, style, guessed = words_for(pipe, references, contents, style, there)
     note_unknown(pipe, *(style_prompt(content, style) for content in contents))
     tuning = {name: getattr(args, name) for name in TUNING}
     tuning["lr"] = args.lr or LR[args.method]
     same = dict(tuning, kind=args.kind, seed=args.seed, content=contents, style=style,
-                base=pipe.base, pictures=fingerprint({"references": references}))
-    settings = dict(same, ref=refs, weights=args.weights)    # not compared: files may move
+                **of)
+    settings = dict(same, ref=refs, weights=args.weights, guessed=guessed)       # not compared
     if not made(out / "config.json", same):
         first_round(args, out, pipe, references, settings)
     elif finished(out, args.rounds):
@@ -185,7 +182,10 @@ def first_round(args, out, pipe, references, settings):
         write_log(run / "log.jsonl", log)
         sheet = before_after(*map(to_uint8, (references, before, after)), prompts)
         sheet.save(run / "samples.png")
-        os.replace(run, out)
+        try:
+            os.replace(run, out)
+        except OSError:
+            raise ValueError(f"another command made {out} meanwhile; give another --out") from None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -226,9 +226,9 @@ def options():
     count = lambda high: number(int, 1, high=high)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("a style, or an object").add_argument
-    add("--ref", nargs="+", type=filled, metavar="IMG",
+    add("--ref", nargs="+", action="extend", type=filled, metavar="IMG",
         help="the style reference; several teach one style together")
-    add("--content", nargs="+", type=filled, metavar="PHRASE",
+    add("--content", nargs="+", action="extend", type=filled, metavar="PHRASE",
         help='what each reference shows, such as "a house" (default: a guess)')
     add("--style", type=utf8,
         help="words for the style (default: the base's, for the first four references)")

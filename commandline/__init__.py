@@ -1,6 +1,7 @@
 """What the commands share: options, lines of progress, and errors of one line."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from styledrop import StyleDrop, partial_prefix
+from styledrop import StyleDrop, load_adapter, partial_prefix
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,6 +28,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(message)
 
+    def parse_known_args(self, args=None, namespace=None):
+        for given in sys.argv[1:] if args is None else args:
+            if given.startswith("--") and given.endswith("=--"):     # argparse takes it for []
+                self.error(f"{given} has no value")
+        return super().parse_known_args(args, namespace)
+
 
 def number(kind, low, strict=False, high=1e12):
     """An argparse type: an int or float from low (strict: above it) to high, and not nan."""
@@ -34,10 +41,11 @@ def number(kind, low, strict=False, high=1e12):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         if not low <= value <= high or strict and value == low:
             least = f"{'above' if strict else 'at least'} {low}"
-            raise argparse.ArgumentTypeError(f"{text} must be {least} and at most {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} must be {least} and at most {high:,.15g}")
         return value
     return parse
 
@@ -68,6 +76,14 @@ def load_pipe(args):
     return pipe
 
 
+def load_run(run, kind):
+    """The adapter of a run folder; None for None. ValueError where it teaches the other kind."""
+    other = {"style": "content", "content": "style"}[kind]
+    if run is not None and kind_of(Path(run)) == other:
+        raise ValueError(f"{run} is of kind {other}; give it as --{other}")
+    return None if run is None else load_adapter(run)
+
+
 def newest_run(root="runs"):
     """The style run in `root` that was made last; None where there is none."""
     runs = [p.parent for p in Path(root).glob("*/adapter.pt") if kind_of(p.parent) != "content"]
@@ -85,6 +101,8 @@ def kind_of(run):
 def check_place(path):
     """Raise ValueError where no file or folder could be made at `path`, before the work is done."""
     whole = Path(os.path.abspath(path))
+    if whole.is_symlink() and not whole.exists():
+        raise ValueError(f"{path} is a link to nowhere; give another --out")
     try:
         place = next(p for p in (whole, *whole.parents) if p.exists())
         folder = place.parent if whole.is_file() else place
@@ -95,16 +113,29 @@ def check_place(path):
                          "give another --out") from None
 
 
-def say(line):
-    """A line of progress, whatever letters the terminal has.
+class Forgiving:
+    """A stream. Where nobody reads on, as behind `| head -1`, or a disk is full, work goes on."""
 
-    Where nobody reads on, as behind `| head -1`, or the disk of a log is full, the work goes on.
-    """
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def say(line):
+    """A line of progress, whatever letters the terminal has."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        print(line.encode(encoding, "backslashreplace").decode(encoding),
+              file=Forgiving(sys.stdout))
 
 
 def peak_memory():
@@ -121,9 +152,18 @@ def run_command(main):
     """Run a script's main(); what a user can mend is one line on stderr and exit code 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)     # see the scripts' first lines
     warnings.filterwarnings("ignore", "only the first")      # of CLIP: note_unknown has said it
+    with contextlib.redirect_stderr(sys.stderr and Forgiving(sys.stderr)):
+        line = mistake_in(main)
+        if line is not None:
+            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+            sys.exit(2)
+
+
+def mistake_in(main):
+    """Run main() -> None, or one line about what a user can mend."""
     try:
         main()
-        return
+        return None
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
@@ -138,6 +178,4 @@ def run_command(main):
                 raise
         line = "out of memory; ask for less at once"
     line = " ".join(line.removeprefix(": ").split())
-    line = line if len(line) < 500 else f"{line[:240]} ... {line[-240:]}"
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-    sys.exit(2)
+    return line if len(line) < 500 else f"{line[:240]} ... {line[-240:]}"

@@ -12,12 +12,38 @@ import torch
 import torch.nn.functional as F
 
 import data
+from commandline import say
 from data import styles
 from styledrop import RARE_TOKEN, style_prompt
 
 GAIN = 0.15                  # nats a token that a word has to bring
 MOST = 4                     # references that are looked at for the style
 ORDER = ("ground", "palette", "medium", "line", "light")     # of data.styles.ATTRIBUTES
+
+
+def words_for(pipe, images, contents, style, earlier):
+    """What the user left out, None: images (R, 3, H, W) -> R content phrases, style, and {what was
+    guessed: the guess}, which is said.
+
+    earlier: such a dict of a run on these images, or None. It counts: another machine might just so
+    read other words, and the run would not go on.
+    """
+    guessed, earlier = {}, earlier if isinstance(earlier, dict) else {}
+    if contents is None:
+        contents = earlier.get("content")
+        if not (isinstance(contents, list) and len(contents) == len(images)):
+            try:
+                contents = guess_content(pipe, images)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{error}; or say with --content what is shown, and no CLIP is "
+                                 "needed") from None
+        guessed["content"] = contents = list(map(str, contents))
+        say(f"content: {', '.join(contents)}, CLIP thinks (say it with --content if not)")
+    if style is None:
+        style = guessed["style"] = str(earlier.get("style") or guess_style(pipe, images, contents))
+        said = "no words of the base fit" if style == RARE_TOKEN else "in the base's words"
+        say(f"style: {style}, {said} (say it with --style if not)")
+    return contents, style.strip(), guessed
 
 
 def guess_content(pipe, images):
@@ -37,22 +63,25 @@ def guess_style(pipe, images, contents):
     One attribute after the other, and all of them once more, since the first were judged beside
     none. Only words that the base has read. The rare token where none of them brings GAIN.
     """
-    hands = [row["style"] for row in data.read_table("sets.tsv")]            # icon sets are media
+    hands = [row["style"] for row in data.read_table("sets.tsv") if row["role"] == "training"]
     choices = styles.ATTRIBUTES | dict(medium=styles.ATTRIBUTES["medium"] + hands)
     side = pipe.vqgan.config.resolution
     small = F.interpolate(images[:MOST].to(pipe.device), (side, side), mode="area")
-    tokens, style = pipe.vqgan.encode(small).flatten(1), styles.Style()          # (R, N)
+    tokens = pipe.vqgan.encode(small).flatten(1)                                 # (R, N)
+    style, losses = styles.Style(), {}                                           # {phrase: loss}
     for attribute in ORDER + ORDER:
         plain = getattr(styles.Style(), attribute)           # what goes without saying
         known = [value for value in choices[attribute] if pipe.words.issuperset(value.split())
                  and value not in styles.HELD_OUT.get(attribute, ())]    # a star is "glowing"
         tried = [replace(style, **{attribute: value}) for value in (plain, *known)]
-        phrases, losses = [styles.phrase(s) for s in tried], 0
-        for ids, content in zip(tokens, contents):
-            texts = [style_prompt(content, phrase) for phrase in phrases]
-            losses = losses + cross_entropy(pipe, ids, texts) / len(tokens)
-        best = losses.argmin()
-        style = tried[best if losses[0] - losses[best] > GAIN else 0]
+        phrases = [styles.phrase(s) for s in tried]
+        new, total = [phrase for phrase in dict.fromkeys(phrases) if phrase not in losses], 0
+        for ids, content in zip(tokens, contents) if new else ():
+            texts = [style_prompt(content, phrase) for phrase in new]
+            total = total + cross_entropy(pipe, ids, texts) / len(tokens)
+        losses |= zip(new, total.tolist()) if new else {}
+        best = min(range(len(tried)), key=lambda i: losses[phrases[i]])
+        style = tried[best if losses[phrases[0]] - losses[phrases[best]] > GAIN else 0]
     return styles.phrase(style) or RARE_TOKEN
 
 

@@ -139,8 +139,12 @@ def note_unknown(pipe, *texts):
     if not all(pipe.tokenizer.fits(text, length) for text in texts):
         notes.append(f"a prompt is longer than {length} tokens; what comes after is not read")
     known = pipe.words | {"in", "style", "[v*]", "[v]"}      # of the template, and rare tokens
-    for word, near in unknown_words(known, " ".join(texts)).items() if pipe.words else ():
+    unknown = unknown_words(known, " ".join(texts)) if pipe.words else {}
+    for word, near in list(unknown.items())[:20]:
         near = f"; near: {', '.join(near)}" if near else ""
+        word = word if len(word) < 50 else word[:40] + "..."
         notes.append(f"no training caption has {word!r}{near}")
+    if len(unknown) > 20:
+        notes.append(f"nor {len(unknown) - 20} other words")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -151,7 +151,14 @@ MOST_POOL = 5000                        # pictures: Pillow opens no larger pool.
 
 
 def finished(out, rounds):
-    """Are all parts of this many rounds there? config.json is written last."""
+    """Are all parts of this many rounds there, the adapter unhurt? config.json is written last.
+
+    Raises ValueError where it is damaged.
+    """
+    try:
+        load_adapter(out)
+    except ValueError as error:
+        raise ValueError(f"{error}; move {out} away, or give another --out") from None
     parts = ["rounds.png", "scores.json"] * (rounds > 1)
     for n in range(2, rounds + 1):
         parts += [f"round{n}/adapter.json", f"round{n}/adapter.pt"]
@@ -209,8 +216,10 @@ def alone(out):
     """No other command works on the run folder meanwhile. ValueError where one does already."""
     clear_leftovers(out)
     mine = out / f"{partial_prefix()}lock"
-    if list(out.glob(f".partial-{platform.node()}-*-lock")):
-        raise ValueError(f"another command works on {out}; wait for it, or end it")
+    mine.unlink(missing_ok=True)                             # of a dead process of our number
+    for lock in out.glob(f".partial-{platform.node()}-*-lock"):
+        raise ValueError(f"another command works on {out}; wait for it, end it, or, if there is "
+                         f"none, remove {lock}")
     mine.touch()
     try:
         yield

@@ -60,9 +60,11 @@ def test_a_word_has_to_bring_something():
 
 
 def test_only_words_of_the_base_are_tried():
-    """Trap: a base that never read a word makes of it whatever it likes."""
-    pipe = base_that_knows("a cat in glowing on gold")
-    pipe.words = pipe.words - {"glowing"}
+    """Traps: a base that never read a word makes of it whatever it likes; a star that glows is no
+    glowing style.
+    """
+    pipe = base_that_knows("a cat in sepia glowing on gold")
+    pipe.words = pipe.words - {"sepia"}
     assert guess_style(pipe, IMAGES[:1], ["a cat"]) == "gold ground"
 
 

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import human_feedback
+from adapter import Adapter
 from commandline import kind_of
 from human_feedback import Picking, contact_sheets, parse_picks, pick, rounds
 
@@ -134,6 +135,7 @@ READ = {"picking.json": (dict(pool=POOL, chosen=[2, 7]), 3,                # acc
 def test_damaged_files(tmp_path, name):
     """What was written, or a choice from this pool, or one line; the file stays."""
     (whole, good, read), path, accepted = READ[name], tmp_path / name, []
+    Adapter(8, 1, 1, True).save(tmp_path / "adapter.pt")
     for written in (json.dumps(whole).encode(), *damages(whole)):
         path.write_bytes(written)
         kind_of(tmp_path)                                    # sample.py: raises nothing

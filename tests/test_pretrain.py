@@ -350,16 +350,6 @@ def test_a_kill_while_writing_costs_nothing(stage, monkeypatch, how, code):
     signal.signal(signal.SIGTERM, handler)
 
 
-def test_a_closed_pipe_does_not_end_the_training(monkeypatch):
-    """What `| head -1` does after its line. Trap: the flush at exit fails once more."""
-    end, start = os.pipe()
-    os.close(end)
-    with os.fdopen(start, "w") as out:
-        monkeypatch.setattr(sys, "stdout", out)
-        common.say("step 1")
-        common.say("step 2")
-
-
 @pytest.mark.parametrize("name", ["vqgan", "muse"])
 def test_a_kill_between_the_last_files_is_mended(stage, monkeypatch, name):
     """Trap: the final checkpoint first; the same command finds nothing to do, and no weights."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import socket
 from functools import partialmethod
 from pathlib import Path
@@ -20,7 +21,7 @@ from clip_feedback import style_score, text_score
 from human_feedback import rounds as rounds_
 from human_feedback.rounds import (FEEDBACK, alone, choose_at_random, choose_by_clip, measure,
                                    sample_pool)
-from styledrop import StyleDrop, fingerprint, load_adapter, to_uint8
+from styledrop import StyleDrop, fingerprint, load_adapter, partial_prefix, to_uint8
 
 PROMPTS = ["a cat", "a tree", "an owl"]
 PERSON, CLIP = ["--feedback", "human"], ["--feedback", "clip"]
@@ -48,9 +49,9 @@ def rounds(cli, weights, picture, tmp_path):
     ref = picture()
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return lambda *options: cli(
-        train.main, "--ref", ref, "--content", "a house", "--style", "watercolor painting",
-        "--weights", weights, "--steps", 2, "--pool", 4, "--pool-prompts", "prompts.txt",
-        "--out", "runs/a", "--rounds", 2, *options)
+        train.main, *["--ref", ref] * ("--ref" not in options), "--content", "a house", "--style",
+        "watercolor painting", "--weights", weights, "--steps", 2, "--pool", 4, "--pool-prompts",
+        "prompts.txt", "--out", "runs/a", "--rounds", 2, *options)
 
 
 @pytest.fixture
@@ -242,10 +243,15 @@ def test_numbers_are_of_the_last_round(rounds, cli, unmoved, weights):
 
 
 def test_two_commands_do_not_share_a_run(tmp_path):
-    """Trap: two pages are open on one pool, and the later choice replaces the taught one."""
-    with alone(tmp_path), pytest.raises(ValueError, match="another command works on"):
+    """Traps: two pages are open on one pool, and the later choice replaces the taught one; a
+    container that was killed has the same number when it starts again.
+    """
+    lock = tmp_path / f".partial-{platform.node()}-{os.getppid()}-lock"
+    lock.touch()
+    with pytest.raises(ValueError, match=f"another command works on .*remove {lock}"):
         with alone(tmp_path):
             pass
-    with alone(tmp_path):                                    # both have ended: it is free again
+    lock.rename(tmp_path / f"{partial_prefix()}lock")
+    with alone(tmp_path):
         pass
     assert not list(tmp_path.iterdir())

@@ -23,8 +23,8 @@ def draw(cli, weights2, pipe2, make_adapter, monkeypatch):
     Both stages; the second one in two steps.
     """
     monkeypatch.setitem(styledrop.SECOND_SAMPLING, "steps", 2)
-    for when, (name, seed) in enumerate((("object", 3), ("new", 1), ("old", 2))):
-        path, kind = Path(f"runs/{name}/adapter.pt"), "content" if name == "object" else "style"
+    for when, (name, seed) in enumerate((("object", 3), ("more", 4), ("new", 1), ("old", 2))):
+        path, kind = Path(f"runs/{name}/adapter.pt"), "content" if seed > 2 else "style"
         path.parent.mkdir(parents=True)
         style = "" if kind == "content" else "watercolor painting"
         make_adapter(seed, style=style, base=pipe2.base).save(path)
@@ -63,7 +63,7 @@ def test_newest_run_is_used_and_named(draw, pipe2):
 
 
 ACTS = {                                # of an object in a style, with both stages
-    "--prompt": ["a house"], "--style": ["runs/old"], "--content": ["runs/old"], "--gamma": [0.1],
+    "--prompt": ["a house"], "--style": ["runs/old"], "--content": ["runs/more"], "--gamma": [0.1],
     "--lambda-a": [3], "--lambda-b": [4], "--gamma-sweep": [], "--style-phrase": ["painting"],
     "--steps": [2], "--temperature": [50], "--no-superres": [], "--num": [2], "--seed": [1]}
 ELSEWHERE = {"--lambda-grid", "--out", "--trace", "--words", "--weights", "--device", "--help"}
@@ -197,12 +197,13 @@ def test_out_of_memory_is_one_line(refused):
 BAD = {                                 # options besides a prompt: a word of the answer
     "--prompt EMPTY --out new/deep/a.png": "say what", "--prompt \udcff": "UTF-8",
     "--style-phrase \udcff": "UTF-8", "--content \udcff": "UTF-8", "--style runs/\udcff": "UTF-8",
-    "--gamma-sweep": "--content", "--style none --content runs/old --gamma 0": "--style",
+    "--gamma-sweep": "--content", "--style none --content runs/object --gamma 0": "--style",
     "--style none --lambda-a 0": "strength of a style", "--lambda-grid --lambda-b 3": "all",
-    "--lambda-grid --num 2": "one seed", "--lambda-grid --gamma-sweep --content runs/old": "both",
+    "--lambda-grid --num 2": "one seed", "--lambda-grid --gamma-sweep --content runs/new": "both",
     "--lambda-grid --trace a.gif": "not a sheet", "--num 17 --trace a.gif": "16",
     "--style runs/unfinished": "unfinished", "--content runs/nothing": "nothing",
     "--style runs/foreign --out new/a.png": "another", "--out cat.jpg": ".png",
+    "--style runs/object": "--content", "--content runs/new": "--style",
     "--trace a.png": ".gif", "--out folder.png": "is a folder", "--trace file/a.gif": "cannot be"}
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import data
 import sample
 import styledrop
 import train
+from commandline import guess
 from styledrop import StyleDrop, load_adapter, partial_prefix, style_prompt, to_uint8
 
 ROOT = Path(train.__file__).parent
@@ -46,8 +48,10 @@ def tune(cli, weights, picture):
     unless told otherwise.
     """
     ref = picture()
-    return lambda *options: cli(train.main, "--ref", ref, "--weights", weights, "--steps", 2,
-                                "--content", "a house", *options)
+    usual = {"--ref": ref, "--content": "a house"}
+    return lambda *options: cli(
+        train.main, *(word for pair in usual.items() if pair[0] not in options for word in pair),
+        "--weights", weights, "--steps", 2, *options)
 
 
 # -- style tuning
@@ -119,6 +123,9 @@ def test_a_run_is_never_replaced(tune, picture):
         code, _, err = tune(*options.split())
         assert code == 2 and f"another {words};" in err and err.count("\n") == 1
     assert content("runs/ref") == before
+    Path("runs/ref/adapter.pt").write_bytes(b"")
+    code, _, err = tune()
+    assert code == 2 and "move runs/ref away" in err
 
 
 def test_content_and_style_are_guessed(cli, picture, pipe, weights, monkeypatch):
@@ -129,7 +136,7 @@ def test_content_and_style_are_guessed(cli, picture, pipe, weights, monkeypatch)
     for a picture.
     """
     monkeypatch.setattr(data, "names", lambda: ["cat", "house", "owl", "tree"])
-    monkeypatch.setattr(train, "guess_style", lambda pipe, images, contents: "blurry")
+    monkeypatch.setattr(guess, "guess_style", lambda pipe, images, contents: "blurry")
     seen, real, phrases = [], StyleDrop.tune, ["a cat", "a house", "a tree", "an owl"]
     monkeypatch.setattr(StyleDrop, "tune",
                         lambda self, *a, **k: seen.extend(a) or real(self, *a, **k))
@@ -138,11 +145,30 @@ def test_content_and_style_are_guessed(cli, picture, pipe, weights, monkeypatch)
     images, guesses, style, *_ = seen
     assert np.array_equal(to_uint8(images), [data.read_image(ref, 16) for ref in refs])
     texts = pipe.clip.encode_text(pipe.clip.tokenizer(phrases, pipe.clip.config.context_length))
-    for image, guess in zip(images, guesses, strict=True):
+    for image, guessed in zip(images, guesses, strict=True):
         scores = torch.cosine_similarity(pipe.clip.encode_image(image[None]), texts)
-        assert guess == phrases[scores.argmax()]
+        assert guessed == phrases[scores.argmax()]
     assert style == "blurry" and f"style: {style}, in" in out
     assert f"content: {', '.join(guesses)}, CLIP" in out
+
+
+def test_a_run_goes_on_with_the_words_it_guessed(tune, monkeypatch):
+    """Trap: on another machine, or with another CLIP, the same command would be another one."""
+    monkeypatch.setattr(guess, "guess_style", lambda pipe, images, contents: "blurry")
+    assert tune()[0] == 0
+    monkeypatch.setattr(guess, "guess_style", lambda pipe, images, contents: "painting")
+    code, out, _ = tune()
+    assert code == 0 and "is finished" in out and "style: blurry" in out
+    assert tune("--style", "painting")[0] == 2
+
+
+def test_references_may_be_given_one_by_one(cli, picture, weights):
+    """Trap: the last --ref alone counts."""
+    picture("a.png"), picture("b.png", 1)
+    cli(train.main, *"--ref a.png --ref b.png --content tree --content house --style x".split(),
+        "--weights", weights, "--steps", 1)
+    about = json.loads(Path("runs/a/config.json").read_text())
+    assert about["ref"] == ["a.png", "b.png"] and about["content"] == ["tree", "house"]
 
 
 def test_an_objects_pictures(cli, weights, picture):
@@ -185,7 +211,8 @@ BAD = {                                 # the options (&: --ref good.png): a wor
     "& --kind content --content a --style b": "--style", "--stage clip --content c": "--content",
     "& --kind content --content a --rounds 2": "--rounds", "& --method full --d-prj 4": "--d-prj",
     "& --kind content --content a --method textual-inversion": "--kind",
-    "& --method textual-inversion --style=": "--style"}
+    "& --method textual-inversion --style=": "--style", "& --seed=--": "--seed",
+    "& --out nowhere": "link to nowhere", "& --weights no_clip": "--content"}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -195,6 +222,8 @@ def test_refusals(refused, weights, picture, tmp_path, case):
     Image.new("RGB", (90, 90), "white").save(tmp_path / "white.png")
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.txt").write_text(" \n")
+    (tmp_path / "nowhere").symlink_to("missing")
+    shutil.copytree(weights, tmp_path / "no_clip", ignore=lambda *_: ["clip.pt"])
     arguments = [word.replace("EMPTY", "") for word in case.replace("&", "--ref good.png").split()]
     assert BAD[case] in refused(train.main, "--weights", weights, *arguments)
 
@@ -274,12 +303,14 @@ def test_ctrl_c_while_importing(tmp_path, script):
     assert one.returncode in (130, -signal.SIGINT)
 
 
-def test_the_reader_is_gone(tune, monkeypatch):
-    """`| head -1`. Trap: a broken pipe ends the work."""
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_the_reader_is_gone(tune, monkeypatch, stream):
+    """`| head -1`. Traps: a broken pipe ends the work, or the flush at exit does; a note does."""
     gone, end = os.pipe()
     os.close(gone)
-    monkeypatch.setattr(sys, "stdout", open(end, "w"))
-    assert tune("--style", "flat vector")[::2] == (0, "") and sorted(content("runs/ref")) == RUN
+    with open(end, "w") as out:
+        monkeypatch.setattr(sys, stream, out)
+        assert tune("--style", "zzq")[0] == 0 and sorted(content("runs/ref")) == RUN
 
 
 # -- pretraining is handed over
