@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import signal
 import sys
 from dataclasses import replace
 
@@ -33,21 +34,23 @@ VOCABULARY = sorted({word for line in WORDS for word in line.split()})
 TOKENIZER = Tokenizer(train_merges(WORDS, 100))
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def shake(module, std=0.2, seed=0):
-    """Every weight of a module drawn anew,
-    large enough that each input matters (vectors are left).
-    """
-    generator = torch.Generator().manual_seed(seed)
+    """Every matrix of a module drawn anew, large enough that each input matters."""
+    chance = generator(seed)
     with torch.no_grad():
         for p in module.parameters():
             if p.dim() > 1:
-                p.normal_(std=std, generator=generator)
+                p.normal_(std=std, generator=chance)
     return module
 
 
 def noise_images(count, side=16, seed=0):
     """Coarse random pictures (count, 3, side, side) in [-1, 1]."""
-    coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    coarse = torch.rand(count, 3, 4, 4, generator=generator(seed)) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=(side, side), mode="nearest")
 
 
@@ -56,7 +59,7 @@ def toy_vqgan(seed=0):
     torch.manual_seed(seed)
     vqgan = VQGAN(vqgan_.PRESETS["toy"]).eval()
     z = vqgan.encoder(noise_images(16, seed=seed)).detach()
-    update_codes(vqgan.quantizer, z, vqgan.quantizer(z)[1], torch.Generator().manual_seed(seed))
+    update_codes(vqgan.quantizer, z, vqgan.quantizer(z)[1], generator(seed))
     return vqgan
 
 
@@ -141,14 +144,14 @@ def pipe2(weights2):
 
 @pytest.fixture(scope="session")
 def make_adapter(pipe):
-    """make_adapter(seed) -> an adapter of the toy base whose effect is plain to see; sd=0:
-    a fresh one.
-    """
-    def make(seed=0, sd=0.3, style="watercolor painting", base=None):
-        c = pipe.muse.config
-        adapter = Adapter(c.width, 4, c.depth, True, torch.Generator().manual_seed(seed))
+    """make_adapter(seed) -> one of plain effect on the toy base; second: a seed for that stage."""
+    def make(seed=0, style="watercolor painting", base=None, second=None):
+        c, c2 = pipe.muse.config, SUPERRES["toy"]
+        adapter = shake(Adapter(c.width, 4, c.depth, True), 0.3, seed)
+        if second is not None:
+            adapter.superres = shake(Adapter(c2.width, 4, c2.depth, False), 0.3, second)
         adapter.about = dict(base=base or pipe.base, style=style)
-        return (shake(adapter, sd, seed) if sd else adapter).requires_grad_(False)
+        return adapter.eval().requires_grad_(False)
     return make
 
 
@@ -166,6 +169,7 @@ def picture(tmp_path):
 def cli(tmp_path, monkeypatch, capsys):
     """cli(main, *arguments) -> exit code, stdout, stderr of a command in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
 
     def run(main, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
@@ -177,14 +181,24 @@ def cli(tmp_path, monkeypatch, capsys):
             code = exit.code
         out, err = capsys.readouterr()
         return code, out, err
-    return run
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """calls(owner, name) -> a list of (positional, named) arguments of every call from now on."""
+    def listen(owner, name):
+        found, real = [], getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *positional, **named: found.append(
+            (positional, named)) or real(*positional, **named))
+        return found
+    return listen
 
 
 @pytest.fixture
 def refused(cli, tmp_path):
-    """refused(main, *arguments): exit code 2, one line, which is returned,
-    and nothing left behind.
-    """
+    """refused(main, *arguments): exit code 2, one line, which is returned, and no file left."""
     def run(main, *arguments):
         files = lambda: {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
         before = files()

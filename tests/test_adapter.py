@@ -5,14 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shake, toy_muse
+from conftest import generator, shake, toy_muse
 
 from adapter import PLACEMENTS, Adapter, AdapterGenerator, apply_adapter
 from muse import PRESETS, SUPERRES, Block
 
 TOY = PRESETS["toy"]
 L, D, H = 3, TOY.width, 4
-generator = lambda seed=0: torch.Generator().manual_seed(seed)
 draw = lambda *shape, seed=0: torch.randn(*shape, generator=generator(seed))
 sharing = pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "unshared"])
 
@@ -26,10 +25,7 @@ def base():
 
 
 def test_apply_adapter_equals_a_hand_loop():
-    """h + gelu(h W_d) W_u with jax's tanh gelu.
-
-    Traps: torch's erf gelu; a lost residual; transposed weights.
-    """
+    """h + gelu(h W_d) W_u. Traps: torch's erf gelu; a lost residual; transposed weights."""
     h, wd, wu = draw(1, 2, 3), draw(3, 2, seed=1), draw(2, 3, seed=2)
     gelu = lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
     for p in range(2):
@@ -45,21 +41,13 @@ def test_apply_adapter_equals_a_hand_loop():
 @pytest.mark.parametrize("d_emb, d_prj, is_shared, count", [
     (2048, 4, True, 229_760), (2048, 32, False, 12_582_912), (1024, 32, False, 6_291_456)])
 def test_table_s3(d_emb, d_prj, is_shared, count):
-    """0.23 M, 12.6 M, 6.3 M at Muse's 48 layers.
-
-    Traps: biases, norms, a third placement, one table for both.
-    """
+    """0.23, 12.6, 6.3 M at 48 layers. Traps: biases, norms, a third placement, one table."""
     with torch.device("meta"):
         assert sum(p.numel() for p in Adapter(d_emb, d_prj, 48, is_shared).parameters()) == count
-    for model in (PRESETS["paper"], SUPERRES["paper"]):     # 48; 16 over the low tokens and 32
-        assert model.depth == 48 and model.width in (2048, 1024)
 
 
 def test_shared_weights_are_one_matrix_and_an_offset():
-    """W_d[l] = W_d0 + 1 d_l, W_u[l] = W_u0 + 1 u_l.
-
-    Trap: the offset multiplies, or runs along the other axis.
-    """
+    """W_d[l] = W_d0 + 1 d_l, and W_u so. Trap: the offset multiplies, or has the other axis."""
     g = shake(AdapterGenerator(5, 2, L, True), 1.0)
     wd, wu = g()
     for l, i, j in ((l, i, j) for l in range(L) for i in range(5) for j in range(2)):
@@ -70,7 +58,6 @@ def test_shared_weights_are_one_matrix_and_an_offset():
 @sharing
 def test_initial_weights(is_shared):
     """Up weights zero, down weights of sd 0.02, cut at two sd (B.1.1), the same for the same seed.
-
     Trap: torch's trunc_normal_ cuts at -2 and 2 by default, which at sd 0.02 cuts nothing.
     """
     make = lambda seed: Adapter(256, 32, 8, is_shared, generator(seed)).state_dict()
@@ -95,9 +82,7 @@ def test_a_fresh_adapter_changes_nothing(base, is_shared):
 @pytest.mark.parametrize("part", ["down", "up"])
 def test_no_row_is_dead(base, is_shared, layer, placement, part):
     """Each layer's own row, down and up, moves the logits and gets a gradient, up from step one.
-
-    Trap (zideliu): the layer index stands still after the first half, and half of the rows are
-    never read.
+    Trap (zideliu): the layer index stands still, and half of the rows are never read.
     """
     for fresh in (True, False):
         adapter = Adapter(D, H, L, is_shared, generator())
@@ -113,10 +98,8 @@ def test_no_row_is_dead(base, is_shared, layer, placement, part):
 
 @pytest.mark.parametrize("cross", [True, False])
 def test_adapters_work_on_the_sub_layer_before_its_skip(cross):
-    """x + A(sublayer(norm(x))), after cross-attention and the MLP. A layer without cross-attention
-    has the first one after self-attention.
-
-    Traps: A(x + sublayer); one after each attention; half of the second stage has none.
+    """x + A(sublayer(norm(x))), after cross-attention (or else self-attention) and the MLP. Traps:
+    A(x + sublayer); one after each attention; half of the second stage has none.
     """
     block = shake(Block(D, 2, cross=cross), 0.2).requires_grad_(False)
     adapter = shake(Adapter(D, H, 1, True), 0.3).requires_grad_(False)

@@ -68,7 +68,7 @@ def figures():
         ("lines of a function", longest[1], 60, longest[0]),
         ("arguments", fullest[2], 9, fullest[0]),
         ("words of the README", len(read(ROOT / "README.md").split()), 2000, ""),
-        ("lines of the tests", sum(read(p).count("\n") for p in ROOT.glob("tests/*.py")), 5060, "")]
+        ("lines of the tests", sum(read(p).count("\n") for p in ROOT.glob("tests/*.py")), 4770, "")]
 
 
 def test_budgets():

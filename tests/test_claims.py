@@ -15,8 +15,7 @@ from experiments.claims import claims, identity, intervals, report, run, setting
 from styledrop import save_model
 
 
-# ---------------------------------------------------------------------------------------------
-# Numbers
+# -- numbers
 
 @pytest.mark.parametrize("freedom, t", [(1, 12.706), (4, 2.776), (9, 2.262), (30, 2.042)])
 def test_students_t_has_the_values_of_the_tables(freedom, t):
@@ -63,14 +62,16 @@ def test_an_arm_is_held_against_the_best_of_no_less_text():
     assert intervals.match(0.4, curve) == 1                 # none has as much: the most text
 
 
-def test_rank_correlation_and_slope():
+def test_rank_correlation_slope_and_mixed_probabilities():
     assert intervals.rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1)
     assert intervals.rank_correlation([1, 2, 3], [5, 5, 5]) == 0
     assert intervals.slope([0, 1, 2], [1, 3, 5]) == pytest.approx(2)
+    a, b = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    mixed = identity.mix_probabilities(a, b, 0.25).exp()
+    assert torch.allclose(mixed, 0.75 * a.softmax(-1) + 0.25 * b.softmax(-1), atol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------
-# Subjects and objects
+# -- subjects and objects
 
 @pytest.fixture(scope="module")
 def art():
@@ -88,14 +89,7 @@ def test_subjects_are_held_out_and_a_style_has_its_own_things(art):
     assert one == {s.key for s in some if s.seed == 0}
 
 
-def test_probabilities_mix_as_numbers_do():
-    a, b = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
-    mixed = identity.mix_probabilities(a, b, 0.25).exp()
-    assert torch.allclose(mixed, 0.75 * a.softmax(-1) + 0.25 * b.softmax(-1), atol=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------
-# From end to end
+# -- from end to end
 
 def test_the_oracle_picks_what_was_wanted_and_another_what_is_dark(art, monkeypatch):
     style, names = styles.Style(ground="blue"), ("mouse", "cat")

@@ -4,8 +4,6 @@ import gzip
 import math
 import os
 import pickle
-import random
-
 import zipfile
 from collections import Counter
 from dataclasses import replace
@@ -14,16 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TOKENIZER, save_merges
-from PIL import Image
+from conftest import TOKENIZER, noise_images, save_merges
 
+import data
 import muse
 import vqgan
 from clip_feedback import (BYTES, CLIP, OPENAI_PIXELS, PRESETS, VOCABULARY_FILE, Tokenizer,
                            build, check_sizes, load_clip, read_weights, select_best,
                            split_words, style_score, text_score)
 from experiments import score
-
 from pretrain.common import train_merges
 from styledrop import save_model, to_tensor
 
@@ -41,10 +38,6 @@ def toy(**changes):
 @pytest.fixture
 def clip():
     return toy()
-
-
-def random_images(count, side=16, seed=0):
-    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 # -- tokenizer
@@ -152,7 +145,7 @@ def test_towers_equal_torch_encoder_layers(quick_gelu):
             x = layer(x, src_mask=mask)
         return x
 
-    images, visual = random_images(2), clip.visual
+    images, visual = noise_images(2), clip.visual
     patches = F.unfold(images, 8, stride=8).transpose(1, 2) @ visual.conv1.weight.flatten(1).T
     x = torch.cat([visual.class_embedding.expand(2, 1, 32), patches], dim=1)
     x = run(visual.transformer, visual.ln_pre(x + visual.positional_embedding))
@@ -166,10 +159,9 @@ def test_towers_equal_torch_encoder_layers(quick_gelu):
 
 def test_resnet_equals_plain_operations(clip):
     """The tower once more, from its weights: shortcuts, strides, and the averages of both stages.
-
     In eval mode a feature does not depend on its batch. Trap: left in training mode.
     """
-    tower, x = clip.visual, random_images(2)
+    tower, x = clip.visual, noise_images(2)
     weights = tower.state_dict()
     for name in weights:                                          # statistics that have an effect
         if "running" in name:
@@ -188,16 +180,16 @@ def test_resnet_equals_plain_operations(clip):
     assert one.shape == (2, 8, 8, 8) and two.shape == (2, 16, 4, 4)
     x = torch.cat([one.mean((2, 3)), two.mean((2, 3))], dim=1)
     x = (x - weights["norm.running_mean"]) / (weights["norm.running_var"] + 1e-5).sqrt()
-    close(tower(random_images(2)), x @ weights["proj"])
-    close(clip.encode_image(random_images(2))[1:], clip.encode_image(random_images(2)[1:]))
+    close(tower(noise_images(2)), x @ weights["proj"])
+    close(clip.encode_image(noise_images(2))[1:], clip.encode_image(noise_images(2)[1:]))
 
 
 def test_images_of_any_shape_are_cropped_and_resampled(clip):
-    image = random_images(1)
+    image = noise_images(1)
     close(clip.prepare(image), image)                             # ours reads [-1, 1] as it is
     wide = torch.cat([torch.ones(1, 3, 16, 8), image, torch.ones(1, 3, 16, 8)], dim=3)
     close(clip.encode_image(wide), clip.encode_image(image))
-    assert clip.encode_image(random_images(2, 40)).shape == (2, clip.config.embed_dim)
+    assert clip.encode_image(noise_images(2, 40)).shape == (2, clip.config.embed_dim)
     clip.config = replace(clip.config, **OPENAI_PIXELS)
     white = clip.prepare(torch.ones(1, 3, 33, 33))[0, :, 3, 5]
     assert white.tolist() == pytest.approx([1.9303, 2.0749, 2.1459], abs=1e-3)
@@ -215,10 +207,8 @@ def test_presets_have_the_sizes_that_are_promised():
 # -- scores and selection
 
 def test_scores_are_plain_cosines(clip):
-    """Of each image with its text, and with each reference. Neither the size of the features nor
-    the temperature matters.
-    """
-    images, texts, reference = random_images(3), ["a cat", "a tree", "a cat"], random_images(2, 9)
+    """Whatever the size of the features and the temperature; with references, their mean."""
+    images, texts, reference = noise_images(3), ["a cat", "a tree", "a cat"], noise_images(2, 9)
     features, ids = clip.encode_image(images), clip.tokenize(texts)
     scores = text_score(clip, images, texts)
     close(scores, F.cosine_similarity(features, clip.encode_text(ids)).detach())
@@ -231,13 +221,10 @@ def test_scores_are_plain_cosines(clip):
         clip.text_projection.mul_(5)
         clip.logit_scale.fill_(0.)
     close(text_score(clip, images, texts), scores)
-
-
-def test_scores_explain_wrong_input(clip):
     with pytest.raises(ValueError, match="3 images but 2 texts"):
-        text_score(clip, random_images(3), ["a", "b"])
+        text_score(clip, images, ["a", "b"])
     with pytest.warns(UserWarning, match="only the first 14 tokens"):
-        text_score(clip, random_images(1), "a teapot " * 20)
+        text_score(clip, images, "a teapot " * 20)
 
 
 def test_selection():
@@ -265,9 +252,7 @@ def test_checkpoint_round_trip_is_exact(tower, tmp_path):
 
 @pytest.mark.parametrize("layout", ["openai", "open_clip"])
 def test_foreign_weights_load_with_an_inferred_config(layout, tmp_path):
-    """A CLIP in OpenAI's proportions: 64 wide heads, quick GELU, in fp16. The vocabulary lies
-    beside it, or elsewhere.
-    """
+    """64 wide heads, quick GELU, in fp16. The vocabulary lies beside it, or elsewhere."""
     path, vocabulary = tmp_path / "ViT.pt", tmp_path / VOCABULARY_FILE
     foreign = toy(resolution=28, patch=14, vision_width=128, vision_layers=3, vision_heads=2,
                   text_width=64, text_heads=1, context_length=12, quick_gelu=True,
@@ -283,7 +268,7 @@ def test_foreign_weights_load_with_an_inferred_config(layout, tmp_path):
     vocabulary.write_bytes(gzip.compress("\n".join(["h", *save_merges(TOKENIZER)]).encode()))
     loaded = load_clip(path, quick_gelu=True if layout == "open_clip" else None)
     assert loaded.config == foreign.config
-    images, texts = random_images(2, 50), ["a cat", "a house"]
+    images, texts = noise_images(2, 50), ["a cat", "a house"]
     close(text_score(loaded, images, texts), text_score(foreign.float(), images, texts))
     vocabulary.rename(tmp_path / "elsewhere.gz")
     assert load_clip(path, str(tmp_path / "elsewhere.gz")).tokenizer.merges == TOKENIZER.merges
@@ -361,52 +346,23 @@ def test_other_files_are_refused_in_one_line(clip, tmp_path, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.filterwarnings("error")
-def test_randomly_damaged_files(tmp_path, capfd):
-    """Flipped bytes, cut tails, inserted runs: a model, or one line; torch's words never show."""
-    path, chance, refused = tmp_path / "clip.pt", random.Random(0), 0
-    save_model(path, "clip", toy(vision_layers=(1,), text_layers=1), {},
-               merges=save_merges(TOKENIZER))
-    whole = path.read_bytes()
-    pickled, tail = whole.index(b".", whole.index(b"provenance")) + 99, len(whole) - 2000
-    anywhere = lambda: chance.choice([chance.randrange(pickled), chance.randrange(tail, len(whole)),
-                                      chance.randrange(len(whole))])
-    for i in range(500):
-        damaged, place = bytearray(whole), anywhere()
-        if i % 10 == 0:
-            damaged = damaged[:place]
-        elif i % 10 == 1:
-            damaged[place:place] = chance.randbytes(chance.choice((1, 7, 64, 5000)))
-        else:
-            for _ in range(chance.choice((1, 3, 30))):
-                damaged[anywhere()] = chance.randrange(256)
-        path.write_bytes(damaged)
-        try:
-            load_clip(path)
-        except (ValueError, OSError) as error:
-            refused += 1
-            assert 0 < len(str(error)) < 400 and "\n" not in str(error)
-    assert 250 < refused < 500 and capfd.readouterr() == ("", "")
-
-
 # -- experiments/score.py
 
-def test_scores_of_a_folder(cli, weights, tmp_path):
+def test_scores_of_a_folder(cli, weights, picture, tmp_path):
     """Both scores with their standard errors, against the functions; files in order of names."""
     (tmp_path / "drawn").mkdir()
-    pictures = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(tmp_path / (f"drawn/{i}.png" if i < 3 else "ref.png"))
-    (tmp_path / "prompts.txt").write_text("a cat\na house\na tree\n")
+    files = [picture(name, i) for i, name in enumerate(("drawn/0.png", "drawn/1.png", "ref.png"))]
+    (tmp_path / "prompts.txt").write_text("a cat\na house\n")
     path = weights / "clip.pt"
     command = f"--images drawn --ref ref.png --clip {path} --prompts prompts.txt".split()
     code, out, _ = cli(score.main, *command)
-    clip, images = load_clip(path), to_tensor(pictures)
-    scores = dict(text=text_score(clip, images[:3], ["a cat", "a house", "a tree"]),
-                  style=style_score(clip, images[:3], images[3]))
+    clip = load_clip(path)
+    images = to_tensor(np.stack([data.read_image(file, clip.config.resolution) for file in files]))
+    scores = dict(text=text_score(clip, images[:2], ["a cat", "a house"]),
+                  style=style_score(clip, images[:2], images[2]))
     assert code == 0 and out.splitlines() == [
-        f"{name} score {x.mean():.4f} +- {x.std() / 3 ** 0.5:.4f}  (3 pictures, by {path})"
+        f"{name} score {x.mean():.4f} +- {x.std() / 2 ** 0.5:.4f}  (2 pictures, by {path})"
         for name, x in scores.items()]
-    (tmp_path / "prompts.txt").write_text("a cat\na house\n")
+    (tmp_path / "prompts.txt").write_text("a cat\na house\na tree\n")
     code, out, err = cli(score.main, *command)
-    assert code == 2 and out == "" and "3 pictures" in err and "2 prompts" in err
+    assert code == 2 and out == "" and "2 pictures" in err and "3 prompts" in err

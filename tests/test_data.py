@@ -67,14 +67,13 @@ def shown(monkeypatch):
 
 def test_half_of_the_captions_name_no_style(art, shown):
     """Without a word of style they are drawings that have none; where one is there, it is [V*].
-
     Trap: "a cat" means a cat in any style, and an adapter has to unlearn all of the others.
     """
     captions = art.batch(800, np.random.default_rng(0), 16)[1]
     plain = np.array([style == styles.Style() for style in shown])
     silent = np.array([not caption.endswith(" style") for caption in captions])
     unnamed = np.array([caption.endswith("in [V*] style") for caption in captions])
-    assert plain[silent].all() and not plain[unnamed].any()
+    assert plain[silent].all() and not plain[unnamed].any() and 0.76 < silent[plain].mean() < 0.9
     assert 0.27 < silent.mean() < 0.4 and 0.1 < unnamed.mean() < 0.2
     assert 0.22 < unnamed.sum() / (~plain).sum() < 0.32     # SILENT, and every attribute left out
     rare = np.array([words.startswith("a [V] ") for words in captions])
@@ -202,14 +201,12 @@ def test_words_and_drawings_know_each_other(everything):
 # -- what is held out
 
 def test_training_never_shows_or_says_a_held_out_scene(everything, shown, monkeypatch):
-    """What is drawn, and what its words may mean: a synonym must not say what the rule keeps.
-
-    And no style hides the colour that an object is said to have.
-    """
+    """A synonym must not say what the rule keeps, nor a style hide a colour that is said."""
     drawn, draw, rng = [], scenes.draw, np.random.default_rng(1)
     monkeypatch.setattr(scenes, "draw", lambda scene, *a: drawn.append(scene) or draw(scene, *a))
     everything.batch(500, np.random.default_rng(0), 16)
     assert not any(style.palette for scene, style in zip(drawn, shown) if scene.colours)
+    assert len(set(shown)) > 50 and not any(map(styles.is_held_out, shown))
     drawn += [scenes.sample(rng) for _ in range(12000)]
     assert not any(map(scenes.is_held_out, drawn))
     assert sum(bool(scene.colours) for scene in drawn) > 1000
@@ -222,9 +219,8 @@ def test_training_never_shows_or_says_a_held_out_scene(everything, shown, monkey
 
 
 def test_a_plural_keeps_the_rule():
-    """Three white flowers were "white flowers" in training, the words for a bouquet held out.
-
-    Trap: the number is left out where the plural is also the name of one tile.
+    """Three white flowers were "white flowers" in training, the words for a bouquet held out. Trap:
+    the number is left out where the plural is also the name of one tile.
     """
     rng = np.random.default_rng(0)
     say = lambda *scene: {scenes.phrase(Scene(*scene), rng) for _ in range(200)}
@@ -232,15 +228,6 @@ def test_a_plural_keeps_the_rule():
     assert not scenes.is_held_out(Scene(*many)) and scenes.is_held_out(Scene(*one))
     assert not say(*many) & say(*one) and "three white flowers" in say(*many)
     assert {"red cats", "two red cats"} <= say(("cat",), ("red",), 2)    # elsewhere it goes on
-
-
-def test_a_synonym_keeps_the_rule():
-    """Some red train is held out and some is not; only where all agree is it "a red train"."""
-    for word, names in english.meanings().items():
-        for colour in scenes.COLOURS:
-            rules = {scenes.is_held_out(Scene((name,), (colour,))) for name in names}
-            scene = Scene(names[:1], (colour,))
-            assert scenes.keeps_the_rule(scene, [word]) == (len(rules) == 1)
 
 
 def test_about_a_fifth_of_the_pairs_of_a_scene_is_held_out_in_either_order():
@@ -275,9 +262,7 @@ def mean_colour(rgba):
 
 
 def test_a_colour_binds_to_its_object(art):
-    """Red is the left half, blue the right one, as in the words; white walls take colour too, and
-    lights and darks stay.
-    """
+    """Red is left, blue right, as in the words; white takes colour, and lights and darks stay."""
     draw = lambda *colours: scenes.draw(Scene(("house", "automobile"), colours), art,
                                         np.random.default_rng(0), 32)
     picture, half, as_drawn = draw("red", "blue"), draw("", "blue"), draw()
@@ -324,9 +309,7 @@ def test_one_thing_alone_keeps_to_its_sizes():
 # -- unknown words, and sheets of images
 
 def test_unknown_words(pipe, capsys):
-    """Words of no caption, with what is near them; rare tokens and marks are none of them. A note
-    for each, and none for a known prompt. Trap: a KeyError, or a refusal.
-    """
+    """Rare tokens and marks are none of them; a note for each. Trap: a KeyError, or a refusal."""
     assert unknown_words(pipe.words, "a Catt in WATERCOLOR, painting style.") == {"catt": ["cat"]}
     assert unknown_words(pipe.words, "a cat! a house; \"an owl\"? zzz") == {"zzz": []}
     assert unknown_words({"cat", "[v]", "[v*]"}, "[V] cat [V*]") == {}
@@ -337,9 +320,7 @@ def test_unknown_words(pipe, capsys):
 
 
 def test_grid():
-    """Row by row, enlarged, a white gap around each; words above and beside, cut to their place.
-    Trap: rows and columns swapped.
-    """
+    """A white gap around each; words cut to their place. Trap: rows and columns swapped."""
     images = np.stack([np.full((2, 3, 3), 50 * i, np.uint8) for i in range(1, 4)])
     sheet = np.asarray(grid(images, columns=2, scale=2, gap=1))
     assert sheet.shape == (2 * (4 + 1) + 1, 2 * (6 + 1) + 1, 3)

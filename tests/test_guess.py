@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-import data
-from commandline.guess import guess_content, guess_style, cross_entropy
+from commandline.guess import guess_style, cross_entropy
 from data import styles
 from styledrop import RARE_TOKEN
 
@@ -16,10 +15,7 @@ TOKENS = torch.full((16,), 3)
 
 
 def base_that_knows(truth, gain=0.5):
-    """G finds the tokens the likelier, the more words of `truth` a text has and the fewer others.
-
-    CLIP takes every image for "a cat".
-    """
+    """G finds the tokens the likelier, the more words of `truth` a text has and no others."""
     def forward_pass(G, texts):
         words, wanted = [set(text.split()) - SMALL for text in texts], set(truth.split()) - SMALL
         worth = torch.tensor([len(some & wanted) - len(some - wanted) for some in words])
@@ -29,21 +25,13 @@ def base_that_knows(truth, gain=0.5):
             return gain * worth[:, None, None] * F.one_hot(TOKENS, 16).float()
         return forward
 
-    names = sorted({data.content_phrase(name) for name in data.names()})
-    near = torch.tensor([float(name == "a cat") for name in names])
-    clip = SimpleNamespace(tokenize=list, encode_text=lambda texts: torch.eye(len(texts)),
-                           encode_image=lambda images: near.expand(len(images), -1))
     words = {word for values in styles.ATTRIBUTES.values() for word in " ".join(values).split()}
     return SimpleNamespace(
-        words=words | {"flat", "vector"}, clip=clip, device="cpu",
+        words=words | {"flat", "vector"}, device="cpu",
         muse=SimpleNamespace(config=SimpleNamespace(mask_id=16)),
         vqgan=SimpleNamespace(config=SimpleNamespace(resolution=16),
                               encode=lambda images: TOKENS.expand(len(images), -1)),
         forward_pass=forward_pass)
-
-
-def test_content_is_the_nearest_name_by_clip():
-    assert guess_content(base_that_knows(""), IMAGES) == ["a cat", "a cat"]
 
 
 def test_style_has_the_words_that_make_the_tokens_likely():
@@ -60,9 +48,7 @@ def test_a_word_has_to_bring_something():
 
 
 def test_only_words_of_the_base_are_tried():
-    """Traps: a base that never read a word makes of it whatever it likes; a star that glows is no
-    glowing style.
-    """
+    """Traps: a word that the base never read; a star that glows is no glowing style."""
     pipe = base_that_knows("a cat in sepia glowing on gold")
     pipe.words = pipe.words - {"sepia"}
     assert guess_style(pipe, IMAGES[:1], ["a cat"]) == "gold ground"

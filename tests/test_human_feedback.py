@@ -92,9 +92,8 @@ def test_pictures_and_state(session):
 
 
 def test_choice_is_kept_and_returned(session, tmp_path):
-    """Sorted, without doubles, on disk at once; a restart goes on, another pool does not.
-
-    Changes, not states. Trap: each tab posts its whole set, and the older one undoes the newer.
+    """Sorted, without doubles, on disk at once; a restart goes on, another pool does not. Changes,
+    not states. Trap: each tab posts its whole set, and the older one undoes the newer.
     """
     assert session().choose(7, 2, 7) == [2, 7]              # a tab that hears of no other
     one = session()
@@ -148,14 +147,6 @@ def test_damaged_files(tmp_path, name):
             assert str(tmp_path) in line and "\n" not in line and len(line) < 400, line
         assert path.read_bytes() == written
     assert accepted[0] == whole.get("chosen", [1]) and len(accepted) == good
-
-
-def test_a_port_in_use_is_one_line(session):
-    """With the port in it. Trap: "[Errno 98] Address already in use"."""
-    port = int(session().host.split(":")[1])
-    with pytest.raises(ValueError, match=f"^port {port} [^\n]*--port[^\n]*$"):
-        human_feedback.check_port(port)
-    human_feedback.check_port(0)
 
 
 def test_a_full_disk_is_answered(session, monkeypatch):
@@ -316,10 +307,7 @@ def test_two_tabs(browser, session):
 # -- without a browser
 
 def test_contact_sheets():
-    """Every picture once, in order, under its number.
-
-    Trap: the second sheet counts from 1 again.
-    """
+    """Each picture in order, under its number. Trap: the second sheet counts from 1 again."""
     sheets = contact_sheets(IMAGES, PROMPTS, per_sheet=5)
     assert len(sheets) == 3
     for i in range(len(IMAGES)):

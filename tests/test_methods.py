@@ -49,10 +49,7 @@ def test_only_theta_learns(pipe2, tuned):
 
 
 def test_file_round_trip(pipe2, tuned, tmp_path):
-    """The method, the weights of both stages, the pictures.
-    Traps: the second stage's weights are dropped or drawn anew; the second stage's adapter of a
-    method that has none.
-    """
+    """Traps: weights of the second stage dropped, drawn anew, or of a method that has none."""
     tuned.theta.save(tmp_path / "adapter.pt")
     again = load_adapter(tmp_path)
     assert type(again) is METHODS[tuned.method] and again.about == tuned.theta.about
@@ -61,9 +58,7 @@ def test_file_round_trip(pipe2, tuned, tmp_path):
 
 
 def test_only_its_words_mean_something_else(pipe2, tuned):
-    """After textual inversion, and only where they stand; after all else T reads as before.
-    Trap: the whole table of vectors trained.
-    """
+    """Of textual inversion; else T reads as before. Trap: the whole table of vectors trained."""
     T, words = pipe2.muse.text_encoder, set(pipe2.tokenizer.encode(PHRASE))
     ids = pipe2.tokenizer(["a house", f"a house in {PHRASE} style"], pipe2.muse.config.text_length)
     changed = (tuned.theta.words(ids, T.token(ids)) != T.token(ids)).any(-1)
@@ -77,9 +72,7 @@ def test_only_its_words_mean_something_else(pipe2, tuned):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_starts_from_the_base(pipe, method):
-    """Before the first step G^ is G, so Eq. 4 is Eq. 1 for every lambda_A, where the prompt is the
-    same. Trap: random "up" matrices.
-    """
+    """G^ is G, so Eq. 4 is Eq. 1 for every lambda_A. Trap: random "up" matrices."""
     fresh = pipe.tune(noise_images(2), PROMPTS, PHRASE, steps=0, method=method)
     styled = pipe.generate(PROMPTS, style=fresh, steps=4, lambda_a=3.0)
     base = pipe.generate([style_prompt(p, PHRASE) for p in PROMPTS], steps=4)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCABULARY, noise_images
+from conftest import VOCABULARY, generator as chance, noise_images
 from PIL import Image
 
 import data
@@ -27,7 +27,6 @@ from styledrop import StyleDrop
 
 STAGES = dict(vqgan=vqgan, clip=clip, muse=muse, superres=superres)
 SAMPLES = {name: STAGES[name].samples for name in ("muse", "superres")}
-chance = lambda seed=0: torch.Generator().manual_seed(seed)
 content = lambda folder: {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 checkpoint = lambda folder: torch.load(f"{folder}/checkpoint.pt", weights_only=True)
 shipped = lambda name: torch.load(f"run/{name}.pt", weights_only=True)
@@ -44,7 +43,6 @@ def drawn(step, fresh):
 
 def test_replay_keeps_the_last_steps():
     """The new ones first; the others of the last `window` steps, each beside its own caption.
-
     Traps: images and captions from different rows; only the oldest; what was never written yet.
     """
     replay, seen = Replay(12, 3, window=4), set()
@@ -60,9 +58,8 @@ def test_replay_keeps_the_last_steps():
 
 @pytest.mark.parametrize("first", [0, 3, 5, 6])
 def test_replay_resumed_is_replay_unbroken(first):
-    """Filled from `first` on, it gives `window` steps later what it would have given anyway.
-
-    Trap: a ring that starts elsewhere, in which the same number means another image.
+    """Filled from `first` on, it gives `window` steps later what it would have given anyway. Trap:
+    a ring that starts elsewhere, in which the same number means another image.
     """
     whole, resumed = Replay(12, 3, window=4), Replay(12, 3, window=4)
     for step in range(20):
@@ -194,7 +191,6 @@ class Source:
 @pytest.fixture
 def stage(cli, weights, monkeypatch):
     """stage(name, out, ..., kill_at=step) takes six toy steps; a look at the clock takes a minute.
-
     kill_at: Ctrl-C after that step's weights were changed, before it is logged or kept.
     """
     monkeypatch.setattr(data, "Art", Source)
@@ -251,11 +247,9 @@ CASES = [(name, reuse) for name in STAGES for reuse in (1, 2) if (name, reuse) !
 @pytest.mark.parametrize("name, reuse", CASES)
 def test_killed_and_resumed_equals_unbroken(stage, name, reuse):
     """Killed one step after a checkpoint, the same command goes on from it and ends with its bits.
-
     Traps: optimiser, average, step or learning rate not in the checkpoint; Muon's momentum, kept
-    for the first matrix of a shape, lost; a line of the log that the kill has cut; data, masks,
-    dropout or reused images that start anew; a schedule that multiplies what it already lowered;
-    a log that counts the lost step twice.
+    for the first matrix of a shape, lost; a cut line of the log; data, masks, dropout or reused
+    images that start anew; a schedule that multiplies what it lowered; a step logged twice.
     """
     steps = 6 if reuse == 1 else 15                         # more than the window
     options = ["--steps", steps, "--reuse", reuse] + ["--gan-start", 0.3] * (name == "vqgan")
@@ -289,10 +283,7 @@ def test_every_weight_learns(stage, name):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_only_the_same_command_goes_on(stage, name):
-    """Another option is one line that names it, and changes nothing.
-
-    Traps: a rate that is printed and not used; --steps that moves the schedule under a run.
-    """
+    """Traps: a rate that is printed and not used; --steps that moves the schedule under a run."""
     stage(name, "run", kill_at=5)
     before = content("run")
     own = {"vqgan": ["--gan-weight", 1], "clip": ["--preset", "tiny"]}
@@ -319,10 +310,7 @@ def test_a_damaged_checkpoint_is_one_line(stage):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_loss_that_is_no_number_stops_the_stage(stage, name, monkeypatch):
-    """A rate far too large: one line, the good checkpoint as it was.
-
-    Trap: all steps are taken, and NaN is written over what had been learned.
-    """
+    """Trap: all steps are taken, and NaN is written over what had been learned."""
     rate = lambda optimisers, step, args: set_rate_to(optimisers, 1e30 if step >= 4 else 1e-3)
     monkeypatch.setattr(STAGES[name], "set_rate", rate)
     is_refused(stage(name, "run", "--steps", 12, "--keep-minutes", 0), "lower --lr")
@@ -334,7 +322,6 @@ def test_a_loss_that_is_no_number_stops_the_stage(stage, name, monkeypatch):
 @pytest.mark.parametrize("how, code", [("Ctrl-C", 130), ("SIGTERM", 143)])
 def test_a_kill_while_writing_costs_nothing(stage, monkeypatch, how, code):
     """Traps: torch.save straight onto the only checkpoint; a temporary file is left behind."""
-    handler = signal.getsignal(signal.SIGTERM)
     stage("vqgan", "run", kill_at=4)
     before = content("run")
 
@@ -347,7 +334,6 @@ def test_a_kill_while_writing_costs_nothing(stage, monkeypatch, how, code):
     after = content("run")
     assert after["checkpoint.pt"] == before["checkpoint.pt"] and after.keys() == before.keys()
     assert stage("vqgan", "run")[0] == 0
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.parametrize("name", ["vqgan", "muse"])
@@ -378,26 +364,14 @@ def test_refusals(stage, tmp_path, monkeypatch, name, options, words, world):
 
 # -- what the stages of G show it
 
-def calls(monkeypatch, owner, name):
-    """A list of the arguments, [(positional, named), ...], of every call from now on."""
-    found, real = [], getattr(owner, name)
-
-    def call(*positional, **named):
-        found.append((positional, named))
-        return real(*positional, **named)
-    monkeypatch.setattr(owner, name, call)
-    return found
-
-
 @pytest.mark.parametrize("name, sides", [("muse", [16]), ("superres", [16, 32])])
-def test_what_a_step_of_g_sees(stage, weights, monkeypatch, name, sides):
+def test_what_a_step_of_g_sees(stage, weights, calls, name, sides):
     """Eq. 2: G sees M(E(x), m), the loss is against E(x) at m. 10 % of the texts are empty, the
-    rest their own. The second stage reads the same image small, with some tokens wrong.
-
-    Traps: the whole `ids` goes in; `uniform < 0.9` keeps 10 %; one mask for all steps.
+    rest their own. The second stage reads the same image small, with some tokens wrong. Traps: the
+    whole `ids` goes in; `uniform < 0.9` keeps 10 %; one mask for all steps.
     """
-    read, seen = (calls(monkeypatch, part, "forward") for part in (TextEncoder, Muse))
-    losses, masks, empties, wrong = calls(monkeypatch, STAGES[name], "masked_loss"), [], [], []
+    read, seen = (calls(part, "forward") for part in (TextEncoder, Muse))
+    losses, masks, empties, wrong = calls(STAGES[name], "masked_loss"), [], [], []
     stage(name, "run", "--steps", 20, "--batch", 30, "--seed", 1)
     frozen = common.load_vqgan(SimpleNamespace(weights=weights, device="cpu"), 4)
     tokenizer = Tokenizer(shipped(name)["merges"])
@@ -437,10 +411,7 @@ def test_the_average_is_what_ships(stage, name):
 
 
 def test_init(stage, weights, monkeypatch):
-    """All weights of an earlier run, of the same sizes and words, or one line.
-
-    Traps: what does not fit is left at chance; the average starts elsewhere than the model.
-    """
+    """Traps: what does not fit is left at chance; the average starts elsewhere than the model."""
     still = lambda optimisers, *a: set_rate_to(optimisers, 0)
     monkeypatch.setattr(muse, "set_rate", still)
     stage("muse", "run", "--steps", 1)
@@ -509,9 +480,8 @@ assert not [task for task in tasks if "gloo" in task.read_text()]
 
 def test_two_processes_take_the_steps_of_one(stage, weights, tmp_path, monkeypatch):
     """torchrun on two CPU processes: the first step's gradients and the losses of one process.
-
-    Traps: each process draws its own masks, or its own images; sums instead of means. A group
-    that something still holds leaves its threads behind, and its process may abort under them.
+    Traps: each process draws its own masks, or its own images; sums instead of means. A group that
+    something still holds leaves its threads behind, and its process may abort under them.
     """
     (tmp_path / "run.py").write_text(TORCHRUN)
     where = os.pathsep.join(str(Path(module).parent) for module in (train.__file__, __file__))

@@ -54,23 +54,6 @@ def test_frechet_distance_of_gaussians_is_the_closed_form():
     assert quality.frechet(x, x + 1) == pytest.approx(64, rel=1e-4)
 
 
-def test_among_is_what_drawing_the_rivals_would_show():
-    scores, wanted = torch.tensor([[3.0, 2.0, 5.0, 1.0, 4.0, 0.0]]), torch.tensor([4])
-    draws = torch.rand(20000, 5, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :2]
-    others = scores[0, [0, 1, 2, 3, 5]]
-    assert quality.among(scores, wanted, 2).item() == pytest.approx(0.6)     # C(4, 2) / C(5, 2)
-    assert (others[draws] < 4).all(1).double().mean().item() == pytest.approx(0.6, abs=0.02)
-    assert quality.among(scores, torch.tensor([2]), 2) == 1
-    assert quality.among(scores, torch.tensor([5]), 2) == 0
-    assert quality.among(torch.zeros(1, 6), wanted, 2) == 0                  # ties count against
-
-
-def test_share():
-    """What was not asked is left out; the pictures of a name are one observation."""
-    assert quality.share(torch.tensor([1.0, 0.0, math.nan]))[0] == 50
-    assert quality.share(torch.tensor([[1, 1], [0, 0]]))[1] == pytest.approx(50)
-
-
 # -- the classifier
 
 def test_drawings_kept_back_are_in_no_training_picture_and_no_name_is_lost():

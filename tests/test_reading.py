@@ -101,24 +101,6 @@ def test_a_path_that_is_no_file(tmp_path, name, words):
             assert "Errno" not in refusal(tmp_path / name, lambda path, _: read(path))
 
 
-def test_random_damage(tmp_path):
-    """Bytes changed, or the end cut off, in every format: a picture or one line. 504 files."""
-    rng, good = np.random.default_rng(0), 0
-    for suffix in (".png", ".jpg", ".tif", ".gif", ".webp", ".bmp"):
-        whole = save(tmp_path / f"whole{suffix}", SCENE).read_bytes()
-        path = tmp_path / f"a{suffix}"
-        for i in range(84):
-            damaged = bytearray(whole[:rng.integers(1, len(whole))] if i % 3 == 0 else whole)
-            for at in rng.integers(len(damaged), size=rng.integers(1, 9)):
-                damaged[at] = rng.integers(256)
-            path.write_bytes(damaged)
-            try:
-                good += data.read_image(path, 8).shape == (8, 8, 3)
-            except ValueError as error:
-                assert "\n" not in str(error)
-    assert 100 < good < 400
-
-
 # -- colour profiles
 
 # A minimal ICC v2 profile of Display P3: three columns at D50 and one gamma, 2.2
@@ -219,12 +201,9 @@ def test_upright(tmp_path, turn, suffix):
 
 
 @pytest.mark.parametrize("bad", [
-    chunk(b"tEXt", b"Raw profile type exif\0\nexif\n      20\nzzzz"), chunk(b"eXIf", b"nonsense"),
     chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x02ab\0\0"),   # turned by words
-    chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation='9"),
     chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0\xff\xfe<tiff:Orientation=\"\xff6"),
-    chunk(b"zTXt", b"a\0\x07nonsense"),                                       # not to be unpacked
-    chunk(b"zTXt", b"a\0\0" + zlib.compress(b" " * 70_000_000)),
+    chunk(b"zTXt", b"a\0\0" + zlib.compress(b" " * 70_000_000)),              # not to be unpacked
     chunk(b"tEXt", b"a\0b")[:-4] + b"\0\0\0\0",                               # a wrong checksum
     chunk(b"gAMA", b"\0"), chunk(b"iCCP", b"p\0\0nonsense")], ids=lambda bad: str(bad[4:16]))
 def test_bad_metadata_never_refuses_a_good_picture(tmp_path, bad):

@@ -67,11 +67,8 @@ def unmoved(rounds):
 # -- the pool and the choice
 
 def test_pool_and_choice(pipe, make_adapter):
-    """K pictures in a row for each prompt. Of these CLIP takes the one that a plain loop finds;
-    at random it is any.
-
-    Traps: pictures beside the wrong prompt; the best of the whole pool, or the text with the words
-    of the style.
+    """K in a row for each prompt. Of these CLIP takes the one that a plain loop finds. Traps:
+    pictures beside the wrong prompt; the best of the whole pool; style words in the text.
     """
     adapter = make_adapter()
     pool = sample_pool(pipe, PROMPTS, 6, adapter, seed=3)
@@ -88,9 +85,7 @@ def test_pool_and_choice(pipe, make_adapter):
 
 
 def test_measure(pipe):
-    """The three scores against their definitions; where the reference's content was asked for,
-    leakage says nothing.
-    """
+    """By definition; where the reference's content was asked for, leakage says nothing."""
     images, references = noise_images(3, seed=1), noise_images(2, seed=2)
     contents = ["a cat", "a house", "a tree"]
     values = measure(pipe, images, contents, references, ["a house", "a teapot"])
@@ -105,22 +100,18 @@ def test_measure(pipe):
 # -- the command
 
 @pytest.mark.parametrize("name", FEEDBACK)
-def test_two_rounds(rounds, monkeypatch, name):
-    """Adapters, pool, choice and scores are kept; round 2 is a new, larger, unshared adapter, which
-    sample.py finds. It learns the very pictures of the choice, with the prompts that made them.
-
-    Trap: the pool in another order, or all of it.
+def test_two_rounds(rounds, calls, name):
+    """Round 2 is a new, larger, unshared adapter, which sample.py finds. It learns the very
+    pictures of the choice, with their prompts. Trap: the pool in another order, or all of it.
     """
-    calls, real, run = [], StyleDrop.tune, Path("runs/a")
-    monkeypatch.setattr(StyleDrop, "tune",
-                        lambda self, *a, **k: calls.append(a) or real(self, *a, **k))
+    tuned, run = calls(StyleDrop, "tune"), Path("runs/a")
     assert rounds("--feedback", name)[::2] == (0, "") and sample.newest_run() == run
     assert {"round1", "round2", "rounds.png", "samples.png"} < set(os.listdir(run))
     first, second, newest = map(load_adapter, (run / "round1", run / "round2", run))
     assert second.config == dict(first.config, is_shared=False, d_prj=2)
     assert fingerprint(second.state_dict()) == fingerprint(newest.state_dict())
     assert list(read("scores.json")) == ["base", "round 1", "round 2", "scorer"]
-    _, (images, contents, style, *_) = calls
+    _, ((_, images, contents, style, *_), _) = tuned
     assert contents == PROMPTS and style == "watercolor painting"
     sheet = np.asarray(Image.open(run / "round2/pool.png"))
     chosen = read("round2/choice.json")["chosen"]
@@ -131,10 +122,7 @@ def test_two_rounds(rounds, monkeypatch, name):
 
 @pytest.mark.parametrize("part", ["tune", "sample_pool", "choose", "write_log", "compare_rounds"])
 def test_interrupted_or_not_it_is_the_same(rounds, monkeypatch, part):
-    """Ctrl-C in any part of round 2: what is there stays as it is, and all ends in the same bytes.
-
-    Trap: everything from the start again.
-    """
+    """Ctrl-C in any part of round 2. Trap: everything from the start again."""
     owner = StyleDrop if part == "tune" else rounds_
     real, in_round_2 = getattr(owner, part), lambda a: part != "tune" or len(a[1]) > 1
     with monkeypatch.context() as patch:
@@ -157,9 +145,8 @@ def test_interrupted_or_not_it_is_the_same(rounds, monkeypatch, part):
     (["--feedback", "random"], "feedback ("), ([*PERSON, "--pick", 2], "chosen ("),
     (["--pool-prompts", "other.txt", "--pool", 5, "--seed", 1], "prompts, pool, seed (")])
 def test_no_choice_is_ever_replaced(rounds, unmoved, first, who, options, words):
-    """Whether made by CLIP or by a person. The line says what is there, and what to do.
-
-    Trap: pool, choice and adapter of round 2, or all, are replaced in silence.
+    """Whether made by CLIP or by a person. The line says what is there, and what to do. Trap: pool,
+    choice and adapter of round 2, or all, are replaced in silence.
     """
     assert rounds(*first)[::2] == (0, "")
     Path("other.txt").write_text("a cat\na tree\n")
@@ -167,9 +154,7 @@ def test_no_choice_is_ever_replaced(rounds, unmoved, first, who, options, words)
 
 
 def test_clicks_that_are_not_ended_are_not_lost(rounds, unmoved, monkeypatch):
-    """Nor are other people's files. Traps: Ctrl-C on the page, then CLIP's choice for the person's;
-    old contact sheets are removed by a pattern.
-    """
+    """Traps: Ctrl-C, then CLIP's choice for the person's; contact sheets removed by a pattern."""
     def stopped(images, prompts, reference, path, **options):
         human_feedback.Picking(images, prompts, path).change(3, True)
         raise KeyboardInterrupt
@@ -203,9 +188,6 @@ def test_damaged_files(rounds, unmoved, name):
     """One line, and nothing is made over the damage."""
     rounds(*PICK)
     path, damage = Path(f"runs/a/{name}.json"), [b"", b"[]", b"\xff", b"[" * 100_000]
-    if name == "round2/choice":
-        damage += [json.dumps(read(f"{name}.json") | dict(chosen=chosen)).encode()
-                   for chosen in (None, [], "all", [99], ["1"], {"1": 2}, [[1]])]
     for content in damage:
         path.write_bytes(content)
         unmoved(path.name, *PERSON)

@@ -19,9 +19,7 @@ CAT = ["--prompt", "a cat"]
 
 @pytest.fixture
 def draw(cli, weights2, pipe2, make_adapter, monkeypatch):
-    """draw("--prompt", "a cat", ...) -> exit code, stdout, stderr, beside the runs old and new.
-    Both stages; the second one in two steps.
-    """
+    """draw("--prompt", "a cat", ...) -> exit code, stdout, stderr; four runs, both stages."""
     monkeypatch.setitem(styledrop.SECOND_SAMPLING, "steps", 2)
     for when, (name, seed) in enumerate((("object", 3), ("more", 4), ("new", 1), ("old", 2))):
         path, kind = Path(f"runs/{name}/adapter.pt"), "content" if seed > 2 else "style"
@@ -41,10 +39,8 @@ def picture(path="sample.png"):
 
 
 def test_newest_run_is_used_and_named(draw, pipe2):
-    """Not the last by name, nor an object's, nor a folder without an adapter.
-
-    Traps: the style is applied but not said; other defaults than the pipeline's; positional
-    arguments in the wrong order.
+    """Not the last by name, nor an object's, nor a folder without an adapter. Traps: the style is
+    applied but not said; other defaults than the pipeline's; arguments in the wrong order.
     """
     is_of = lambda style: np.array_equal(picture(), to_uint8(
         pipe2.generate("a cat", style and load_adapter(style), steps=3))[0])
@@ -94,10 +90,8 @@ def test_words(draw, pipe2):
 @pytest.mark.parametrize("prompts, num, rows, columns", [(1, 3, 1, 3), (2, 2, 2, 2), (9, 1, 9, 1),
                                                          (1, 18, 3, 8)])
 def test_grids(draw, prompts, num, rows, columns):
-    """One prompt in rows of eight, several in a row each, with words beside them. --num 18 --seed 7
-    are the pictures of seeds 7 to 24, which are said, also across what is drawn at once.
-
-    Trap: only the first can be drawn again.
+    """One prompt in rows of eight, several in a row each, with words beside them. --num 18 --seed
+    7: seeds 7 to 24, which are said, across batches too. Trap: only the first can be drawn again.
     """
     out = draw(*CAT * prompts, "--num", num, "--seed", 7, "--out", "grids/a.png")[1]
     sheet, count = picture("grids/a.png"), prompts * num
@@ -117,10 +111,7 @@ def test_grids(draw, prompts, num, rows, columns):
     [*CAT, *TWO, "--gamma-sweep", "--steps", 1],
     [*CAT, "--style", "none", "--style-phrase", "gold", "--lambda-b", 2, "--no-superres"]])
 def test_the_png_draws_itself_again(draw, pipe2, options):
-    """Its text chunks are the command, in any script: the same bytes, whatever run is newest now.
-
-    Trap: Latin-1 text chunks.
-    """
+    """Its text chunks are the command, whatever run is newest now. Trap: Latin-1 text chunks."""
     assert draw(*options)[0] == 0
     with Image.open("sample.png") as image:
         text = dict(image.text)
@@ -154,10 +145,7 @@ def test_sheets(draw):
 
 @pytest.mark.parametrize("steps, options", [(5, []), (1, []), (5, ["--num", 16])])
 def test_trace_has_a_frame_for_each_step(draw, steps, options):
-    """Grey gives way to the picture, which is the last frame; both stages are shown.
-
-    Traps: equal frames merged; one step is no animation.
-    """
+    """Grey gives way to the picture. Traps: equal frames merged; one step is no animation."""
     command = [*CAT, "--steps", steps, "--trace", "t.gif", *options]
     assert draw(*command)[0] == 0 and Image.open("t.gif").n_frames == steps + 2
     assert draw(*command, "--no-superres")[0] == 0

@@ -1,11 +1,8 @@
 """The space of styles: what is held out, what a phrase says, what `apply` returns."""
 
-import collections
-
 import numpy as np
 import pytest
 
-import data
 from data import styles
 from data.styles import Style
 
@@ -17,15 +14,11 @@ def drawing(size, alpha=None):
     return rgba
 
 
-def test_training_never_sees_a_held_out_style(monkeypatch):
-    """What is sampled, and what is drawn; every other value occurs."""
+def test_training_never_sees_a_held_out_style():
+    """What is drawn: test_data.py. Every other value occurs."""
     rng = np.random.default_rng(0)
     assert all(styles.is_held_out(styles.sample(rng, held_out=True)) for _ in range(300))
-    drawn, apply = [], styles.apply
-    monkeypatch.setattr(styles, "apply", lambda style, *a: drawn.append(style) or apply(style, *a))
-    data.Art(("twemoji",), size=32).batch(300, rng, 16)
-    assert len(drawn) == 300 and len(set(drawn)) > 50
-    drawn += [styles.sample(rng) for _ in range(5000)]
+    drawn = [styles.sample(rng) for _ in range(5000)]
     assert not any(map(styles.is_held_out, drawn))
     for attribute, values in styles.ATTRIBUTES.items():
         unseen = set(values) - {getattr(style, attribute) for style in drawn}
@@ -54,10 +47,8 @@ def test_phrases(style, icon_style, words):
 def test_words_drop_only_by_chance():
     style, chance = Style("navy and gold", "", "watercolor", "black"), np.random.default_rng
     whole = styles.phrase(style, "flat vector")
-    said = collections.Counter(styles.phrase(style, "flat vector", chance(i)) for i in range(2000))
-    as_drawn = [styles.phrase(Style(), "flat vector", chance(i)) for i in range(2000)]
-    assert 0.21 < said[""] / 2000 < 0.29 and 0.79 < as_drawn.count("") / 2000 < 0.87
-    assert said[whole] > 400 and len(said) > 4
+    said = {styles.phrase(style, "flat vector", chance(i)) for i in range(2000)}
+    assert {whole, ""} < said and len(said) > 4
     assert all(set(words.split()) <= set(whole.split()) | {"ground"} for words in said)
 
 

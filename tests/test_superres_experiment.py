@@ -1,16 +1,13 @@
-"""experiments/superres.py: its rulers, its choice of styles, and one lesson at toy size."""
+"""experiments/superres.py: its rulers, and one lesson at toy size."""
 
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import shake
 
-from adapter import Adapter
-from data import styles
 from experiments import superres
-from experiments.superres import TAUGHT, TRIED, WITH, WITHOUT
+from experiments.superres import TRIED, WITH, WITHOUT
 
 
 def toy_art(side):
@@ -23,34 +20,17 @@ def toy_art(side):
                            boxes=[(0, 0, 1, 1)] * 3, find=lambda name, hand: index[hand][name])
 
 
-def toy_adapter(pipe, words):
-    """Of both stages, with an effect that is plain to see."""
-    first, second = (shake(Adapter(g.config.width, 2, g.config.depth, False))
-                     for g in (pipe.muse, pipe.superres))
-    first.superres, first.about = second, dict(base=pipe.base, style=words)
-    return first.eval().requires_grad_(False)
-
-
-def test_rulers_know_equal_pictures_edges_and_quarters():
+def test_rulers_know_equal_pictures_and_edges():
     x = torch.zeros(2, 3, 8, 8)
     x[1, :, :, 4:] = 1
     assert superres.psnr(x, x + 0.2) == pytest.approx([20, 20])      # 10 log10(4 / 0.04)
     flat, edge = superres.laplacian(x)
     assert flat == 0 and edge == pytest.approx(2 / 6)                # two columns of six see it
-    quarters = superres.quadrants(torch.arange(16.0).view(1, 1, 4, 4))
-    assert quarters[1].flatten().tolist() == [2, 3, 6, 7]
-    a, b = torch.tensor([2.0, 4.0]), torch.tensor([1.0, 2.0])
-    assert superres.ratio(a, b) == pytest.approx((2, 2, 2))
 
 
-def test_styles_are_held_out_and_none_is_in_the_sweep_and_in_the_report():
-    chosen = superres.choose_styles(TRIED + TAUGHT)
-    assert [s.medium for s in chosen] == list(TRIED + TAUGHT)
-    assert all(styles.is_held_out(s) for s in chosen) and len(set(chosen)) == len(chosen)
-
-
-def test_a_lesson_compares_with_and_without_the_adapter(pipe2, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipe2, "tune", lambda images, prompts, words: toy_adapter(pipe2, words))
+def test_a_lesson_compares_with_and_without_the_adapter(pipe2, make_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipe2, "tune", lambda images, prompts, words: make_adapter(
+        0, words, pipe2.base, second=0))
     art = toy_art(pipe2.resolution)
     style = superres.choose_styles(TRIED)[0]
     lesson = superres.Lesson(pipe2, art, 0, style, 2, tmp_path)

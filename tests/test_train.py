@@ -35,18 +35,13 @@ content = lambda folder: {path.name: path.read_bytes() for path in Path(folder).
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    """18 decoding steps teach a test nothing; no handler of signals outlives its test."""
+    """18 decoding steps teach a test nothing."""
     monkeypatch.setattr(StyleDrop, "generate", partialmethod(StyleDrop.generate, steps=1))
-    old = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, old)
 
 
 @pytest.fixture
 def tune(cli, weights, picture):
-    """tune("--out", "runs/a", ...) -> exit code, stdout, stderr; two steps of ref.png, a house,
-    unless told otherwise.
-    """
+    """tune("--out", "runs/a", ...) -> exit code, stdout, stderr; two steps of ref.png, a house."""
     ref = picture()
     usual = {"--ref": ref, "--content": "a house"}
     return lambda *options: cli(
@@ -56,15 +51,11 @@ def tune(cli, weights, picture):
 
 # -- style tuning
 
-def test_run_folder(tune, pipe, tmp_path, monkeypatch):
+def test_run_folder(tune, pipe, tmp_path, calls):
     """One picture in, exactly four files out, under the reference's name; round 1 of Table S3.
-    The base draws the same prompts and seeds before.
-
     Trap: a before without the style's words, which makes any after look learned.
     """
-    calls, real = [], StyleDrop.generate
-    monkeypatch.setattr(StyleDrop, "generate", lambda self, p, **k: calls.append((p, k)) or real(
-        self, p, **k))
+    drawn = calls(StyleDrop, "generate")
     code, out, err = tune("--style", "flat vector", "--seed", 5)
     assert code == 0 and err == "" and sorted(content("runs/ref")) == RUN
     assert len(list(tmp_path.rglob("*"))) == 7
@@ -73,7 +64,7 @@ def test_run_folder(tune, pipe, tmp_path, monkeypatch):
     assert dict(d_prj=4, is_shared=True).items() <= adapter.config.items()
     count, base = (sum(p.numel() for p in x.parameters()) for x in (adapter, pipe.muse))
     assert f"adapter: {count:,} parameters, {100 * count / base:.2f} %" in out
-    (before, untuned), (after, tuned) = calls
+    ((_, before), untuned), ((_, after), tuned) = drawn
     assert before == [style_prompt(p, "flat vector") for p in after]
     assert tuned.pop("style").about == adapter.about and untuned == tuned and tuned["seed"] == 5
 
@@ -85,10 +76,7 @@ ELSEWHERE = "help weights out device stage rounds feedback pick port pool pool-p
 
 
 def test_every_option_acts(tune, weights2, picture, monkeypatch):
-    """On the adapter, of both stages. The same command gives the same bytes.
-
-    Traps: an option that nobody reads; a date, a path or global chance in adapter or picture.
-    """
+    """Traps: an option that nobody reads; a date, a path or global chance in what is written."""
     assert {a.option_strings[-1] for a in train.options()._actions} == {
         *ACTS, *(f"--{name}" for name in ELSEWHERE)}
     for name, value in dict(steps=1, batch=2).items():
@@ -128,21 +116,18 @@ def test_a_run_is_never_replaced(tune, picture):
     assert code == 2 and "move runs/ref away" in err
 
 
-def test_content_and_style_are_guessed(cli, picture, pipe, weights, monkeypatch):
+def test_content_and_style_are_guessed(cli, picture, pipe, weights, monkeypatch, calls):
     """Without --content: the phrase nearest to each picture; without --style: G's words for them.
-    Both are said aloud and used. All pictures reach the tuning, each with its phrase.
-
-    Traps: nargs that keeps the last one; the best picture for a phrase instead of the best phrase
-    for a picture.
+    Both are said aloud and used. All pictures reach the tuning, each with its phrase. Traps: the
+    last --ref alone counts; the best picture for a phrase instead of the best phrase for a picture.
     """
     monkeypatch.setattr(data, "names", lambda: ["cat", "house", "owl", "tree"])
     monkeypatch.setattr(guess, "guess_style", lambda pipe, images, contents: "blurry")
-    seen, real, phrases = [], StyleDrop.tune, ["a cat", "a house", "a tree", "an owl"]
-    monkeypatch.setattr(StyleDrop, "tune",
-                        lambda self, *a, **k: seen.extend(a) or real(self, *a, **k))
+    seen, phrases = calls(StyleDrop, "tune"), ["a cat", "a house", "a tree", "an owl"]
     refs = [picture(f"{i}.png", i) for i in range(6)]
-    out = cli(train.main, "--ref", *refs, "--weights", weights, "--steps", 1)[1]
-    images, guesses, style, *_ = seen
+    out = cli(train.main, "--ref", *refs[:4], "--ref", *refs[4:], "--weights", weights,
+              "--steps", 1)[1]
+    ((_, images, guesses, style, *_), _), = seen
     assert np.array_equal(to_uint8(images), [data.read_image(ref, 16) for ref in refs])
     texts = pipe.clip.encode_text(pipe.clip.tokenizer(phrases, pipe.clip.config.context_length))
     for image, guessed in zip(images, guesses, strict=True):
@@ -162,23 +147,11 @@ def test_a_run_goes_on_with_the_words_it_guessed(tune, monkeypatch):
     assert tune("--style", "painting")[0] == 2
 
 
-def test_references_may_be_given_one_by_one(cli, picture, weights):
-    """Trap: the last --ref alone counts."""
-    picture("a.png"), picture("b.png", 1)
-    cli(train.main, *"--ref a.png --ref b.png --content tree --content house --style x".split(),
-        "--weights", weights, "--steps", 1)
-    about = json.loads(Path("runs/a/config.json").read_text())
-    assert about["ref"] == ["a.png", "b.png"] and about["content"] == ["tree", "house"]
-
-
-def test_an_objects_pictures(cli, weights, picture):
-    """One phrase for all, no style words, and what to do next, quoted for the shell.
-
-    Trap: a folder with a space or a quote, an object's name with brackets.
-    """
+def test_an_objects_pictures(tune, weights, picture):
+    """And what to do next. Trap: a folder with a space or a quote, a name with brackets."""
     refs = [picture(f"{i}.png", i) for i in range(3)]
-    out = cli(train.main, "--ref", *refs, "--kind", "content", "--content", "it's [V]", "--weights",
-              weights, "--steps", 2, "--out", "runs/my house")[1]
+    out = tune("--ref", *refs, "--kind", "content", "--content", "it's [V]", "--out",
+               "runs/my house")[1]
     about = load_adapter("runs/my house").about
     assert about["style"] == "" and about["prompts"] == ["it's [V]"] * 3
     assert shlex.split(out.splitlines()[-1]) == [
@@ -202,7 +175,8 @@ BAD = {                                 # the options (&: --ref good.png): a wor
     "": "--ref", "& --setps 3": "--setps", "& nothing.png": "nothing.png",
     "--ref white.png": "one colour", "--ref EMPTY": "is empty", "--ref \udcff": "not UTF-8",
     "& --content \udcff": "not UTF-8", "& --style \udcff": "not UTF-8", "& --out \udcff": "UTF-8",
-    "& --content a cat": "not 2", "& --out folder": "not a run folder", "& --weights none": "none",
+    "& --content a cat": "not 2", "& --content a --content cat --content c": "not 3",
+    "& --out folder": "not a run folder", "& --weights none": "none",
     "& --out text.txt/a": "text.txt", f"& --out new/{'a' * 300}": "too long",
     "& --no-superres": "no second stage", "& --kind content": "--content", "& --pool 8": "--rounds",
     "& --rounds 2 --pick 3": "--feedback human", "& --rounds 2 --port 80": "--feedback human",
@@ -317,10 +291,7 @@ def test_the_reader_is_gone(tune, monkeypatch, stream):
 
 @pytest.mark.parametrize("stage", train.STAGES)
 def test_a_stage_gets_all_other_options(cli, monkeypatch, stage):
-    """However --stage is written, and wherever it stands; --help is the stage's own.
-
-    Traps: --stage=muse tunes, or is refused; --help answers with the options of tuning.
-    """
+    """Traps: --stage=muse tunes, or is refused; --help answers with the options of tuning."""
     out = cli(train.main, "--stage", stage, "--help")[1]
     assert f"train.py --stage {stage}" in out and "--ref" not in out.split("options:")[1]
     seen = []
