@@ -112,10 +112,14 @@ class Found:
         return {index: float(np.mean(values)) for index, values in found.items()}
 
     def together(self, function, *pairs):
-        """[function of the means of (arm, ruler) pairs] of the styles that have them all."""
-        columns = [self.at(arm, ruler) for arm, ruler in pairs]
-        have = sorted(set.intersection(*map(set, columns)))
-        return [function(*(column[i] for column in columns)) for i in have]
+        """[function of the means of (arm, ruler) pairs], one a style, of the references that have
+        all of them."""
+        rows = {}
+        for s in (s for s in self.subjects if s.reported):
+            drawn = [(self.pictures(s, arm) or {}).get(ruler) for arm, ruler in pairs]
+            if all(drawn):
+                rows.setdefault(s.index, []).append(list(map(np.mean, drawn)))
+        return [function(*map(float, np.mean(some, 0))) for some in rows.values()]
 
     def only(self, new_words):
         """The same of the styles with, or without, a medium or light of no training picture."""
