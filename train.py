@@ -141,8 +141,7 @@ def tune(args):
     note_unknown(pipe, *(style_prompt(content, style) for content in contents))
     tuning = {name: getattr(args, name) for name in TUNING}
     tuning["lr"] = args.lr or LR[args.method]
-    same = dict(tuning, kind=args.kind, seed=args.seed, content=contents, style=style,
-                **of)
+    same = dict(tuning, kind=args.kind, seed=args.seed, content=contents, style=style, **of)
     settings = dict(same, ref=refs, weights=args.weights, guessed=guessed)       # not compared
     if not made(out / "config.json", same):
         first_round(args, out, pipe, references, settings)

@@ -25,8 +25,8 @@ def words_for(pipe, images, contents, style, earlier):
     """What the user left out, None: images (R, 3, H, W) -> R content phrases, style, and {what was
     guessed: the guess}, which is said.
 
-    earlier: such a dict of a run on these images, or None. It counts: another machine might just so
-    read other words, and the run would not go on.
+    earlier: such a dict of a run on these images, or None. It counts: another machine might read
+    other words, by a hair, and the run would not go on.
     """
     guessed, earlier = {}, earlier if isinstance(earlier, dict) else {}
     if contents is None:

@@ -107,7 +107,8 @@ def test_the_oracle_picks_what_was_wanted_and_another_what_is_dark(art, monkeypa
 @pytest.fixture
 def small(monkeypatch):
     """One style to choose on, a curve of two points, pools of two prompts."""
-    monkeypatch.setattr(setting, "CHOOSING", 1)
+    for module in (setting, report):
+        monkeypatch.setattr(module, "CHOOSING", 1)
     monkeypatch.setattr(run, "PER", 2)
     monkeypatch.setattr(run, "pool_names", lambda art: setting.pool_names(art, 2))
     for module in (run, claims):
@@ -132,8 +133,8 @@ def test_a_run_goes_on_where_it_was_and_reports_what_is_there(small, weights, tm
         times.append([file.stat().st_mtime_ns for file in files])
     assert len(files) > 2 and times[0] == times[1]                       # nothing was drawn again
     assert len(json.loads(files[-1].read_text())["text"]) == 2
-    code, out, err = cli(report.main, *own, "--out", tmp_path)
-    assert code == 0, err
+    code, out, err = cli(report.main, *own, "--out", tmp_path, "--first", 0)
+    assert code == 0 and "## Styles drawn later, alone" in out, err
     lines = [line for line in out.splitlines() if line.startswith("| ")]
     rows = [line for line in lines if line.split()[1].isdigit()]
     assert len(rows[:24]) == 24 and rows[1].endswith("| holds |") and "not tested" in rows[21]

@@ -121,10 +121,10 @@ class Found:
                 rows.setdefault(s.index, []).append(list(map(np.mean, drawn)))
         return [function(*map(float, np.mean(some, 0))) for some in rows.values()]
 
-    def only(self, new_words):
-        """The same of the styles with, or without, a medium or light of no training picture."""
+    def only(self, keep):
+        """The same of the subjects that keep(subject) is true of."""
         part = copy.copy(self)
-        part.subjects = [s for s in self.subjects if s.new_words == new_words]
+        part.subjects = list(filter(keep, self.subjects))
         return part
 
     def less(self, arm, other, ruler):
@@ -279,7 +279,8 @@ def second_stage(add, file):
 
 def ours(f, add, differ):
     differ(100, "R1 at 1", "words", style=1, text=-1, named=-1, distance=-1)
-    for name, part in (("new words", f.only(True)), ("new combinations", f.only(False))):
+    for name, part in (("new words", f.only(lambda s: s.new_words)),
+                       ("new combinations", f.only(lambda s: not s.new_words))):
         for ruler, sign in (("style", 1), ("distance", -1)):
             values = part.less("R1 at 1", "words", ruler)
             add(107, f"{ruler}, {name}: R1 at 1 less words", values, sign)
