@@ -108,10 +108,10 @@ def test_grids(draw, prompts, num, rows, columns):
 @pytest.mark.parametrize("options", [
     [*CAT, "--prompt", "кот 🐱", "--num", 2, "--seed", 3],
     [*CAT, *TWO, "--style-phrase", "gold", "--temperature", 4.5],
-    [*CAT, *TWO, "--gamma-sweep", "--steps", 1],
+    [*CAT, *TWO, "--gamma-sweep", "--steps", 1], [*CAT, *TWO[2:], "--style", "none"],
     [*CAT, "--style", "none", "--style-phrase", "gold", "--lambda-b", 2, "--no-superres"]])
-def test_the_png_draws_itself_again(draw, pipe2, options):
-    """Its text chunks are the command, whatever run is newest now. Trap: Latin-1 text chunks."""
+def test_the_png_draws_itself_again(draw, pipe2, monkeypatch, options):
+    """By its text chunks, whatever run is newest and what the defaults are now. Trap: Latin-1."""
     assert draw(*options)[0] == 0
     with Image.open("sample.png") as image:
         text = dict(image.text)
@@ -122,6 +122,8 @@ def test_the_png_draws_itself_again(draw, pipe2, options):
         option = [f"--{name.replace('_', '-')}", value]
         command += option[:value == "True"] if value in ("True", "False") else option
     os.utime("runs/old/adapter.pt", (2e9, 2e9))
+    for name in ("LAMBDA_A", "LAMBDA_A_WORDS") if "--gamma-sweep" not in options else ():
+        monkeypatch.setattr(styledrop, name, 9.0)
     assert draw(*command, "--out", "again.png")[0] == 0
     assert Path("again.png").read_bytes() == Path("sample.png").read_bytes()
 
