@@ -170,8 +170,9 @@ def report(f, args, settings, rows, tests, own):
         "stands beside is not what a claim stands or falls by; ours are not the paper's claims, "
         "and corrected for their own number.", "",
         *table(["claim", "figure [95 %]", "expected", "n", "p", ""], test_rows(tests, own)),
-        "## Arms", "", "Means ± one standard error over styles. CLIP's figures of \"R2 by CLIP\" "
-        "and the judges' of \"R2 by oracle\" are by who chose.", "", *arm_table(f, ARMS, RULERS)]
+        "## Arms", "", "Means ± one standard error over styles. Arms of another number of styles "
+        "are of other styles: only the tests above pair them. CLIP's figures of \"R2 by CLIP\" and "
+        "the judges' of \"R2 by oracle\" are by who chose.", "", *arm_table(f, ARMS, RULERS)]
     lines += ["\"R1, in full\", \"dropped\" and \"no style\" of claim 14 are held against drawings "
               "without the style's ground.", "", *arm_table(f, DROPPED, RULERS)]
     lines += arm_table(f, ("fine, as wanted", *(f"fine, round {n}" for n in fine.ROUNDS)), ("own",))
@@ -211,9 +212,12 @@ def drawn_styles(f):
 def frontier(f, axis, width=640, height=460):
     """One panel: text against style; up and to the right is better.
 
-    An arm stands at its mean difference from words, so that arms of fewer styles fit in, and the
-    crosses are standard errors of that difference: what styles have in common is not in them.
+    An arm stands at its mean difference from words, and the crosses are standard errors of that
+    difference: what styles have in common is not in them. All arms are of the same styles, those
+    that have them all, where there are any.
     """
+    whole = f.only(lambda s: all(f.pictures(s, arm) for arm in (*COLOURS, *CURVE)))
+    f = whole if len(drawn_styles(whole)) > 1 else f
     x, y, sign = AXES[axis]
     zero = {ruler: np.mean(list(f.at("words", ruler).values())) for ruler in (x, y)}
     column = lambda arm, ruler: zero[ruler] + np.array(f.less(arm, "words", ruler))
@@ -282,9 +286,9 @@ def pictures(f, art, out):
     some = drawn_styles(f)[:2]
     if all(f.kept(s, f.r1) for s in some):
         save("claims_pictures.png", sheet(f, art, some))
-    lines = ["## Pictures", "", "claims_frontier.png: mean differences from words over styles, "
-             "crosses one standard error of them. The line is R1, from words alone over lambda_A "
-             "0, 0.5, 1, 2, 3.", "",
+    lines = ["## Pictures", "", "claims_frontier.png: mean differences from words, over the "
+             "styles that have all arms, crosses one standard error of them. The line is R1, from "
+             "words alone over lambda_A 0, 0.5, 1, 2, 3.", "",
              "claims_pictures.png: the first two reported styles "
              f"({'; '.join(s.words for s in some)}), first seeds, nothing chosen; on the left "
              "of the first row of each its reference."]
