@@ -184,6 +184,8 @@ def first_round(args, out, pipe, references, settings):
         try:
             os.replace(run, out)
         except OSError:
+            if not out.exists():
+                raise
             raise ValueError(f"another command made {out} meanwhile; give another --out") from None
 
 

@@ -75,11 +75,11 @@ def guess_style(pipe, images, contents):
                  and value not in styles.HELD_OUT.get(attribute, ())]    # a star is "glowing"
         tried = [replace(style, **{attribute: value}) for value in (plain, *known)]
         phrases = [styles.phrase(s) for s in tried]
-        new, total = [phrase for phrase in dict.fromkeys(phrases) if phrase not in losses], 0
-        for ids, content in zip(tokens, contents) if new else ():
-            texts = [style_prompt(content, phrase) for phrase in new]
-            total = total + cross_entropy(pipe, ids, texts) / len(tokens)
-        losses |= zip(new, total.tolist()) if new else {}
+        new = [phrase for phrase in dict.fromkeys(phrases) if phrase not in losses]
+        if new:                                              # none is where the words are as before
+            found = sum(cross_entropy(pipe, ids, [style_prompt(content, phrase) for phrase in new])
+                        / len(tokens) for ids, content in zip(tokens, contents))
+            losses |= zip(new, found.tolist())
         best = min(range(len(tried)), key=lambda i: losses[phrases[i]])
         style = tried[best if losses[phrases[0]] - losses[phrases[best]] > GAIN else 0]
     return styles.phrase(style) or RARE_TOKEN

@@ -225,9 +225,7 @@ def test_numbers_are_of_the_last_round(rounds, cli, unmoved, weights):
 
 
 def test_two_commands_do_not_share_a_run(tmp_path):
-    """Traps: two pages are open on one pool, and the later choice replaces the taught one; a
-    container that was killed has the same number when it starts again.
-    """
+    """Traps: two pages on one pool, the later choice counts; a killed container has its old PID."""
     lock = tmp_path / f".partial-{platform.node()}-{os.getppid()}-lock"
     lock.touch()
     with pytest.raises(ValueError, match=f"another command works on .*remove {lock}"):

@@ -284,7 +284,9 @@ def test_the_reader_is_gone(tune, monkeypatch, stream):
     os.close(gone)
     with open(end, "w") as out:
         monkeypatch.setattr(sys, stream, out)
-        assert tune("--style", "zzq")[0] == 0 and sorted(content("runs/ref")) == RUN
+        code, _, err = tune("--style", "zzq")
+    assert (code, sorted(content("runs/ref"))) == (0, RUN)
+    assert err.count("\n") == (stream == "stdout")          # the note alone
 
 
 # -- pretraining is handed over

@@ -103,23 +103,29 @@ class Found:
                             if not arm.endswith(".chosen")}
         return found
 
-    def at(self, arm, ruler, reported=True):
+    def by_style(self, measure, reported=True):
+        """{style: mean of measure(subject) over its references}, without those that give None."""
         found = {}
         for s in self.subjects:
-            numbers = self.pictures(s, arm)
-            if s.reported == reported and numbers and ruler in numbers:
-                found.setdefault(s.index, []).append(np.mean(numbers[ruler]))
-        return {index: float(np.mean(values)) for index, values in found.items()}
+            value = measure(s) if s.reported == reported else None
+            if value is not None:
+                found.setdefault(s.index, []).append(value)
+        return {index: np.mean(values, 0) for index, values in found.items()}
+
+    def means(self, subject, pairs):
+        """[mean of each (arm, ruler) pair] of a subject, or None where one is not drawn."""
+        drawn = [(self.pictures(subject, arm) or {}).get(ruler) for arm, ruler in pairs]
+        return list(map(np.mean, drawn)) if all(drawn) else None
+
+    def at(self, arm, ruler, reported=True):
+        found = self.by_style(lambda s: self.means(s, [(arm, ruler)]), reported)
+        return {index: float(mean) for index, (mean,) in found.items()}
 
     def together(self, function, *pairs):
         """[function of the means of (arm, ruler) pairs], one a style, of the references that have
         all of them."""
-        rows = {}
-        for s in (s for s in self.subjects if s.reported):
-            drawn = [(self.pictures(s, arm) or {}).get(ruler) for arm, ruler in pairs]
-            if all(drawn):
-                rows.setdefault(s.index, []).append(list(map(np.mean, drawn)))
-        return [function(*map(float, np.mean(some, 0))) for some in rows.values()]
+        found = self.by_style(lambda s: self.means(s, pairs))
+        return [function(*map(float, means)) for means in found.values()]
 
     def only(self, keep):
         """The same of the subjects that keep(subject) is true of."""
@@ -146,13 +152,12 @@ class Found:
 
     def correlations(self, one, other):
         """Rank correlation of two rulers within R1's pictures of one lambda_A: one a style."""
-        found = {}
-        for s in (s for s in self.subjects if s.reported):
+        def within(s):
             drawn = [self.pictures(s, arm) for arm in CURVE[1:]]
-            if all(drawn):
-                values = [rank_correlation(d[one], d[other]) for d in drawn]
-                found.setdefault(s.index, []).append(np.mean(values))
-        return [np.mean(values) for values in found.values()]
+            if not all(drawn):
+                return None
+            return np.mean([rank_correlation(d[one], d[other]) for d in drawn])
+        return list(self.by_style(within).values())
 
 
 def choose_mixtures(f):
