@@ -35,7 +35,7 @@ from muse import Muse, MuseConfig
 from vqgan import VQGAN, VQGANConfig
 
 WEIGHTS = str(Path(__file__).parent / "weights" / "tiny")      # what ships
-RARE_TOKEN = "[V*]"                     # names no style; the shipped base draws it "as drawn"
+RARE_TOKEN = "[V*]"                     # some style: captions have it for one they do not name
 AT_ONCE = 16                            # images in one batch: what bounds the memory
 
 

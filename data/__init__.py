@@ -24,8 +24,7 @@ from .scenes import Scene
 TILE, COLUMNS = 128, 30                 # pixels a side of a tile, tiles in a row of a sheet
 RARE = 0.03                             # share of the captions that say "a [V] cat" for "a cat"
 UNNAMED_STYLE = "[V*]"                  # what captions call a style without naming it. So it means
-#                                         "some style", which an adapter narrows (Section 4.4.1). The
-#                                         shipped base has older captions: there it is "as drawn"
+#                                         "some style", which an adapter narrows (Section 4.4.1)
 
 
 @functools.lru_cache(None)

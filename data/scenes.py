@@ -24,9 +24,9 @@ from .drawing import COLOURS, bend, inked, layout, place_one, recolour, scaled
 
 HUES = tuple(COLOURS)
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-KINDS = {"one": 0.55, "coloured": 0.19, "several": 0.13, "two": 0.13}   # shares of the pictures
+KINDS = {"one": 0.47, "coloured": 0.17, "several": 0.22, "two": 0.14}   # shares of the pictures
 ALSO_COLOURED = {"several": 0.35, "two": 0.2}   # chance of a colour in these (two: for each)
-UNNUMBERED = 0.25            # share of the captions of several that do not say how many
+UNNUMBERED = 0.35            # share of the captions of several that do not say how many
 ARTICLES = {"a": 0.8, "the": 0.1, "": 0.1}
 SYNONYM = 0.4                # chance of another word for an object that has some
 

@@ -28,7 +28,7 @@ from data.pictures import grid  # noqa: E402
 from commandline import Parser, number, run_command  # noqa: E402
 from commandline.guess import guess_content, guess_style  # noqa: E402
 from pretrain.common import machine  # noqa: E402
-from styledrop import RARE_TOKEN, StyleDrop, style_prompt, to_tensor, to_uint8  # noqa: E402
+from styledrop import RARE_TOKEN, StyleDrop, to_tensor, to_uint8  # noqa: E402
 
 METRICS = {                             # unit (100: in percent), digits
     "palette": (1, 4), "texture": (1, 4), "judge's distance": (1, 3), "style seen": (100, 1),
@@ -150,8 +150,7 @@ def one_style(pipe, judge, art, subject, things, default, another, args):
     prompts = [data.content_phrase(name) for name in names]
     again = lambda images: images.repeat_interleave(args.seeds, 0)       # as many as the samples
     target = draw(art, things, source, style, args.seed)
-    plain = [style_prompt(prompt, RARE_TOKEN) for prompt in prompts]
-    images = {"no style": pipe.generate(plain, seed=args.seed).cpu()}
+    images = {"no style": pipe.generate(prompts, seed=args.seed).cpu()}
     for row, phrase in zip(MADE[1:], (found, words)):
         images[row] = pipe.generate(prompts, style_phrase=phrase, seed=args.seed).cpu()
     adapters = {MADE[3]: pipe.tune(example, [content], RARE_TOKEN, **tuning(args)),

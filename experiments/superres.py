@@ -59,7 +59,8 @@ def enlarge(pipe, low, prompts, theta=None, seed=0, **sampling):
 
     Picture i has seed + i. The only place that asks the pipeline for one stage.
     """
-    how, found, style = Sampling(**(SECOND | sampling)), [], SimpleNamespace(superres=theta)
+    how, found = Sampling(**(SECOND | sampling)), []
+    style = SimpleNamespace(superres=theta and theta.to(pipe.device))
     for i in range(0, len(low), 16):
         words, rows = list(prompts[i:i + 16]), low[i:i + 16]
         seeds = [torch.Generator(pipe.device).manual_seed(seed + i + k) for k in range(len(rows))]

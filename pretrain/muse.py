@@ -2,7 +2,7 @@
 
     python train.py --stage muse                                # -> runs/muse/muse.pt
     torchrun --nproc_per_node=2 train.py --stage muse           # on two GPUs, or two CPU processes
-    python train.py --stage muse --batch 512 --reuse 4 --workers 9 --steps 9000 --compile   # GPU
+    python train.py --stage muse --batch 1024 --reuse 8 --workers 8 --steps 10400 --compile # GPU
 
 The folder of --weights holds vqgan.pt. The same command goes on where it was stopped.
 """

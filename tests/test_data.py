@@ -246,9 +246,9 @@ def test_kinds_keep_their_shares():
     rng = np.random.default_rng(0)
     drawn = [scenes.sample(rng) for _ in range(4000)]
     single = [scene for scene in drawn if len(scene.things) == scene.count == 1]
-    assert 0.71 < len(single) / 4000 < 0.77 and {scene.count for scene in drawn} == {1, 2, 3, 4}
+    assert 0.60 < len(single) / 4000 < 0.68 and {scene.count for scene in drawn} == {1, 2, 3, 4}
     assert 0.22 < np.mean([bool(scene.colours) for scene in single]) < 0.30
-    assert 0.11 < np.mean([scene.count > 1 for scene in drawn]) < 0.15
+    assert 0.19 < np.mean([scene.count > 1 for scene in drawn]) < 0.25
     for _ in range(3000):                                    # and a red tulip is not a blue one
         words = scenes.phrase(scenes.sample(rng, kind="coloured"), rng).split()
         assert sum(word in scenes.COLOUR_WORDS for word in words) == 1

@@ -139,7 +139,7 @@ class Unit:
             return torch.rand(len(every), generator=generator)
         if who == "clip":
             texts = [data.content_phrase(name) for name in every]
-            return clip_feedback.text_score(self.pipe.clip, images, texts)
+            return clip_feedback.text_score(self.pipe.clip, images, texts).cpu()
         if who == "dark":
             return -images.mean((1, 2, 3))
         wanted = numbers_of(every)
@@ -308,6 +308,7 @@ def options(parser):
 def everything(args):
     """-> pipe, classifier, art, subjects, settings, the folder."""
     pipe, (net, _) = StyleDrop.load(args.weights), load_classifier(args.classifier)
+    net = net.to(pipe.device)
     art = data.Art()
     some = subjects(art, args.styles, args.things, args.references, args.seed)
     settings = settings_of(args, pipe, net)

@@ -127,8 +127,9 @@ def at_side(images, side):
 
 
 def tokens_of(pipe, images):
-    """The tokenizer's codes of pictures: (B, N)."""
-    return pipe.vqgan.encode(at_side(images, pipe.vqgan.config.resolution)).flatten(1)
+    """The tokenizer's codes of pictures: (B, N), on the CPU."""
+    images = at_side(images, pipe.vqgan.config.resolution).to(pipe.device)
+    return pipe.vqgan.encode(images).flatten(1).cpu()
 
 
 def distances(images, truth):
@@ -150,13 +151,13 @@ def measure(pipe, net, images, names, truth, reference, reference_name):
     scores = look(net, at_side(images, 64))["names"]                             # (B, K)
     rival = scores[:, numbers_of([reference_name])[0]]
     texts = [data.content_phrase(name) for name in names]
-    text = clip_feedback.text_score(pipe.clip, images, texts)
-    of_reference = [data.content_phrase(reference_name)] * len(names)
-    leak_clip = clip_feedback.text_score(pipe.clip, images, of_reference) > text
+    text = clip_feedback.text_score(pipe.clip, images, texts).cpu()
+    of_reference = data.content_phrase(reference_name)
+    leak_clip = clip_feedback.text_score(pipe.clip, images, of_reference).cpu() > text
     same = lambda x: (tokens_of(pipe, x) == tokens_of(pipe, reference)).double().mean(1)
     grey = torch.einsum("c,bchw->bhw", images.new_tensor([0.3, 0.59, 0.11]), images)
     return distances(images, truth) | {
-        "text": text, "style": clip_feedback.style_score(pipe.clip, images, reference),
+        "text": text, "style": clip_feedback.style_score(pipe.clip, images, reference).cpu(),
         "named": among(scores, numbers_of(names)),
         "leak": (scores < rival[:, None]).double().mean(1), "leak by CLIP": leak_clip.double(),
         "copy": same(images) - same(truth), "light": grey.mean((1, 2))}
