@@ -60,8 +60,9 @@ def guess_content(pipe, images):
 def guess_style(pipe, images, contents):
     """images (R, 3, H, W) in [-1, 1], R content phrases -> the words of the style they share.
 
-    One attribute after the other, and all of them once more, since the first were judged beside
-    none. Only words that the base has read. The rare token where none of them brings GAIN.
+    The best word for one attribute after the other, each beside those before it; then all of them
+    once more, and those that do not bring GAIN go. Only words that the base has read. The rare
+    token where none is left.
     """
     hands = [row["style"] for row in data.read_table("sets.tsv") if row["role"] == "training"]
     choices = styles.ATTRIBUTES | dict(medium=styles.ATTRIBUTES["medium"] + hands)
@@ -69,7 +70,7 @@ def guess_style(pipe, images, contents):
     small = F.interpolate(images[:MOST].to(pipe.device), (side, side), mode="area")
     tokens = pipe.vqgan.encode(small).flatten(1)                                 # (R, N)
     style, losses = styles.Style(), {}                                           # {phrase: loss}
-    for attribute in ORDER + ORDER:
+    for attribute, gain in [(a, 0) for a in ORDER] + [(a, GAIN) for a in ORDER]:
         plain = getattr(styles.Style(), attribute)           # what goes without saying
         known = [value for value in choices[attribute] if pipe.words.issuperset(value.split())
                  and value not in styles.HELD_OUT.get(attribute, ())]    # a star is "glowing"
@@ -81,7 +82,7 @@ def guess_style(pipe, images, contents):
                         / len(tokens) for ids, content in zip(tokens, contents))
             losses |= zip(new, found.tolist())
         best = min(range(len(tried)), key=lambda i: losses[phrases[i]])
-        style = tried[best if losses[phrases[0]] - losses[phrases[best]] > GAIN else 0]
+        style = tried[best if losses[phrases[0]] - losses[phrases[best]] > gain else 0]
     return styles.phrase(style) or RARE_TOKEN
 
 
