@@ -109,7 +109,7 @@ class Art:
         """n scenes, each in a style of its own.
 
         rng: numpy Generator, the only source of chance. Returns uint8 (n, resolution, resolution,
-        3) and n captions, two in five without a word of style.
+        3) and n captions, a third without a style, a sixth "in [V*] style".
         """
         images, captions = [], []
         bare = self.bare > 0 and rng.random() < self.bare

@@ -351,7 +351,8 @@ def report(found, about):
     lines += table(["style", *DISTANCES], [[words, *(" / ".join(
         f"{x['samples'][row][d]:.4f}" for row in (WITHOUT, WITH, OTHER)) for d in DISTANCES)]
         for words, x in found["taught"].items()])
-    return lines + ["superres.png: the first thing in each style, first seed, nothing chosen."]
+    return lines + ["superres.png: the first style of each medium, its first thing, first seed, "
+                    "nothing chosen."]
 
 
 # ---------------------------------------------------------------------------------------------
