@@ -7,6 +7,7 @@ tell G the rest, whatever the words. An adapter need not learn what the words sa
 """
 
 from dataclasses import replace
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ def guess_style(pipe, images, contents):
     small = F.interpolate(images[:MOST].to(pipe.device), (side, side), mode="area")
     tokens = pipe.vqgan.encode(small).flatten(1)                                 # (R, N)
     style, losses = styles.Style(), {}                                           # {phrase: loss}
-    for attribute, gain in [(a, 0) for a in ORDER] + [(a, GAIN) for a in ORDER]:
+    for gain, attribute in product((0, GAIN), ORDER):
         plain = getattr(styles.Style(), attribute)           # what goes without saying
         known = [value for value in choices[attribute] if pipe.words.issuperset(value.split())
                  and value not in styles.HELD_OUT.get(attribute, ())]    # a star is "glowing"

@@ -49,7 +49,8 @@ def words(text):
             for word in split_words(text)]
 
 
-@pytest.mark.parametrize("text, expected", [("  A   Cat's\n\tHAT ", ["a", "cat", "'s", "hat"]),
+@pytest.mark.parametrize("text, expected", [
+    ("  A   Cat's\n\tHAT ", ["a", "cat", "'s", "hat"]),
     ("they'LL 2024 don't!?", ["they", "'ll", "2", "0", "2", "4", "don", "'t", "!?"]),
     ("< salt &amp;amp; pepper", ["<", "salt", "&", "pepper"]),    # escaped twice
     ("“quoted” cafÃ©", ['"', "quoted", '"', "café"]),             # ftfy repairs broken UTF-8
@@ -296,7 +297,8 @@ def test_no_code_of_a_file_is_run(tmp_path, monkeypatch):
     assert target.exists()                                        # the trap works
 
 
-@pytest.mark.parametrize("config, change", [*((PRESETS["toy"], change) for change in (
+@pytest.mark.parametrize("config, change", [
+    *((PRESETS["toy"], change) for change in (
         dict(vision_layers=10 ** 9), dict(vision_layers=()), dict(vision_layers=(2,) * 9),
         dict(vision_layers=(1, 257)), dict(vision_width=2.0), dict(text_width=-1),
         dict(vocab_size=2 ** 40), dict(text_heads=0), dict(text_heads=5), dict(embed_dim=True),

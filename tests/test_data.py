@@ -170,7 +170,8 @@ def test_english():
                "glass of milk": "glasses of milk", "page facing up": "pages facing up",
                "front facing baby chick": "front facing baby chicks", "torch": "torches"}
     assert {one: english.plural(one) for one in plurals} == plurals
-    for scene, said in [(Scene(("umbrella",), ("blue",)), "a blue umbrella"),
+    for scene, said in [
+            (Scene(("umbrella",), ("blue",)), "a blue umbrella"),
             (Scene(("automobile",), ("orange",)), "an orange automobile"),
             (Scene(("glasses",), ("red",)), "red glasses"),
             (Scene(("balloon",), ("red",), 3), "three red balloons"),

@@ -41,15 +41,15 @@ def test_tables_are_the_ones_that_the_script_wrote():
 
 
 @pytest.mark.parametrize("pattern, file, written", [
-    (r"(\d+ and \d+) %", "one_shot.md", "| {} |"),            # of the way to a style
-    (r"([\d,]+ images: [\d.]+)", "losses.md", "| {} |"),
-    (r"among 100 in (.+?) %", "base.md", "| openmoji | {} %"),
-    (r"in another style in (.+?) %", "base.md", "41.4 ± 2.0 % | {} % |")])
+    (r"(\d+ and \d+) %", "one_shot.md", r"\| {} \|"),            # of the way to a style
+    (r"([\d,]+ images: [\d.]+)", "losses.md", r"\| {} \|"),
+    (r"among 100 in (.+?) %", "base.md", r"\| openmoji \| {} %"),
+    (r"in another style in (.+?) %", "base.md", r"openmoji in held-out styles \|[^|]+\| {} % \|")])
 def test_figures_in_the_text_are_the_ones_that_the_scripts_wrote(pattern, file, written):
-    figures = [figure.replace(" and ", ", ").replace(" images: ", " | ")
+    figures = [re.escape(figure.replace(" and ", ", ").replace(" images: ", " | "))
                for figure in re.findall(pattern, README)]
     text = (RESULTS / file).read_text(encoding="utf-8")
-    assert figures and [f for f in figures if written.format(f) not in text] == []
+    assert figures and [f for f in figures if not re.search(written.format(f), text)] == []
 
 
 def test_the_main_job_says_what_is_shown():

@@ -27,7 +27,8 @@ PROMPTS = ["a cat", "a tree", "an owl"]
 PERSON, CLIP = ["--feedback", "human"], ["--feedback", "clip"]
 PICK = [*PERSON, "--pick", "1,5,9"]
 read = lambda name: json.loads(Path("runs/a", name).read_text())
-stamp = lambda: {str(path.relative_to("runs/a")): (path.read_bytes(), path.stat().st_mtime_ns)
+stamp = lambda: {
+    str(path.relative_to("runs/a")): (path.read_bytes(), path.stat().st_mtime_ns)
     for path in Path("runs/a").rglob("*") if path.is_file()}
 
 
@@ -167,7 +168,8 @@ def test_clicks_that_are_not_ended_are_not_lost(rounds, unmoved, monkeypatch):
         assert stamp()[f"round2/{name}"] == before[f"round2/{name}"]
 
 
-@pytest.mark.parametrize("options, words", [(["--pick", "99"], "1..12"), (["--pick", ""], "1..12"),
+@pytest.mark.parametrize("options, words", [
+    (["--pick", "99"], "1..12"), (["--pick", ""], "1..12"),
     (["--port", "PORT"], "port PORT"), (["--pool", 1024, "--pool-prompts", "many.txt"], "5,000")])
 def test_what_would_be_found_late_is_found_first(unmoved, monkeypatch, options, words):
     """A wrong --pick, a port in use, a pool too large: before the base is even read."""

@@ -105,7 +105,8 @@ def test_grids(draw, prompts, num, rows, columns):
         assert np.array_equal(picture("one.png"), cells[i])
 
 
-@pytest.mark.parametrize("options", [[*CAT, "--prompt", "кот 🐱", "--num", 2, "--seed", 3],
+@pytest.mark.parametrize("options", [
+    [*CAT, "--prompt", "кот 🐱", "--num", 2, "--seed", 3],
     [*CAT, *TWO, "--style-phrase", "gold", "--temperature", 4.5],
     [*CAT, *TWO, "--gamma-sweep", "--steps", 1], [*CAT, *TWO[2:], "--style", "none"],
     [*CAT, "--style", "none", "--style-phrase", "gold", "--lambda-b", 2, "--no-superres"]])

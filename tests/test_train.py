@@ -104,7 +104,8 @@ def test_a_run_is_never_replaced(tune, picture):
     picture("there/ref.png", 3)
     code, out, err = tune()
     assert code == 0 and err == "" and "is finished" in out
-    for options, words in (("--ref there/ref.png", "pictures"),
+    for options, words in (
+            ("--ref there/ref.png", "pictures"),
             ("--seed 1 --content tree --style blurry", "seed, content, style"),
             ("--method lora --steps 3 --lr 1 --batch 2", "method, steps, lr, batch")):
         code, _, err = tune(*options.split())

@@ -151,16 +151,17 @@ def measure(pipe, net, images, names, truth, reference, reference_name):
     scores = look(net, at_side(images, 64))["names"]                             # (B, K)
     rival = scores[:, numbers_of([reference_name])[0]]
     texts = [data.content_phrase(name) for name in names]
-    text = clip_feedback.text_score(pipe.clip, images, texts).cpu()
+    text = clip_feedback.text_score(pipe.clip, images, texts)
     of_reference = data.content_phrase(reference_name)
-    leak_clip = clip_feedback.text_score(pipe.clip, images, of_reference).cpu() > text
+    leak_clip = clip_feedback.text_score(pipe.clip, images, of_reference) > text
     same = lambda x: (tokens_of(pipe, x) == tokens_of(pipe, reference)).double().mean(1)
     grey = torch.einsum("c,bchw->bhw", images.new_tensor([0.3, 0.59, 0.11]), images)
-    return distances(images, truth) | {
-        "text": text, "style": clip_feedback.style_score(pipe.clip, images, reference).cpu(),
+    found = distances(images, truth) | {
+        "text": text, "style": clip_feedback.style_score(pipe.clip, images, reference),
         "named": among(scores, numbers_of(names)),
         "leak": (scores < rival[:, None]).double().mean(1), "leak by CLIP": leak_clip.double(),
         "copy": same(images) - same(truth), "light": grey.mean((1, 2))}
+    return {ruler: values.cpu() for ruler, values in found.items()}
 
 
 def diversity(one, other):
