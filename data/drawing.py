@@ -1,7 +1,7 @@
 """What scenes do with a drawing: place it, bend it, paint it in one colour.
 
 Drawings are uint8 (h, h, 4) with straight alpha. Places and sizes are whole 64ths of the side, and
-no draw from a generator depends on the size.
+no number taken from a generator depends on the size.
 """
 
 import functools
@@ -53,6 +53,20 @@ def place_one(rgba, size, rng, smallest=None):
     return frame
 
 
+def place_anywhere(rgba, rng, smallest=0.5, largest=1.2):
+    """The frame at `smallest` to `largest` times its size, somewhere in it; a large one is cut."""
+    size = len(rgba)
+    side = round(64 * (smallest + (largest - smallest) * rng.random()))
+    x, y = (round((64 - side) * rng.random()) for _ in range(2))         # negative: cut there
+    x, y, side = (int(v * size / 64) for v in (x, y, side))
+    placed = scaled(rgba, (side, side))
+    frame = np.zeros_like(rgba)
+    inside = placed[max(0, -y):size - y, max(0, -x):size - x]
+    height, width = inside.shape[:2]
+    frame[max(0, y):max(0, y) + height, max(0, x):max(0, x) + width] = inside
+    return frame
+
+
 CELLS = {2: [(1, 12), (33, 12)], 3: [(17, 1), (1, 33), (33, 33)],         # left, top in 64ths
          4: [(1, 1), (33, 1), (1, 33), (33, 33)]}
 
@@ -63,25 +77,33 @@ def layout(boxes, rng):
     Two stand side by side, three in a triangle, four in a square; each keeps to a cell of its own,
     in which its size and place vary a little.
     """
-    n, upside = len(boxes), rng.random() < 0.5
-    wide, high = 30, 40 if n == 2 else 30                    # of a cell
+    count, upside_down = len(boxes), rng.random() < 0.5
+    cell_width, cell_height = 30, 30
+    if count == 2:
+        cell_height = 40
     places = []
-    for (left, top), (x0, y0, x1, y1) in zip(CELLS[n], boxes):
-        scale = min(wide / (x1 - x0), high / (y1 - y0)) * (0.88 + 0.12 * rng.random())
-        w, h = max(1, int((x1 - x0) * scale)), max(1, int((y1 - y0) * scale))
-        x = left + round((wide - w) * rng.random())
-        y = 34 - top if n == 3 and upside else top
-        y += round((high - h) * (0.3 + 0.4 * rng.random()))
-        places.append((x, y, w, h))
+    for (left, top), (x0, y0, x1, y1) in zip(CELLS[count], boxes):
+        scale = min(cell_width / (x1 - x0), cell_height / (y1 - y0))
+        scale *= 0.88 + 0.12 * rng.random()
+        width, height = max(1, int((x1 - x0) * scale)), max(1, int((y1 - y0) * scale))
+        if count == 3 and upside_down:
+            top = 34 - top
+        x = left + round((cell_width - width) * rng.random())
+        y = top + round((cell_height - height) * (0.3 + 0.4 * rng.random()))
+        places.append((x, y, width, height))
     return places
 
 
 def bend(rgba, rng, amount):
-    """The drawing turned, sheared and stretched, each by `amount` (radians, or a share) as one
-    standard deviation, and mirrored half the time; made smaller where its frame would stick out by
-    more than a tenth."""
+    """The drawing turned, sheared, stretched and, half the time, mirrored.
+
+    amount: one standard deviation of each, in radians or as a share. The drawing is made smaller
+    where its frame would stick out by more than a tenth.
+    """
     turn, shear, *stretch = rng.normal(0, amount, 4)
-    mirror = -1 if rng.random() < 0.5 else 1
+    mirror = 1
+    if rng.random() < 0.5:
+        mirror = -1
     matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     matrix = matrix @ [[1, shear], [0, 1]] @ np.diag(np.exp(stretch)) @ np.diag([mirror, 1])
     matrix /= max(1, 0.9 * np.abs(matrix).sum(1).max())
@@ -126,8 +148,11 @@ def middle(rgba):
     """
     grey = np.asarray(Image.fromarray(rgba).convert("L"))[rgba[..., 3] > 128]
     light = grey[grey > 50]
-    grey = np.sort(light if 2 * len(light) > len(grey) else grey)
-    return min(235, max(30, int(grey[len(grey) // 2]))) if len(grey) else 128
+    if 2 * len(light) > len(grey):
+        grey = light
+    if not len(grey):
+        return 128
+    return min(235, max(30, int(np.sort(grey)[len(grey) // 2])))
 
 
 def recolour(rgba, colour, middle):

@@ -6,10 +6,8 @@
 """
 
 import csv
-import difflib
 import functools
 import re
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -21,7 +19,7 @@ NO_ARTICLE = set("""bacon broccoli cheese chocolate corn fire fog garlic ginger 
     high-voltage soap skis oden beer coffee confetti champagne curry cutlery earth fruit-juice
     lettuce mail maize meat medicine music pasta planet-earth rain ramen saturn snow
     table-tennis toilet-paper treasure whiskey wine green-tea french-bread ginger-root
-    performing-arts""".split())
+    performing-arts bamboo father-christmas people santa santa-claus""".split())
 IRREGULAR = {"foggy": "a foggy city", "headphone": "headphones",
              "hourglass-done": "an hourglass",
              "hourglass-not-done": "an hourglass with flowing sand",
@@ -29,14 +27,22 @@ IRREGULAR = {"foggy": "a foggy city", "headphone": "headphones",
              "locked-with-pen": "a padlock with pen", "money-with-wings": "money with wings",
              "mount-fuji": "mount fuji", "pouring-liquid": "pouring liquid",
              "unlocked": "an open padlock", "x-ray": "an x ray"}
-SINGULAR = ("ss", "us", "is", "rhinoceros", "tennis", "abacus", "lens", "chess", "dice", "gas")
+SINGULAR = ("ss", "us", "is", "rhinoceros", "tennis", "abacus", "lens", "chess", "dice", "gas",
+            "triceratops")
 AFTER_HEAD = re.compile(" (with|without|of|in|on|and|at|from|to|showing|facing up|behind|tilted|"
-                        r"fluttering|increasing|decreasing)\b")
+                        "fluttering|increasing|decreasing|biking|bowing|cartwheeling|climbing|"
+                        "cycling|dancing|fencing|golfing|holding|juggling|kneeling|lifting|"
+                        "meditating|raising|riding|rowing|running|shrugging|sitting|sleeping|"
+                        r"standing|sticking|surfing|swimming|walking)\b")
 PLURALS = {word: word for word in """fish sheep deer moose bison squid shrimp dice blowfish
-    jellyfish angelfish""".split()} | dict(pair.split(":") for pair in """mouse:mice goose:geese
+    jellyfish angelfish goldfish starfish""".split()} | dict(
+    pair.split(":") for pair in """mouse:mice goose:geese
     ox:oxen snowman:snowmen leaf:leaves knife:knives wolf:wolves loaf:loaves scarf:scarves
     sheaf:sheaves cactus:cacti potato:potatoes tomato:tomatoes mosquito:mosquitoes
-    volcano:volcanoes die:dice mango:mangoes tornado:tornadoes buffalo:buffaloes""".split())
+    volcano:volcanoes die:dice mango:mangoes tornado:tornadoes buffalo:buffaloes person:people
+    woman:women man:men gentleman:gentlemen fireman:firemen spaceman:spacemen child:children
+    businessperson:businesspeople foot:feet tooth:teeth elf:elves hero:heroes superhero:superheroes
+    bookshelf:bookshelves""".split())
 
 
 def head(words):
@@ -109,42 +115,3 @@ def meanings():
         for word in (name, *synonyms().get(name, ())):
             found.setdefault(noun(word), []).append(name)
     return {word: tuple(dict.fromkeys(meant)) for word, meant in found.items()}
-
-
-def caption(content, style):
-    """The paper's template (Section 3.2.1): "{content} in {style} style"; or the content alone."""
-    return f"{content} in {style} style" if style else content
-
-
-# --------------------------------------------------------------------------------------------------
-# Words that a base does not know
-
-def unknown_words(words, text):
-    """{word of `text` that is not in the vocabulary `words`: up to three of `words` near it}."""
-    found = {}
-    for word in re.findall(r"[^\s,.;:!?\"]+", text.lower()):
-        if word not in words:
-            inside = sorted((w for w in words if len(w) > 2 and (w in word or word in w)), key=len)
-            near = difflib.get_close_matches(word, words, 3, 0.75) + inside[::-1]
-            found[word] = list(dict.fromkeys(near))[:3]
-    return found
-
-
-def note_unknown(pipe, *texts):
-    """Say on stderr what of some texts the base `pipe` (a StyleDrop) cannot read, each thing once.
-
-    That is what lies behind the last token that T reads, and words that no training caption has.
-    """
-    length, notes = pipe.muse.config.text_length, []
-    if not all(pipe.tokenizer.fits(text, length) for text in texts):
-        notes.append(f"a prompt is longer than {length} tokens; what comes after is not read")
-    known = pipe.words | {"in", "style", "[v*]", "[v]"}      # of the template, and rare tokens
-    unknown = unknown_words(known, " ".join(texts)) if pipe.words else {}
-    for word, near in list(unknown.items())[:20]:
-        near = f"; near: {', '.join(near)}" if near else ""
-        word = word if len(word) < 50 else word[:40] + "..."
-        notes.append(f"no training caption has {word!r}{near}")
-    if len(unknown) > 20:
-        notes.append(f"nor {len(unknown) - 20} other words")
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)

@@ -4,12 +4,15 @@
 """
 
 import textwrap
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from . import HERE, Art, content_phrase, styles
+from . import styles
+from .art import Art
+from .english import HERE, content_phrase
 from .styles import Style
 
 EXAMPLES = [                            # file, name, set, style: none of these styles is trained on
@@ -41,29 +44,38 @@ drawing's licence.
 def grid(images, columns, scale=1, gap=2, top=(), left=(), captions=(), lines=1):
     """uint8 (B, H, W, 3) -> one PIL image, row by row, each pixel `scale` times as large.
 
-    top: words above the columns; left: words beside the rows; captions: words above each image, in
-    so many lines.
+    top: words above the columns, in as many lines as the longest of them needs; left: words beside
+    the rows; captions: words above each image, in `lines` lines.
     """
     (_, h, w, _), rows = images.shape, -(-len(images) // columns)
     band = (12 * lines + 4) * bool(captions)                 # pixels above each image
     width, height = w * scale + gap, h * scale + gap + band
-    x0, y0 = gap + 96 * bool(left), gap + 16 * bool(top)
+    titles = [textwrap.wrap(readable(words), width // 6) for words in top]
+    deepest = max(map(len, titles), default=0)
+    x0, y0 = gap + 96 * bool(left), gap + (12 * deepest + 4) * bool(deepest)
     sheet = Image.new("RGB", (x0 + columns * width, y0 + rows * height), "white")
     pen = ImageDraw.Draw(sheet)
 
-    def write(x, y, words, letters, lines):
-        pen.text((x, y), "\n".join(textwrap.wrap(words, letters)[:lines]), fill="black", spacing=1)
+    def write(x, y, lines):
+        pen.text((x, y), "\n".join(lines), fill="black", spacing=1)
 
     for i, image in enumerate(images):
         x, y = x0 + i % columns * width, y0 + i // columns * height
         sheet.paste(Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)), (x, y + band))
         if captions:
-            write(x, y, captions[i], width // 6, lines)
-    for i, words in enumerate(top):
-        write(x0 + i * width, 2, words, width // 6, 1)
+            write(x, y, textwrap.wrap(readable(captions[i]), width // 6)[:lines])
+    for i, title in enumerate(titles):
+        write(x0 + i * width, 2, title)
     for i, words in enumerate(left):
-        write(4, y0 + i * height, words, 14, height // 13)
+        write(4, y0 + i * height, textwrap.wrap(readable(words), 14)[:height // 13])
     return sheet
+
+
+def readable(words):
+    """Words in ASCII, all that Pillow's font has: without accents, other letters as \\u0643."""
+    letters = unicodedata.normalize("NFKD", words)
+    plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return plain.encode("ascii", "backslashreplace").decode()
 
 
 def draw(art, name, set_name, style, rng):

@@ -1,4 +1,4 @@
-"""Scenes: what a picture shows and the words that say it, drawn together from one generator.
+"""Scenes: what a picture shows, and the words that say it, from one generator.
 
     Scene(("automobile",), ("red",))                    "a red car"
     Scene(("cat",), count=2)                            "two cats", or "cats"
@@ -7,8 +7,8 @@
     scene = sample(rng)                                 # held_out=True: what training never shows
     rgba, words = draw(scene, art, rng, 64), phrase(scene, rng)
 
-No draw from rng depends on the size, and all places are whole 64ths of the side: the same seed
-gives the same scene at 64 and at 128 pixels.
+No number taken from rng depends on the size, and all places are whole 64ths of the side, so the
+same seed gives the same scene at 64 and at 128 pixels.
 """
 
 import functools
@@ -39,10 +39,13 @@ VIEWS = set("""airplane-arrival airplane-departure beach-with-umbrella bridge-at
     world-map""".split())
 UNCOUNTED = set("""building-construction canned-food chart-decreasing chart-increasing
     chart-increasing-with-yen cricket-game leafy-green speaker-high-volume speaker-low-volume
-    speaker-medium-volume""".split())                       # odd in the plural
+    speaker-medium-volume thumbs-down thumbs-up""".split())     # odd in the plural
 ONE_COLOUR = set("""rainbow tangerine artist-palette horizontal-traffic-light
     vertical-traffic-light zebra""".split())
 COLOUR_WORDS = {*COLOURS, "gold", "golden", "silver", "cream", "teal", "navy"}
+# On the sheets of people, but nobody: these take colours
+NOT_PEOPLE = set("""alien alien-monster anatomical-heart bone brain broken-heart footprints ghost
+    lungs robot skull skull-and-crossbones tooth""".split())
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,19 @@ def takes_number(name):
 
 
 @functools.lru_cache(None)
+def people():
+    """The names of people, their faces and hands: "a red man" would not be one in red paint."""
+    sheets = {row["name"] for row in english.read_table("names.tsv")
+              if row["sheet"].endswith("-people")}
+    return (sheets | {"man-sitting", "woman-sitting"}) - NOT_PEOPLE
+
+
+@functools.lru_cache(None)
 def takes_colour(name):
-    """Whether it can be painted: not a view, nor what is called by a colour already."""
-    return name not in VIEWS | ONE_COLOUR and not COLOUR_WORDS & set(name.split("-"))
+    """Whether it can be painted: not a person or a view, nor what is called by a colour already."""
+    if name in VIEWS | ONE_COLOUR | people():
+        return False
+    return not COLOUR_WORDS & set(name.split("-"))
 
 
 @functools.lru_cache(None)
@@ -84,45 +97,68 @@ def is_pair_held_out(a, b):
 def is_held_out(scene):
     """True for what the base never sees: a fifth of all pairs of colour and object, or two objects.
 
-    A pair is held out where the CRC-32 of its words divides by 5, as in styles.py; two objects in
-    either order. Objects go by the names of their tiles, whatever words a caption has for them.
+    A pair is held out where the CRC-32 of its words is divisible by 5, as in styles.py; two objects
+    in either order. Objects go by the names of their tiles, whatever a caption calls them.
     """
-    return any(c and is_pair_held_out(c, name) for c, name in zip(scene.colours, scene.things)) or (
-        len(scene.things) == 2 and is_pair_held_out(*sorted(scene.things)))
+    for colour, name in zip(scene.colours, scene.things):
+        if colour and is_pair_held_out(colour, name):
+            return True
+    return len(scene.things) == 2 and is_pair_held_out(*sorted(scene.things))
 
 
 def sample(rng, held_out=False, names=None, kind=None):
     """A random Scene, held out of training or not, as asked.
 
-    names: tuple of the tiles to choose from (all). kind: one of KINDS, drawn by its share if None;
-    a held-out scene is then "coloured" or "two".
+    names: tuple of the tiles to choose from (default: all). kind: one of KINDS, by default a random
+    one by its share; a held-out scene is then "coloured" or "two".
     """
-    pool = pools(tuple(english.names()) if names is None else names)
-    if kind is None:
-        kind = pick(rng, {k: KINDS[k] for k in ("coloured", "two")} if held_out else KINDS)
-    elif held_out and kind == "one":
+    if names is None:
+        names = tuple(english.names())
+    if held_out and kind == "one":
         raise ValueError("one object without a colour is never held out; "
                          "ask for coloured, several or two")
-    must = kind == "coloured" or held_out and kind == "several"
-    chance = 1 if must else ALSO_COLOURED.get(kind, 0)
-    painted = [rng.random() < chance for _ in range(2 if kind == "two" else 1)]
-    while True:                 # only the values are drawn again, so that each kind keeps its share
-        things = tuple(pool[kind][int(rng.random() * len(pool[kind]))] for _ in painted)
-        colours = tuple(HUES[int(rng.random() * len(HUES))] if p else "" for p in painted)
-        count = 2 + int(rng.random() * 3) if kind == "several" else 1
-        scene = Scene(things, colours if any(painted) else (), count)
-        fits = len(set(things)) == len(things)
-        fits &= all(takes_colour(name) for name, p in zip(things, painted) if p)
-        if fits and is_held_out(scene) == held_out:
+    if kind is None:
+        shares = KINDS
+        if held_out:
+            shares = {name: KINDS[name] for name in ("coloured", "two")}
+        kind = pick(rng, shares)
+    pool = pools(names)[kind]
+    chance = ALSO_COLOURED.get(kind, 0)
+    if kind == "coloured" or (held_out and kind == "several"):
+        chance = 1
+    objects = 2 if kind == "two" else 1
+    painted = [rng.random() < chance for _ in range(objects)]
+    while True:                 # only the values are sampled again, so each kind keeps its share
+        things = tuple(random_choice(rng, pool) for _ in painted)
+        colours = tuple(random_choice(rng, HUES) if paint else "" for paint in painted)
+        count = 1
+        if kind == "several":
+            count = 2 + int(rng.random() * 3)
+        if not any(painted):
+            colours = ()
+        scene = Scene(things, colours, count)
+        if is_possible(scene) and is_held_out(scene) == held_out:
             return scene
 
 
+def is_possible(scene):
+    """Are the objects different, and can those with a colour be painted?"""
+    if len(set(scene.things)) < len(scene.things):
+        return False
+    return all(takes_colour(name) for name, colour in zip(scene.things, scene.colours) if colour)
+
+
+def random_choice(rng, values):
+    """One of a sequence of values."""
+    return values[int(rng.random() * len(values))]
+
+
 def pick(rng, shares):
-    """A key of {key: share}, by its share."""
-    u = rng.random() * sum(shares.values())
+    """A random key of {key: share}, by its share."""
+    rest = rng.random() * sum(shares.values())
     for key, share in shares.items():
-        u -= share
-        if u < 0:
+        rest -= share
+        if rest < 0:
             return key
     return key
 
@@ -133,29 +169,35 @@ def pick(rng, shares):
 def phrase(scene, rng=None):
     """The content phrase. With rng, as captions have it: synonyms, "the", "cats" for "two cats"."""
     words = [english.noun(name) for name in scene.things]
+    article, numbered = "a", True
     if rng is not None:
         others = [other_word(name, scene, rng) or word for name, word in zip(scene.things, words)]
         if len(set(others)) == len(others) and keeps_the_rule(scene, others):
             words = others
-    article = "a" if rng is None else pick(rng, ARTICLES)
+        article = pick(rng, ARTICLES)
+        numbered = rng.random() > UNNUMBERED
     colours = scene.colours or ("",) * len(words)
-    numbered = rng is None or rng.random() > UNNUMBERED
     if scene.count > 1 and not numbered:                    # "green notes" may be one tile's name
-        numbered = is_ambiguous(scene, noun_phrase(words[0], colours[0], scene.count, "", False))
-    return " and ".join(noun_phrase(word, colour, scene.count, article, numbered)
-                        for word, colour in zip(words, colours))
+        plural = noun_phrase(words[0], colours[0], scene.count, "", False)
+        numbered = is_ambiguous(scene, plural)
+    phrases = [noun_phrase(word, colour, scene.count, article, numbered)
+               for word, colour in zip(words, colours)]
+    return " and ".join(phrases)
 
 
 def noun_phrase(word, colour, count, article, numbered):
     """noun_phrase("apple", "red", 3, "the", True) -> "the three red apples"."""
-    the = "the" if article == "the" else ""
+    first = "the" if article == "the" else ""
     if count > 1:
-        parts = the, NUMBERS[count] if numbered else "", colour, english.plural(word)
+        number = NUMBERS[count] if numbered else ""
+        parts = first, number, colour, english.plural(word)
     else:
         whole = english_phrase(word)
-        if article == "a" and whole != word:                # "an apple", "a red apple"
-            the = "an" if colour == "orange" or not colour and whole.startswith("an ") else "a"
-        parts = the, colour, word
+        if article == "a" and whole != word:
+            first = whole.split(" ")[0]                     # "an apple"
+            if colour:
+                first = "an" if colour == "orange" else "a"          # "a red apple"
+        parts = first, colour, word
     return " ".join(part for part in parts if part)
 
 
@@ -173,30 +215,42 @@ def other_word(name, scene, rng):
     words = english.synonyms().get(name)
     if not words or rng.random() >= SYNONYM:
         return ""
-    word = words[int(rng.random() * len(words))]
-    wrong = scene.count > 1 and english_phrase(word) == word
-    wrong |= any(scene.colours) and bool(COLOUR_WORDS & set(word.split()))
-    return "" if wrong or len(scene.things) == 2 and " and " in word else word
+    word = random_choice(rng, words)
+    if scene.count > 1 and english_phrase(word) == word:    # it has no plural
+        return ""
+    if any(scene.colours) and COLOUR_WORDS & set(word.split()):
+        return ""
+    if len(scene.things) == 2 and " and " in word:
+        return ""
+    return word
 
 
 def keeps_the_rule(scene, words):
-    """False where the words may also mean a scene across the line between training and held out.
+    """False where the words may also mean a scene on the other side of the held-out line.
 
-    Were a red train held out and a red bullet train not, that would never be called "a red train".
+    If a red train is held out and a red bullet train is not, the latter is never called "a red
+    train".
     """
-    held_out, meant = is_held_out(scene), [english.meanings().get(word, ()) for word in words]
-    return all(is_held_out(Scene(things, scene.colours)) == held_out
-               for things in itertools.product(*meant) if len(set(things)) == len(things))
+    held_out = is_held_out(scene)
+    meanings = [english.meanings().get(word, ()) for word in words]
+    for things in itertools.product(*meanings):
+        is_scene = len(set(things)) == len(things)
+        if is_scene and is_held_out(Scene(things, scene.colours)) != held_out:
+            return False
+    return True
 
 
 def is_ambiguous(scene, words):
-    """Whether a plural without a number may also mean one coloured object across the line.
+    """May a plural without a number also mean one coloured object beyond the held-out line?
 
     Three green "musical-note" are "green musical notes", and so is one green "musical-notes".
     """
     colour, _, noun = words.partition(" ")
-    return colour in COLOURS and any(is_held_out(Scene((name,), (colour,))) != is_held_out(scene)
-                                     for name in english.meanings().get(noun, ()))
+    if colour not in COLOURS:
+        return False
+    held_out = is_held_out(scene)
+    return any(is_held_out(Scene((name,), (colour,))) != held_out
+               for name in english.meanings().get(noun, ()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,25 +259,36 @@ def is_ambiguous(scene, words):
 def draw(scene, art, rng, size, set_name=None):
     """The scene from drawings of one set of `art` -> uint8 (size, size, 4), straight alpha.
 
-    set_name: whose drawings; else any set that has all of it. Art's `smallest` and `bent` hold.
+    set_name: whose drawings; by default a random set that has all of it. `art.smallest` and
+    `art.bent` hold. Raises ValueError where no set has all of it.
     """
     sets = [s for s in art.index if all(name in art.index[s] for name in scene.things)]
     if set_name is None and sets:
-        set_name = sets[int(rng.random() * len(sets))]
+        set_name = random_choice(rng, sets)
     if set_name not in sets:
-        raise ValueError(f"no set of this Art draws {' and '.join(scene.things)}"
-                         + (f" ({set_name})" if set_name else ""))
+        where = f" ({set_name})" if set_name else ""
+        raise ValueError(f"no set of this Art has {' and '.join(scene.things)}{where}")
     drawings, boxes = [], []
     for name, colour in itertools.zip_longest(scene.things, scene.colours, fillvalue=""):
-        i = art.index[set_name][name]
-        drawing = bend(art.drawings[i], rng, art.bent) if art.bent else art.drawings[i]
-        boxes.append(inked(Image.fromarray(drawing)) if art.bent else art.boxes[i])
-        drawings.append(recolour(drawing, colour, art.middles[i]) if colour else drawing)
-    if len(drawings) == scene.count == 1:
+        found = art.index[set_name][name]
+        i = found[0]
+        if len(found) > 1:
+            i = random_choice(rng, found)
+        drawing, box = art.drawings[i], art.boxes[i]
+        if art.bent:
+            drawing = bend(drawing, rng, art.bent)
+            box = inked(Image.fromarray(drawing))
+        if colour:
+            drawing = recolour(drawing, colour, art.middles[i])
+        drawings.append(drawing)
+        boxes.append(box)
+    if len(drawings) == 1 and scene.count == 1:
         return place_one(drawings[0], size, rng, art.smallest)
-    shown = [0] * scene.count if scene.count > 1 else [0, 1]
+
+    shown = [0, 1] if scene.count == 1 else [0] * scene.count
     frame = np.zeros((size, size, 4), np.uint8)
-    for k, (x, y, w, h) in zip(shown, layout([boxes[k] for k in shown], rng)):
-        left, top, right, bottom = (v * size // 64 for v in (x, y, x + w, y + h))
+    places = layout([boxes[k] for k in shown], rng)
+    for k, (x, y, width, height) in zip(shown, places):
+        left, top, right, bottom = (v * size // 64 for v in (x, y, x + width, y + height))
         frame[top:bottom, left:right] = scaled(drawings[k], (right - left, bottom - top), boxes[k])
     return frame

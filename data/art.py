@@ -1,0 +1,184 @@
+"""The drawings, sprite sheets with their names, as training pictures with captions.
+
+    art = Art(size=64)                                  # the training sets
+    images, captions = art.batch(16, rng, 64)           # uint8 (16, 64, 64, 3), 16 strings
+
+A training example is a scene (scenes.py): one drawing, several, or two side by side, perhaps in a
+colour; most are painted in a style that is sampled anew (styles.py). The same seed gives the same
+examples at every size. All images are RGB uint8.
+"""
+
+import functools
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from styledrop import RARE_TOKEN, style_prompt
+
+from . import drawing, scenes, styles
+from .english import HERE, names, noun, plural, read_table, synonyms
+from .scenes import Scene
+
+TILE, COLUMNS = 128, 30                 # pixels a side of a tile, tiles in a row of a sheet
+MOVED = 0.5                             # share of the styled pictures whose scene is moved
+SOME_STYLE = 0.8                        # share of unnamed styles that captions call RARE_TOKEN: it
+#                                         comes to mean "some style", which an adapter narrows
+RARE = 0.03                             # share of the captions that say "a [V] cat" for "a cat"
+GENERIC = 0.02                          # share of the captions that say "an object" for "a cat"
+
+
+@functools.lru_cache(None)
+def words():
+    """All words that captions of the training sets can hold, sorted: the base's vocabulary."""
+    said = ["a an the and in style with on ground", *scenes.COLOURS, *scenes.NUMBERS.values()]
+    for name in names():
+        for word in (noun(name), *synonyms().get(name, ())):
+            counted = scenes.takes_number(name) and scenes.english_phrase(word) != word
+            said += [word, plural(word)] if counted else [word]
+    for attribute, values in styles.ATTRIBUTES.items():
+        said += [value for value in values if value not in styles.HELD_OUT.get(attribute, ())]
+    said += [row["style"] for row in read_table("sets.tsv") if row["role"] == "training"]
+    said += ["an object", "[V] [V*]"]
+    return sorted({word for phrase in said for word in phrase.split()})
+
+
+# ---------------------------------------------------------------------------------------------
+# Sources of training pictures
+
+@functools.lru_cache(None)
+def kept_out_pairs():
+    """The (set, name) pairs of a tenth of the training sets' drawings, which no training sees.
+
+    They are for an audit: samples of a base that has memorised its training drawings are nearer to
+    those than to these. A pair is kept out where the CRC-32 of "set/name" is divisible by 10,
+    unless that would leave its name without any training drawing.
+    """
+    roles = {row["set"]: row["role"] for row in read_table("sets.tsv")}
+    pairs = {(row["set"], row["name"]) for row in read_table("names.tsv")
+             if roles[row["set"]] == "training"}
+    chosen = {pair for pair in pairs if zlib.crc32("/".join(pair).encode()) % 10 == 0}
+    seen = {name for _, name in pairs - chosen}
+    return frozenset(pair for pair in chosen if pair[1] in seen)
+
+
+class Art:
+    """The drawings of some sets, as uint8 (n, size, size, 4) with straight alpha, in `.drawings`.
+
+    sets: names from sets.tsv; by default all of a role ("training", "held-out"). `.names`, `.sets`
+    and `.hands` (the icon set's style phrase) go along with the drawings, and so do `.boxes` (what
+    each covers of its tile) and `.middles` (its luminance). `.index` is {set: {name: [i, ...]}}: a
+    set may have several drawings of a name, such as a woman in several colours of skin.
+    kept_out: False leaves out the drawings that are kept out of training (`kept_out_pairs`), True
+    takes them alone, None takes all.
+    compose: batches show colours, several and two objects too (scenes.py); else one as drawn.
+    smallest: single objects are this to 1 times the frame, and somewhere in it; None: as they are.
+    bare: share of the batches whose captions name no style at all, so that only what they show
+    tells their pictures apart. plain: share of pictures that keep the style of their drawings.
+    bent: how much each drawing is bent (`bend`).
+    """
+
+    def __init__(self, sets=None, role="training", size=64, smallest=None, bare=0.0,
+                 plain=styles.PLAIN, bent=0.0, compose=True, kept_out=False):
+        self.smallest, self.bare, self.plain = smallest, bare, plain
+        self.bent, self.compose = bent, compose
+        table = {row["set"]: row for row in read_table("sets.tsv")}
+        if sets is None:
+            sets = [s for s, row in table.items() if row["role"] == role]
+        for s in sets:
+            if s not in table:
+                raise ValueError(f"no set {s!r} in data/sets.tsv; there are {', '.join(table)}")
+        rows = [row for row in read_table("names.tsv") if row["set"] in sets]
+        if kept_out is not None:
+            rows = [row for row in rows
+                    if ((row["set"], row["name"]) in kept_out_pairs()) == kept_out]
+        self.names, self.sets = [row["name"] for row in rows], [row["set"] for row in rows]
+        self.hands = [table[s]["style"] for s in self.sets]
+        sheets = {s: Image.open(HERE / "sheets" / f"{s}.webp").convert("RGBa")      # premultiplied
+                  for s in {row["sheet"] for row in rows}}
+        tiles = [(sheets[row["sheet"]], int(row["tile"])) for row in rows]
+        self.drawings = np.stack([self.tile(*tile, size) for tile in tiles])
+        self.boxes = [drawing.inked(self.cut(*tile)) for tile in tiles]
+        self.middles = [drawing.middle(rgba) for rgba in self.drawings]
+        self.make_index(sets)
+
+    def make_index(self, sets):
+        """Set `.index` and `.names_of` {set: names}, from the names and sets of the drawings."""
+        self.index = {s: {} for s in sets}
+        for i, (name, s) in enumerate(zip(self.names, self.sets)):
+            self.index[s].setdefault(name, []).append(i)
+        self.names_of = {s: tuple(found) for s, found in self.index.items()}
+
+    @staticmethod
+    def cut(sheet, index):
+        """A tile at its full size, as a Pillow image."""
+        x, y = index % COLUMNS * TILE, index // COLUMNS * TILE
+        return sheet.crop((x, y, x + TILE, y + TILE))
+
+    @classmethod
+    def tile(cls, sheet, index, size):
+        """Scaled while its colour is multiplied by alpha: no invisible colour can leak in."""
+        how = Image.BOX if size < TILE else Image.BICUBIC
+        tile = cls.cut(sheet, index).resize((size, size), how)
+        return np.asarray(tile.convert("RGBA"))
+
+    def find(self, name, set_name):
+        """Index of a name's first drawing. Raises ValueError if the set does not have the name."""
+        if name not in self.index.get(set_name, ()):
+            raise ValueError(f"no drawing {name!r} in {set_name}")
+        return self.index[set_name][name][0]
+
+    def content(self, i, rng=None):
+        """Content phrase of drawing i; with rng, sometimes a synonym, "the", no article."""
+        return scenes.phrase(Scene((self.names[i],)), rng)
+
+    def batch(self, n, rng, resolution):
+        """n scenes, each in a style of its own.
+
+        rng: a numpy Generator, the only source of randomness. Returns uint8 (n, resolution,
+        resolution, 3) and n captions, more than a third without a style, more than a quarter "in
+        [V*] style".
+        """
+        images, captions = [], []
+        bare = self.bare > 0 and rng.random() < self.bare
+        for _ in range(n):
+            i = int(rng.random() * len(self.names))          # the object, or only whose drawings
+            scene = Scene((self.names[i],))
+            if self.compose:
+                scene = scenes.sample(rng, names=self.names_of[self.sets[i]])
+            style = self.sample_style(scene, rng)
+            rgba = scenes.draw(scene, self, rng, resolution, self.sets[i])
+            styled = not styles.is_plain(style)
+            if self.compose and styled and rng.random() < MOVED:
+                smallest = 0.5 if scene.count == len(scene.things) == 1 else 0.8
+                rgba = drawing.place_anywhere(rgba, rng, smallest)
+            images.append(styles.apply(style, rgba, rng))
+            content = scenes.phrase(scene, rng)
+            manner = styles.phrase(style, self.hands[i], rng)
+            if self.compose and rng.random() < RARE and content.startswith("a "):
+                content = content.replace("a ", "a [V] ", 1)
+            if self.compose and rng.random() < GENERIC and scene == Scene(scene.things[:1]):
+                content = "an object"
+            if self.compose and styled and not manner and rng.random() < SOME_STYLE:
+                manner = RARE_TOKEN
+            captions.append(style_prompt(content, "" if bare else manner))
+        return np.stack(images), captions
+
+    def sample_style(self, scene, rng):
+        """A style for a scene. Where captions name colours, it is one that leaves them visible."""
+        if not scene.colours:
+            return styles.sample(rng, plain=self.plain)
+        style = styles.sample(rng, plain=self.plain, free=0)
+        return styles.keep_colours(style, scene.colours)
+
+    def words(self):
+        """All words of the captions, sorted."""
+        return words()
+
+    def prompts(self, n):
+        """n captions to sample images for, always the same: half without, half with style words."""
+        rng = np.random.default_rng(0)
+        picks = rng.integers(len(self.names), size=n)
+        manners = [styles.phrase(styles.sample(rng), self.hands[i]) for i in picks]
+        return [style_prompt(self.content(i), manner if k % 2 else "")
+                for k, (i, manner) in enumerate(zip(picks, manners))]
