@@ -16,11 +16,9 @@ import gzip
 import html
 import math
 import warnings
-import zipfile
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass, fields
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import ftfy
@@ -89,17 +87,20 @@ class Tokenizer:
         self.vocab_size = len(self.symbols)
         self.start_id, self.end_id = self.vocab_size - 2, self.vocab_size - 1
         self.ranks = {merge: rank for rank, merge in enumerate(self.merges)}
+        self.joined = {}                          # the pieces of each word that was met
 
-    @cache
     def pieces(self, word):
         """Join the pair that was learned first, until no neighbours are a learned pair."""
-        while len(word) > 1:
-            pairs = zip(word, word[1:])
-            first = min(pairs, key=lambda pair: self.ranks.get(pair, math.inf))
-            if first not in self.ranks:
-                break
-            word = merge_pair(word, first)
-        return word
+        if word not in self.joined:
+            pieces = word
+            while len(pieces) > 1:
+                pairs = zip(pieces, pieces[1:])
+                first = min(pairs, key=lambda pair: self.ranks.get(pair, math.inf))
+                if first not in self.ranks:
+                    break
+                pieces = merge_pair(pieces, first)
+            self.joined[word] = pieces
+        return self.joined[word]
 
     def encode(self, text):
         """text -> list of ids, without start and end."""
@@ -370,163 +371,10 @@ class CLIP(nn.Module):
         return x @ self.text_projection                                  # (B, E)
 
 
-# --------------------------------------------------------------------------------------------------
-# Files of weights. Whatever a file holds: none of its code is run, and it either fits or is refused
-
-def read_weights(path):
-    """The dict in a file that torch.save wrote. No code that a file may hold is ever run.
-
-    Raises FileNotFoundError, or ValueError in one line for any other file, also for TorchScript
-    archives, as OpenAI publishes: opening one runs the code in it (__setstate__).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of weights at {path}")
-    damaged = ValueError(f"{path} is damaged, or not a file of weights by torch.save")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except Exception:                  # a damaged file fails in a dozen ways
-        raise damaged from None
-    if any(entry.filename.endswith("constants.pkl") for entry in entries):
-        raise ValueError(
-            f"{path} is a TorchScript archive, which holds code; where you trust it, convert it: "
-            f"python -c \"import torch; torch.save(torch.jit.load('{path.name}', "
-            "map_location='cpu').state_dict(), 'clip.pt')\"")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError(f"{path} is compressed: torch.save writes no such files")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                              # one line is enough
-            content = torch.load(path, "cpu", weights_only=True)
-    except Exception:
-        raise damaged from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no dict of weights")
-    return content
-
-
-def check_sizes(config):
-    """Raise ValueError unless the fields of `config`, a dataclass, are sizes that a model may have.
-
-    Each has its declared type. Numbers lie in 0..2^20, those of layers and blocks in 0..256; a
-    tuple has at most 8. Heads divide their width. A damaged file could ask for all memory.
-    """
-    for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
-        most = 256 if "layers" in name or "blocks" in name else 2 ** 20
-        numbers = value if isinstance(value, tuple) else (value,)
-        fits = (isinstance(value, field.type) and isinstance(value, bool) == (field.type is bool)
-                and 1 <= len(numbers) <= 8
-                and all(isinstance(n, (int, float)) and 0 <= n <= most for n in numbers))
-        if fits and name.endswith("heads"):
-            fits = value > 0 and getattr(config, name.replace("heads", "width")) % value == 0
-        if not fits:
-            raise ValueError(f"its {name} must be another: no model has this size")
-
-
-class Undrawn(torch.overrides.TorchFunctionMode):
-    """Draws no initial weights: drawn on the meta device, they import a compiler for a second."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__name__", "").endswith("normal_"):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs or {})
-
-
-@torch.no_grad()
-def build(make, weights):
-    """The model that make() returns, with `weights` ({name: tensor}), in fp32 and in eval mode.
-
-    make() runs on the meta device, where tensors have shapes but no memory. All state must be in
-    the state_dict. Raises ValueError in one line when make() fails, or for the first weight that
-    does not fit.
-    """
-    try:
-        with torch.device("meta"), Undrawn():
-            model = make()
-    except (ValueError, FileNotFoundError):
-        raise
-    except Exception:                  # unknown or missing fields, sizes that contradict each other
-        raise ValueError("its config is not one of this version") from None
-    if not isinstance(weights, dict):
-        raise ValueError("its weights are not a dict")
-    expected = model.state_dict()
-    for name in [*expected, *weights]:
-        if not is_weight(weights.get(name), expected.get(name)):
-            raise ValueError(f"its weight {str(name)[:80]!r} is missing, unknown, damaged, or of "
-                             "another shape")
-    model.load_state_dict({name: torch.empty(w.shape, dtype=w.dtype).copy_(weights[name])
-                           for name, w in expected.items()}, assign=True)
-    return model.eval()
-
-
-def is_weight(found, expected):
-    """Is it a dense tensor of finite numbers of this shape and kind, with memory for all?"""
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return (isinstance(found, torch.Tensor) and expected is not None
-            and found.shape == expected.shape
-            and found.layout == torch.strided and found.device.type == "cpu"
-            and found.dtype in (floats if expected.is_floating_point() else (expected.dtype,))
-            and found.numel() * found.element_size() <= found.untyped_storage().nbytes()
-            and bool(found.to(expected.dtype).isfinite().all()))
-
-
 def load_clip(path, merges=None, quick_gelu=None):
-    """A CLIP from a file: in fp32 on the CPU, in eval mode, with its `.tokenizer`.
-
-    path: ours (a dict of config, weights, merges), or OpenAI's or open_clip's ViT weights (a state
-    dict, bare or under "state_dict"). Only for these: merges, the path of OpenAI's vocabulary file,
-    by default the one beside `path`, if any; and quick_gelu, by default True for OpenAI's own
-    files. Raises FileNotFoundError, or ValueError in one line for any other file.
-    """
-    content, vocabulary = read_weights(path), Path(merges or Path(path).parent / VOCABULARY_FILE)
-    try:
-        if "weights" in content:
-            config, weights, merges = (content.get(k) for k in ("config", "weights", "merges"))
-        else:
-            config, weights = read_foreign(content, quick_gelu)
-            merges = vocabulary if merges or vocabulary.exists() else None
-
-        def make():
-            sizes = CLIPConfig(**config)
-            check_sizes(sizes)
-            words = merges if isinstance(merges, Path) or merges is None else list(merges)
-            return CLIP(sizes, None if words is None else Tokenizer(words))
-        return build(make, weights)
-    except ValueError as error:
-        raise ValueError(f"{path} does not fit this CLIP: {error}") from None
-
-
-def read_foreign(content, quick_gelu=None):
-    """OpenAI's or open_clip's ViT weights -> CLIPConfig's fields, read off their shapes; weights.
-
-    Only OpenAI's own files hold sizes too, and all of them were trained with quick_gelu.
-    """
-    content = content.get("state_dict", content)
-    sizes = ("input_resolution", "context_length", "vocab_size", "attn_mask")
-    try:
-        weights = {name.removeprefix("module.").removeprefix("text."): w
-                   for name, w in content.items() if name not in sizes}
-        vision_width, _, patch, _ = weights["visual.conv1.weight"].shape
-        vocab_size, text_width = weights["token_embedding.weight"].shape
-        grid = math.isqrt(len(weights["visual.positional_embedding"]) - 1)
-        context_length = len(weights["positional_embedding"])
-        embed_dim = weights["text_projection"].shape[1]
-    except Exception:                  # other names, other shapes, no tensors
-        raise ValueError("it has no ViT (image towers of other kinds must be ours)") from None
-    if quick_gelu is None:
-        quick_gelu = "input_resolution" in content
-    layers = lambda tower: sum(name.startswith(tower) and name.endswith(".ln_1.weight")
-                               for name in weights)
-    # all heads are 64 wide, but no image tower has more than 16 (open_clip's H, g and bigG)
-    config = dict(resolution=grid * patch, patch=patch, vision_width=vision_width,
-                  vision_layers=layers("visual."), vision_heads=min(vision_width // 64, 16),
-                  text_width=text_width, text_layers=layers("transformer."),
-                  text_heads=text_width // 64, context_length=context_length,
-                  vocab_size=vocab_size, embed_dim=embed_dim, quick_gelu=quick_gelu,
-                  **OPENAI_PIXELS)
-    return config, weights
+    """A CLIP from a file of weights: see checkpoint.clip.load_clip, which reads it."""
+    from checkpoint.clip import load_clip as load            # reading files is not this file's job
+    return load(path, merges, quick_gelu)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -173,14 +173,13 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.text_width)
         initialise(self, config.text_layers)
 
-    def forward(self, ids, vectors=None):
-        """ids (B, L), text up to the end token (the highest id) and padding behind it.
+    def forward(self, ids):
+        """ids (B, L): text up to the end token, which has the highest id, then padding.
 
-        vectors (B, L, text_width): what stands for the tokens instead of their embeddings (textual
-        inversion). Returns states (B, L + registers, text_width) and their mask, false at padding.
+        Returns states (B, L + registers, text_width) and their mask, false at the padding.
         """
         B, L = ids.shape
-        x = (self.token(ids) if vectors is None else vectors) + self.position[:L]
+        x = self.token(ids) + self.position[:L]
         registers = self.registers.to(x.dtype).expand(B, -1, -1)
         x = torch.cat([x, registers], 1)                                         # (B, L + R, ..)
         is_text = torch.arange(L, device=ids.device) <= ids.argmax(1, keepdim=True)
@@ -219,7 +218,7 @@ class Muse(nn.Module):
             self.text_encoder = TextEncoder(config)
 
     def forward(self, ids, text, text_mask, adapters=None, low=None):
-        """G, or G^ with adapters -> logits (B, N, V): [MASK] can never be drawn.
+        """G, or G^ with adapters -> logits (B, N, V), so [MASK] itself is never predicted.
 
         ids (B, N) in [0, V], V where masked; text (B, L, text_width) and text_mask (B, L) from T;
         adapters: None, or a function (h (B, P, D), layer, "cross" | "mlp") -> h; low (B,
@@ -295,13 +294,13 @@ def masked_loss(logits, ids, mask, label_smoothing=0.0):
 # Sampling
 
 def uniform(generator, batch, *shape):
-    """Numbers in [0, 1), (batch, *shape): of one generator, or each row of its own in a list."""
+    """Random numbers in [0, 1), (batch, *shape), from one generator or from a list of one a row."""
     if isinstance(generator, torch.Generator):
         return torch.rand(batch, *shape, generator=generator, device=generator.device)
     return torch.stack([torch.rand(*shape, generator=g, device=g.device) for g in generator])
 
 
-def draw_tokens(logits, top_k, u):
+def sample_tokens(logits, top_k, u):
     """One token at each place, from the softmax over its `top_k` likeliest (0: over all).
 
     logits (B, N, V), u (B, N) uniform in [0, 1) -> ids (B, N) in [0, V), by the inverse of the
@@ -318,8 +317,8 @@ def decode(logits_fn, batch, tokens, mask_id, steps, temperature, generator, top
     """MaskGIT's parallel decoding, by the official rule. Returns ids (B, N) without a mask.
 
     logits_fn(ids (B, N), step) -> logits (B, N, V), guidance included. generator: one, or a list of
-    B, one for each row: then a row does not depend on its company. on_step(step, ids, kept) sees
-    the drawn ids and what is kept of them, for pictures of the process.
+    B, one for each row: then a row does not depend on the others. on_step(step, ids, kept) sees the
+    sampled ids and which of them are kept, for pictures of the process.
     """
     device = (generator if isinstance(generator, torch.Generator) else generator[0]).device
     ids = torch.full((batch, tokens), mask_id, device=device)
@@ -329,19 +328,21 @@ def decode(logits_fn, batch, tokens, mask_id, steps, temperature, generator, top
         log_p = logits_fn(ids, step).float().log_softmax(-1)                     # (B, N, V)
         u = uniform(generator, batch, 2, tokens).clamp(min=1e-20)                # (B, 2, N)
 
-        # 1. draw every masked token; the known ones stay as they are
-        drawn = torch.where(masked, draw_tokens(log_p, top_k, u[:, 0]), ids)
+        # 1. sample every masked token; the known ones stay as they are
+        sampled = torch.where(masked, sample_tokens(log_p, top_k, u[:, 0]), ids)
 
-        # 2. how sure of each: log p(drawn) + temperature (1 - ratio) Gumbel noise. `temperature`
-        #    (4.5 in Table S3) sets how much chance decides WHICH tokens stay, and nothing else
+        # 2. the confidence in each: log p(sampled) + temperature (1 - ratio) Gumbel noise. The
+        #    temperature (4.5 in Table S3) only makes it more random WHICH tokens are kept
         gumbel = -(-u[:, 1].log()).log()
-        confidence = log_p.gather(-1, drawn[..., None])[..., 0] + temperature * (1 - ratio) * gumbel
+        noise = temperature * (1 - ratio) * gumbel
+        confidence = log_p.gather(-1, sampled[..., None])[..., 0] + noise
         confidence = confidence.masked_fill(~masked, math.inf)
 
-        # 3. mask the least sure again: floor(N gamma), at least 1, always fewer than before
+        # 3. mask the least confident again: floor(N gamma), at least 1, always fewer than before
         n_mask = max(1, min(int(masked[0].sum()) - 1, math.floor(tokens * mask_ratio(ratio))))
         again = confidence.argsort(1).argsort(1) < n_mask
-        ids = drawn.masked_fill(again, mask_id)
+        ids = sampled.masked_fill(again, mask_id)
         if on_step is not None:
-            on_step(step, drawn, ~again if step + 1 < steps else torch.ones_like(again))
-    return drawn
+            kept = ~again if step + 1 < steps else torch.ones_like(again)
+            on_step(step, sampled, kept)
+    return sampled

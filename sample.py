@@ -1,9 +1,10 @@
-"""Draw pictures from text, in a learned style.
+"""Sample images from text, in a learned style.
 
     python sample.py --prompt "a cat"                                   # in the newest run's style
     python sample.py --prompt "a cat" --prompt "a house" --num 4 --out cats.png
+    python sample.py --prompt "a cat" --num 1000 --out cats             # a folder of single files
     python sample.py --prompt "a cat" --style runs/house --lambda-a 1 --seed 7
-    python sample.py --prompt "a cat" --style none --style-phrase "flat vector"   # in words alone
+    python sample.py --prompt "a cat" --style none                      # the base without a style
     python sample.py --prompt "a cat" --trace cat.gif                   # the tokens filling in
     python sample.py --prompt "a [V] teapot" --style runs/glow --content runs/teapot --gamma 0.6
     python sample.py --prompt "a [V] teapot" --style runs/glow --content runs/teapot --gamma-sweep
@@ -15,197 +16,272 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C while importing: no traceback
 
-import argparse
+import json
 import math
-import sys
-import time
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL.PngImagePlugin import PngInfo
 
-from commandline import (Parser, check_place, filled, load_pipe, load_run, newest_run, number,
-                         run_command, say, utf8)
-from data.english import note_unknown
+from checkpoint.files import check_place, write_png, write_whole
+from checkpoint.runs import load_run, newest_run
+from commandline.notes import note_unknown
+from commandline.options import (Parser, add_base_options, filled, load_pipeline, number, text,
+                                 whole)
+from commandline.terminal import SamplingProgress, run_command, say
 from data.pictures import grid
-from styledrop import (AT_ONCE, LAMBDA_A, LAMBDA_A_WORDS, WEIGHTS, Sampling, style_prompt,
-                       to_uint8, write_whole)
+from styledrop import AT_ONCE, SAMPLING, check_device, style_prompt, to_uint8
 
-SCALE = 2                               # a drawn pixel is so many pixels of the PNG a side
+SCALE = 2                               # a sampled pixel is so many pixels of the PNG a side
+MOST_ON_A_SHEET = 256                   # images; more go to a folder
 GAMMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
-LAMBDAS_A, LAMBDAS_B = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0), (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)
+LAMBDAS_A = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+LAMBDAS_B = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0)
 
 
-def trace_frames(pipe, steps):
-    """steps: [(drawn ids, kept)] of decode's on_step, both stages -> PIL frames, masked grey."""
-    for drawn, kept in steps:
-        side = math.isqrt(drawn.shape[1])
-        images = to_uint8(pipe.vqgan.decode(drawn.view(-1, side, side)))
-        f = images.shape[1] // side
-        known = kept.view(-1, side, side, 1).cpu().numpy().repeat(f, 1).repeat(f, 2)
-        images[~known[..., 0]] = 128
-        yield grid(images, min(len(images), 8), 2 * pipe.resolution // images.shape[1])
-
+# --------------------------------------------------------------------------------------------------
+# Options
 
 def options():
-    """The command's options; most fields of `Sampling` among them."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, strength = parser.add_argument, number(float, 0, high=100)
-    add("--prompt", action="append", type=utf8, metavar="TEXT",
-        help="what to draw; again for more images")
+    """The command's options."""
+    parser = Parser(description=__doc__)
+    add, strength = parser.add_argument, number(float, 0, 100)
+    add("--prompt", action="append", type=filled, metavar="TEXT",
+        help="what to sample; give it several times for several prompts")
     add("--style", type=filled, metavar="RUN",
-        help="a run folder, or none for the bare base (default: the newest run)")
+        help="a run folder, or none for the base (default: the newest run)")
     add("--content", type=filled, metavar="RUN",
-        help="a run folder of an object: my object in my style")
-    add("--gamma", type=number(float, 0, high=1),
-        help="0: style adapter alone, 1: content adapter alone (default 0.5)")
-    add("--lambda-a", type=strength,
-        help=f"strength of the style (Eq. 4; default {LAMBDA_A:g}; of --style-phrase without a run "
-             f"{LAMBDA_A_WORDS:g})")
-    add("--lambda-b", type=strength, default=Sampling.lambda_b,
-        help="strength of the text (Eq. 4; default %(default)s)")
+        help="the run folder of an object: my object in my style")
+    add("--style-phrase", type=text, metavar="WORDS",
+        help="other words than the run's, or with --style none words for the base")
+    add("--lambda-a", type=strength, default=SAMPLING.lambda_a,
+        help="strength of the style (Eq. 4; default: %(default)s)")
+    add("--lambda-b", type=strength, default=SAMPLING.lambda_b,
+        help="strength of the text (Eq. 4; default: %(default)s)")
+    add("--lambda-a-content", type=strength, default=SAMPLING.lambda_a_content,
+        help="strength of the object (Eq. 6; default: %(default)s)")
+    add("--gamma", type=number(float, 0, 1), default=0.5,
+        help="of two adapters, 0: the style alone, 1: the object alone (default: %(default)s)")
     add("--gamma-sweep", action="store_true",
         help="a row from the style adapter alone to the content adapter alone")
-    add("--lambda-grid", action="store_true", help="a sheet of lambda_A by lambda_B, one seed")
-    add("--style-phrase", type=utf8, metavar="WORDS",
-        help="other words than the run's, say one of them left out (Section 4.4.2); "
-             "with --style none the style itself")
-    add("--steps", type=number(int, 1, high=1000), default=Sampling.steps,
-        help="of decoding, first stage (default %(default)s)")
-    add("--temperature", type=number(float, 0, high=1000), default=Sampling.temperature,
-        help="chance in which tokens are kept first (default %(default)s)")
-    add("--no-superres", dest="superres", action="store_false",
-        help="the first stage alone: 64 pixels")
-    add("--num", type=number(int, 1, high=10000), default=1, help="images for each prompt")
-    add("--seed", type=number(int, 0, high=2**62), default=0,
-        help="of the first image; the next ones have the next")
-    add("--out", default="sample.png",
-        help="a PNG of one image, or of a row for each prompt; its text chunks keep prompt, seed "
-             "and settings (default %(default)s)")
-    add("--trace", metavar="GIF", help="also write the decoding, step by step")
-    add("--words", action="store_true", help="print the words that the base knows")
-    add("--weights", default=WEIGHTS, help="folder of the base (default: what ships)")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--lambda-grid", action="store_true",
+        help="a sheet of lambda_A by lambda_B for one prompt and seed")
+    add("--steps", type=whole(1, 1000), default=SAMPLING.steps,
+        help="decoding steps of the first stage (default: %(default)s)")
+    add("--temperature", type=number(float, 0, 1000), default=SAMPLING.temperature,
+        help="randomness in which tokens are kept first (default: %(default)s)")
+    add("--num", type=whole(1, 10000), default=1, help="images for each prompt")
+    add("--seed", type=whole(0, 2**62), default=0,
+        help="of the first image; the next ones have the next seeds")
+    add("--out", type=filled, default="sample.png",
+        help="a PNG of one image or of a row for each prompt, or a folder for single files "
+             "(default: %(default)s)")
+    add("--trace", metavar="GIF", type=filled, help="also write the decoding, step by step")
+    add("--words", action="store_true", help="only print the words that the base knows")
+    add_base_options(parser)
     return parser
 
 
-# What does not go together: when, and what to say
-WRONG = [
-    (lambda a: not a.prompt or not all(prompt.strip() for prompt in a.prompt),
-     'say what to draw: --prompt "a cat"'),
-    (lambda a: not a.content and (a.gamma is not None or a.gamma_sweep),
-     "gamma mixes two adapters: give --content RUN too"),
-    (lambda a: a.style == "none" and not a.style_phrase and (a.gamma is not None or a.gamma_sweep),
-     "gamma mixes a style and an object: give --style RUN or --style-phrase WORDS too"),
-    (lambda a: a.style == "none" and not a.style_phrase and not a.content
-     and (a.lambda_grid or a.lambda_a is not None),
-     "lambda_A is the strength of a style: give --style RUN or --style-phrase WORDS too"),
-    (lambda a: a.gamma_sweep and a.gamma is not None
-     or a.lambda_grid and (a.lambda_a is not None or a.lambda_b != Sampling.lambda_b),
-     "a sheet has all values of gamma, or of both lambdas; leave yours out"),
-    (lambda a: a.gamma_sweep and a.lambda_grid, "give --gamma-sweep or --lambda-grid, not both"),
-    (lambda a: a.trace and (a.gamma_sweep or a.lambda_grid),
-     "--trace follows single images, not a sheet"),
-    (lambda a: a.trace and len(a.prompt) * a.num > AT_ONCE, f"--trace follows {AT_ONCE} at most"),
-    (lambda a: a.lambda_grid and (len(a.prompt) > 1 or a.num > 1),
-     "--lambda-grid draws one prompt and one seed"),
-    (lambda a: not a.out.lower().endswith(".png"), "the name of --out must end in .png"),
-    (lambda a: a.trace is not None and not a.trace.lower().endswith(".gif"),
-     "the name of --trace must end in .gif")]
-
-
 def check_options(args):
-    """Raise ValueError for the first of WRONG."""
-    for wrong, why in WRONG:
-        if wrong(args):
-            raise ValueError(why)
+    """Raise ValueError where options contradict each other."""
+    images = len(args.prompt or ()) * args.num
+    if args.gamma_sweep:
+        images *= len(GAMMAS)
+    if not args.prompt:
+        raise ValueError('say what to sample: --prompt "a cat"')
+    if args.gamma_sweep and not args.content:
+        raise ValueError("--gamma-sweep mixes two adapters: give --content RUN too")
+    if args.gamma_sweep and args.lambda_grid:
+        raise ValueError("give --gamma-sweep or --lambda-grid, not both")
+    if args.lambda_grid and images > 1:
+        raise ValueError("--lambda-grid shows one prompt and one seed")
+    is_sheet = args.out.lower().endswith(".png")
+    if not is_sheet and (args.gamma_sweep or args.lambda_grid):
+        raise ValueError("a sweep is one picture: the name of --out must end in .png")
+    if is_sheet and images > MOST_ON_A_SHEET:
+        raise ValueError(f"a sheet has at most {MOST_ON_A_SHEET} images; for single files give "
+                         "--out the name of a folder, such as --out cats")
+    if args.trace and (args.gamma_sweep or args.lambda_grid or images > AT_ONCE):
+        raise ValueError(f"--trace follows at most {AT_ONCE} images and no sweep")
+    if args.trace and not args.trace.lower().endswith(".gif"):
+        raise ValueError("the name of --trace must end in .gif")
 
 
-def draw(pipe, args, style, content, trace):
-    """-> one PIL image of all that was asked for. trace: a list that takes the decoding's steps."""
-    how = {f.name: getattr(args, f.name) for f in fields(Sampling) if hasattr(args, f.name)}
-    how["gamma"] = Sampling.gamma if args.gamma is None else args.gamma
+def find_style(args):
+    """The run whose style is used, as a path, or None for the base."""
+    if args.style == "none":
+        return None
+    if args.style is None:
+        run = newest_run()
+        if run is None:
+            say("style: none, since there is no run yet; these are samples of the base")
+        else:
+            say(f"style: {run}, the newest run")
+        return run
+    if not Path(args.style).exists():
+        raise ValueError(f"there is no run {args.style}; train one with train.py, or ask the base "
+                         f'in words: --style none --style-phrase "{args.style}"')
+    return Path(args.style)
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples
+
+def settings(args):
+    """Keyword arguments of StyleDrop.generate that the options set."""
+    return dict(lambda_a=args.lambda_a, lambda_b=args.lambda_b, steps=args.steps, gamma=args.gamma,
+                lambda_a_content=args.lambda_a_content, temperature=args.temperature,
+                style_phrase=args.style_phrase, superres=args.superres)
+
+
+def sample_sheet(pipe, args, style, content, trace=None):
+    """One picture of all prompts and seeds, a row for each prompt where there are several.
+
+    trace: a list that takes the steps of decoding.
+    """
     prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
-    seeds, began = [args.seed + i for i in range(len(prompts))], time.time()
-    cells, columns, top, left = [{}], min(len(prompts), 8), (), ()
-    if args.gamma_sweep:                                     # the same seed all along a row
-        cells, columns, left = [dict(gamma=gamma) for gamma in GAMMAS], len(GAMMAS), prompts
-        top = [f"gamma {gamma:g}" for gamma in GAMMAS]
-    elif args.lambda_grid:
-        cells = [dict(lambda_a=a, lambda_b=b) for a in LAMBDAS_A for b in LAMBDAS_B]
-        columns, top = len(LAMBDAS_B), [f"lambda_B {b:g}" for b in LAMBDAS_B]
-        left = [f"lambda_A {a:g}" for a in LAMBDAS_A]
-    elif len(args.prompt) > 1:
+    progress = SamplingProgress("image", len(prompts))
+
+    def on_step(step, ids, kept):
+        progress.on_step(step, ids, kept)
+        if trace is not None:
+            trace.append((ids, kept))
+
+    images = pipe.generate(prompts, style, content, args.seed, on_step=on_step,
+                           on_batch=progress.on_batch, **settings(args))
+    columns, top, left = min(len(prompts), 8), (), ()
+    if len(args.prompt) > 1:
         columns, left = args.num, args.prompt
-        top = [f"seed {seed}" for seed in seeds[:args.num]] if args.num > 1 else ()
-
-    drawn, total = [], len(prompts) * len(cells)
-    on_step = None if trace is None else lambda step, *state: trace.append(state)
-
-    def tell(count):
-        count, seconds = count + len(drawn) * len(prompts), time.time() - began
-        if seconds > 5 and count < total:
-            print(f"{count}/{total} images  {seconds:.0f} s", file=sys.stderr)
-
-    for cell in cells:
-        drawn.append(to_uint8(pipe.generate(prompts, style, content, seeds, on_step, tell,
-                                            **how | cell)))
-    images = np.stack(drawn, 1)                              # (prompts, cells, H, W, 3)
-    images = images.reshape(total, *images.shape[2:])
-    return grid(images, columns, SCALE, 4 * (total > 1), top, left)
+        if args.num > 1:
+            top = [f"seed {args.seed + i}" for i in range(args.num)]
+    return grid(to_uint8(images), columns, SCALE, 4 * (len(prompts) > 1), top, left)
 
 
-def text_chunks(args, pipe, run):
-    """What it takes to draw the PNG again, for its text chunks."""
-    facts = {name: value for name, value in vars(args).items()
-             if value is not None and name not in ("out", "trace", "words", "weights", "device")}
-    if not (args.gamma_sweep or args.lambda_grid):           # the defaults may change
-        if run or bool(args.content) != bool(args.style_phrase):
-            facts.setdefault("lambda_a", LAMBDA_A if run or args.content else LAMBDA_A_WORDS)
-        if args.content and (run or args.style_phrase):
-            facts.setdefault("gamma", Sampling.gamma)
+def sample_files(pipe, args, style, content, folder):
+    """A PNG for each prompt and seed in a folder, written as they come."""
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
+    progress = SamplingProgress("image", len(prompts))
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(prompts), AT_ONCE):
+        part = prompts[start:start + AT_ONCE]
+        images = to_uint8(pipe.generate(part, style, content, args.seed + start,
+                                        on_step=progress.on_step, **settings(args)))
+        for i, image in enumerate(images):
+            info = text_chunks(args, pipe, [part[i]], args.seed + start + i)
+            write_png(folder / f"{start + i + 1:05d}.png", grid(image[None], 1, SCALE, 0),
+                      pnginfo=info)
+        progress.on_batch(start + len(part))
+
+
+def gamma_sweep(pipe, args, style, content):
+    """A row for each prompt and seed: from the style alone to the object alone, one seed a row."""
+    prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
+    progress, columns = SamplingProgress("gamma", len(GAMMAS)), []
+    for i, gamma in enumerate(GAMMAS):
+        how = settings(args) | dict(gamma=gamma, on_step=progress.on_step)
+        columns.append(to_uint8(pipe.generate(prompts, style, content, args.seed, **how)))
+        progress.on_batch(i + 1)
+    images = np.stack(columns, 1)                            # (prompts, gammas, H, W, 3)
+    images = images.reshape(-1, *images.shape[2:])
+    top = [f"gamma {gamma:g}" for gamma in GAMMAS]
+    return grid(images, len(GAMMAS), SCALE, 4, top, prompts)
+
+
+def lambda_grid(pipe, args, style, content):
+    """lambda_A down, lambda_B across, one prompt and one seed (the paper's Figure S4)."""
+    progress, images = SamplingProgress("row", len(LAMBDAS_A)), []
+    for i, lambda_a in enumerate(LAMBDAS_A):
+        for lambda_b in LAMBDAS_B:
+            how = settings(args) | dict(lambda_a=lambda_a, lambda_b=lambda_b,
+                                        on_step=progress.on_step)
+            images.append(pipe.generate(args.prompt, style, content, args.seed, **how))
+        progress.on_batch(i + 1)
+    images = np.concatenate([to_uint8(image) for image in images])
+    top = [f"lambda_B {value:g}" for value in LAMBDAS_B]
+    left = [f"lambda_A {value:g}" for value in LAMBDAS_A]
+    return grid(images, len(LAMBDAS_B), SCALE, 4, top, left)
+
+
+def trace_frames(pipe, steps):
+    """Pillow frames of the steps [(ids, kept)] of decode's on_step; masked tokens are grey."""
+    for ids, kept in steps:
+        side = math.isqrt(ids.shape[1])
+        images = to_uint8(pipe.vqgan.decode(ids.view(-1, side, side)))
+        factor = images.shape[1] // side
+        known = kept.view(-1, side, side).cpu().numpy().repeat(factor, 1).repeat(factor, 2)
+        images[~known] = 128
+        yield grid(images, min(len(images), 8), 2 * pipe.resolution // images.shape[1])
+
+
+def write_trace(pipe, path, steps):
+    """An animation of the decoding, which rests on its last frame."""
+    first, *rest = trace_frames(pipe, steps)
+    duration = [120] * len(rest) + [2000]                    # milliseconds
+    write_whole(path, lambda file: first.save(file, "GIF", save_all=True, loop=0,
+                                              append_images=rest, duration=duration))
+    say(path)
+
+
+def text_chunks(args, pipe, prompts, seed):
+    """The PNG's text: what it takes to sample it again. Prompts are a JSON list."""
+    facts = {name: value for name, value in settings(args).items() if value is not None}
+    facts |= dict(prompt=json.dumps(prompts, ensure_ascii=False), seed=seed, num=args.num,
+                  style=args.style, content=args.content or "none", base=pipe.base)
+    if args.gamma_sweep or args.lambda_grid:
+        facts["sweep"] = "gamma" if args.gamma_sweep else "lambda_a, lambda_b"
     info = PngInfo()
-    for name, value in sorted(dict(facts, style=run or "none", base=pipe.base).items()):
-        info.add_itxt(name, " | ".join(value) if name == "prompt" else str(value))
+    for name, value in sorted(facts.items()):
+        info.add_itxt(name, str(value))
     return info
 
 
+# --------------------------------------------------------------------------------------------------
+# The command
+
 def main():
     args = options().parse_args()
+    check_device(args.device)
     if args.words:
-        say("\n".join(sorted(load_pipe(args).words)))
+        say("\n".join(sorted(load_pipeline(args).words)))
         return
-    run = newest_run() if args.style is None else None if args.style == "none" else args.style
-    if args.style is None:
-        say(f"style: {run}, the newest run" if run else
-            "style: none, there is no run yet; the bare base draws")
-        args.style = utf8(str(run or "none"))
     check_options(args)
-    pipe = load_pipe(args)
-    style, content = load_run(run, "style"), load_run(args.content, "content")
-    phrase = args.style_phrase
-    if phrase is None:
-        phrase = style.about.get("style", "") if style else ""
-    elif style and style.about.get("method") == "textual-inversion":
-        raise ValueError(f"{run} has its style in its own words; leave --style-phrase out")
+    run = find_style(args)
+    args.style = str(run or "none")
+    style = None if run is None else load_run(run, "style")
+    content = None if args.content is None else load_run(args.content, "content")
+    for path, option in ((args.out, "--out"), (args.trace, "--trace")):
+        if path is not None:
+            check_place(path, option)
+    is_sheet = args.out.lower().endswith(".png")
+    if is_sheet and Path(args.out).is_dir():
+        raise ValueError(f"{args.out} is a folder; give another name")
+    if style is None and content is not None and args.style_phrase:
+        raise ValueError("--style-phrase needs a style adapter beside --content; without one, "
+                         "write the words in the prompt")
+    if style is None and args.gamma_sweep:
+        raise ValueError("--gamma-sweep mixes two adapters: give --style RUN too")
+    if args.style_phrase is None and style is None:
+        args.style_phrase = ""
+    pipe = load_pipeline(args)
+    phrase = style.style if args.style_phrase is None else args.style_phrase
     note_unknown(pipe, *(style_prompt(prompt, phrase) for prompt in args.prompt))
-    for path in filter(None, (args.out, args.trace)):        # better now than after the drawing
-        check_place(path)
-        if Path(path).is_dir():
-            raise ValueError(f"{path} is a folder; give another name")
+
     trace = [] if args.trace else None
-    picture, info = draw(pipe, args, style, content, trace), text_chunks(args, pipe, run)
-    write_whole(args.out, lambda file: picture.save(file, "PNG", pnginfo=info))
+    if not is_sheet:
+        sample_files(pipe, args, style, content, Path(args.out))
+    else:
+        if args.gamma_sweep:
+            picture = gamma_sweep(pipe, args, style, content)
+        elif args.lambda_grid:
+            picture = lambda_grid(pipe, args, style, content)
+        else:
+            picture = sample_sheet(pipe, args, style, content, trace)
+        write_png(args.out, picture, pnginfo=text_chunks(args, pipe, args.prompt, args.seed))
     last = args.seed + len(args.prompt) * args.num - 1
-    say(f"{args.out}: seed {args.seed}" + (f" to {last}" if last > args.seed else ""))
-    if args.trace:
-        first, *rest = trace_frames(pipe, trace)
-        duration = [120] * len(rest) + [2000]                # milliseconds
-        write_whole(args.trace, lambda file: first.save(file, "GIF", save_all=True, loop=0,
-                                                        append_images=rest, duration=duration))
-        say(args.trace)
+    seeds = f"seed {args.seed}" if last == args.seed else f"seeds {args.seed} to {last}"
+    say(f"{args.out}: {seeds}")
+    if trace is not None:
+        write_trace(pipe, args.trace, trace)
 
 
 if __name__ == "__main__":

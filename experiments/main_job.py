@@ -1,83 +1,169 @@
 """The main job, measured: train.py and sample.py as a user runs them, on all of examples/.
 
-    python experiments/main_job.py
+    python -m experiments.main_job          # results/main_job.md, before_after*.png; 12 minutes
 
-With nothing said of the references: CLIP names the content, the base finds words for the style.
-For each reference: wall time and peak memory of both commands, start-up included; the first one
-runs twice, and its adapter and its picture must come out byte for byte the same. Writes
-experiments/results/main_job.md and before_after.png (all references, six prompts, first seed).
+Each reference is learned with --content, so that the base knows what it shows, and without. Seconds
+and peak memory are those of the whole commands, start-up included; what the seconds are spent on is
+measured inside them (timing.py). The first reference is learned and sampled once more, and adapter
+and image must come out the same, byte for byte.
 """
 
+import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from checkpoint.files import write_png, write_text
+from commandline.options import Parser, filled
+from commandline.terminal import run_command, say
+from experiments.common import heading, made_by, table
+from styledrop import WEIGHTS, StyleDrop
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from commandline import Parser, run_command  # noqa: E402
-from experiments.common import heading, table, write_png, write_text  # noqa: E402
-from pretrain.common import machine  # noqa: E402
-from styledrop import StyleDrop  # noqa: E402
+RESULTS = Path(__file__).with_name("results")
+TUNING = ("start", "weights", "reference", "tuning, stage 1", "tuning, stage 2",
+          "sampling, stage 1", "sampling, stage 2", "pixels", "writing")
+SAMPLING = ("start", "weights", "sampling, stage 1", "sampling, stage 2", "pixels", "writing")
 
 
-def measured(*command):
-    """Run a command in ROOT -> (seconds, peak memory in MB, output)."""
-    began = time.time()
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT,
-                                   stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        text = output.read()
-    if process.returncode:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{text}")
-    return time.time() - began, usage.ru_maxrss / 1024, text
+@dataclass
+class Measured:
+    """One command that has run."""
+    seconds: float           # by the clock, from start to end
+    memory: float            # peak, in MB
+    parts: dict              # {part: seconds}, of timing.py
+    output: str              # what it printed
+
+
+def measure(script, *arguments):
+    """Run a script as a user does. Raises RuntimeError with its output where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "parts.json"
+        began = time.time()
+        with open(Path(folder) / "output.txt", "w+") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "experiments.timing", report, str(began), script,
+                 *map(str, arguments)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.time() - began
+            process.returncode = os.waitstatus_to_exitcode(status)
+            output.seek(0)
+            text = output.read()
+        if process.returncode:
+            raise RuntimeError(f"{script} failed:\n{text}")
+        parts = json.loads(report.read_text())
+    return Measured(seconds, usage.ru_maxrss / 1024, parts, text)
+
+
+def read_examples(folder):
+    """[(file, what it shows)] of the table in a folder's README.md."""
+    found, head = [], None
+    for line in (folder / "README.md").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("|") or line.startswith("|---"):
+            continue
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if head is None:
+            head = cells
+            continue
+        row = dict(zip(head, cells))
+        found.append((row["file"], row["content"]))
+    return found
+
+
+def one_reference(path, content, folder, more):
+    """Learn a reference and sample from it -> both Measured, and the bytes of what was made.
+
+    content: what it shows, or None if that is not said; more: further arguments of both commands.
+    """
+    image = folder.with_suffix(".png")
+    tune = ["--ref", path, "--out", folder, *more]
+    if content is not None:
+        tune += ["--content", content]
+    tuned = measure("train.py", *tune)
+    sampled = measure("sample.py", "--prompt", "a cat", "--style", folder, "--out", image, *more)
+    return tuned, sampled, ((folder / "adapter.pt").read_bytes(), image.read_bytes())
+
+
+def parts_table(title, measured, parts):
+    """A table of medians. measured: {column: a list of Measured}; parts: names of its rows."""
+    rows = []
+    for part in parts:
+        if all(part in one.parts for runs in measured.values() for one in runs):
+            rows.append([part, *(median([one.parts[part] for one in runs])
+                                 for runs in measured.values())])
+    rest, whole = ["the rest"], ["**all of it**"]
+    for runs in measured.values():
+        rest.append(median([one.seconds - sum(one.parts.values()) for one in runs]))
+        whole.append(median([one.seconds for one in runs]))
+    return table([title, *measured], [*rows, rest, whole])
+
+
+def median(seconds):
+    return f"{statistics.median(seconds):.1f} s"
+
+
+def options():
+    """The command's options."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--examples", type=filled, default=str(ROOT / "examples"),
+        help="folder of references, with a README.md whose table says what they show")
+    add("--weights", type=filled, default=WEIGHTS, help="folder of the base")
+    add("--out", type=filled, default=str(RESULTS), help="folder of the results")
+    return parser
 
 
 def main():
-    Parser(description=__doc__.splitlines()[0]).parse_args()
-    page = (ROOT / "examples" / "README.md").read_text().splitlines()
-    examples = [[cell.strip() for cell in line.strip().strip("|").split("|")]
-                for line in page if ".png |" in line]
-    rows, sheets, same = [], [], None
-    with tempfile.TemporaryDirectory() as folder:
-        for file, content, words, *_ in examples:            # the truth, for the table
-            run, picture = Path(folder) / Path(file).stem, Path(folder) / "sample.png"
-            tune = "train.py", "--ref", f"examples/{file}", "--out", run
-            draw = ("sample.py", "--prompt", "a cat", "--style", run, "--out", picture)
-            tuning, tuning_memory, said = measured(*tune)
-            sampling, sampling_memory, _ = measured(*draw)
-            read = [line.split(": ")[1].rsplit(", ", 1)[0] for line in said.splitlines()[:2]]
-            rows.append([file, f"{content}, {words}", ", ".join(read), f"{tuning:.0f} s",
-                         f"{tuning_memory:.0f} MB", f"{sampling:.1f} s",
-                         f"{sampling_memory:.0f} MB"])
-            print(*rows[-1], sep="  ", flush=True)
-            sheets.append(np.asarray(Image.open(run / "samples.png")))
-            if same is None:
-                made = run / "adapter.pt", picture
-                first = [path.read_bytes() for path in made]
-                measured(*tune)
-                measured(*draw)
-                same = first == [path.read_bytes() for path in made]
-                told = said.replace(str(run), f"runs/{run.name}").strip()
-    results = ROOT / "experiments" / "results"
-    write_png(results / "before_after.png", Image.fromarray(np.concatenate(sheets)).quantize(128))
-    lines = [*heading("The main job, measured"),
-             *table(["reference", "what it shows", "as read", "train.py", "peak memory",
-                     "sample.py", "peak memory"], rows),
-             f"On {machine()}, {os.cpu_count()} cores, base {StyleDrop.load().base}.", "",
-             "The same commands again gave the same adapter and the same picture, byte for byte: "
-             f"{'yes' if same else 'NO'}. What the first one said the second time:", "",
-             "```", told, "```"]
-    write_text(results / "main_job.md", "\n".join(lines) + "\n")
-    print("\n".join(lines[-8:]))
+    args = options().parse_args()
+    examples = read_examples(Path(args.examples))
+    more = [] if args.weights == WEIGHTS else ["--weights", args.weights]
+    tuned, sampled = {}, {}
+    rows = []
+    same = said = None
+    for manner in ("with --content", "without"):
+        tuned[manner], sampled[manner], sheets = [], [], []
+        with tempfile.TemporaryDirectory() as folder:
+            for file, content in examples:
+                path, run = Path(args.examples) / file, Path(folder) / Path(file).stem
+                shown = content if manner == "with --content" else None
+                tuning, sampling, made = one_reference(path, shown, run, more)
+                tuned[manner].append(tuning)
+                sampled[manner].append(sampling)
+                sheets.append(np.asarray(Image.open(run / "samples.png")))
+                rows.append([file, shown or "-", f"{tuning.seconds:.0f} s",
+                             f"{tuning.memory:.0f} MB", f"{sampling.seconds:.1f} s",
+                             f"{sampling.memory:.0f} MB"])
+                say("  ".join(rows[-1]))
+                if same is None:
+                    said = tuning.output.replace(str(run), f"runs/{run.name}").strip()
+                    shutil.rmtree(run)                       # else train.py says: finished
+                    _, _, made_again = one_reference(path, shown, run, more)
+                    same = made == made_again
+        name = "before_after.png" if manner == "with --content" else "before_after_without.png"
+        sheet = Image.fromarray(np.concatenate(sheets)).quantize(128)
+        write_png(Path(args.out) / name, sheet, optimize=True)
+
+    where = f"{made_by(StyleDrop.load(args.weights))} {os.cpu_count()} cores."
+    text = "\n".join([
+        *heading("The main job, measured"), where, "",
+        *table(["reference", "--content", "train.py", "peak memory", "sample.py", "peak memory"],
+               rows),
+        f"What the seconds go into, medians of {len(examples)} references. Sampling in train.py is "
+        f"that of its previews.  {where}", "",
+        *parts_table("train.py", tuned, TUNING), *parts_table("sample.py", sampled, SAMPLING),
+        "The same commands again gave the same adapter and the same image, byte for byte: "
+        f"{'yes' if same else 'NO'}. What the first one said:", "", "```", said, "```"]) + "\n"
+    write_text(Path(args.out) / "main_job.md", text)
+    say(text)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,102 @@
-"""The two scores of StyleDrop's Table 2, for a folder of pictures (Section 4.2.1).
+"""The two scores of StyleDrop's Table 2 for a folder of images (Section 4.2.1).
 
-    python experiments/score.py --images DIR --ref style.png --prompts prompts.txt
-    python experiments/score.py ... --clip ViT-L-14.pt --merges bpe_simple_vocab_16e6.txt.gz
+    python -m experiments.score --images DIR --ref style.png --prompts prompts.txt
+    python -m experiments.score ... --clip ViT-L-14.pt --merges bpe_simple_vocab_16e6.txt.gz
+
+The text score is the cosine by CLIP of an image and its prompt, the style score that of an image
+and the reference. Images are taken in the order of their names, numbers counted as numbers (1, 2,
+10), and each is printed beside its prompt.
 """
 
-import sys
+import re
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-from clip_feedback import load_clip, style_score, text_score  # noqa: E402
-from commandline import Parser, run_command  # noqa: E402
-from experiments.common import mean_and_error  # noqa: E402
-from styledrop import to_tensor  # noqa: E402
+from checkpoint.clip import load_clip
+from clip_feedback import style_score, text_score
+from commandline.options import Parser, filled
+from commandline.terminal import run_command, say
+from data.folder import SUFFIXES, read_text
+from data.reading import read_image
+from experiments.common import mean_and_error
+from styledrop import WEIGHTS, to_tensor
+
+
+def natural_order(path):
+    """A key by which "2.png" comes before "10.png"."""
+    pieces = re.split(r"([0-9]+)", path.name.lower())        # text, digits, text, digits, ..., text
+    pieces[1::2] = [int(digits) for digits in pieces[1::2]]
+    return pieces
+
+
+def find_images(folder):
+    """The images of a folder and everything else in it, each in natural order."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder of images")
+    images, skipped = [], []
+    for path in sorted(folder.iterdir(), key=natural_order):
+        if path.is_file() and path.suffix.lower() in SUFFIXES:
+            images.append(path)
+        else:
+            skipped.append(path)
+    if not images:
+        raise ValueError(f"{folder} contains no images")
+    return images, skipped
+
+
+def read_prompts(path, count):
+    """The prompts of `count` images: as many lines of a text file, or one line for all."""
+    lines = [line.strip() for line in read_text(Path(path)).splitlines()]
+    prompts = [line for line in lines if line]
+    if len(prompts) not in (1, count):
+        raise ValueError(f"there are {count} images, but {path} contains {len(prompts)} prompts; "
+                         "write one for each image, or one for all")
+    if len(prompts) == 1:
+        prompts = prompts * count
+    return prompts
+
+
+def read_images(paths, size):
+    """(B, 3, size, size) in [-1, 1]."""
+    return torch.cat([to_tensor(read_image(path, size)[None]) for path in paths])
+
+
+def options():
+    """The command's options."""
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--images", type=filled, required=True, metavar="DIR", help="the folder of the images")
+    add("--ref", type=filled, nargs="+", required=True, metavar="IMG",
+        help="the style reference, or several")
+    add("--prompts", type=filled, required=True, metavar="FILE",
+        help="a text file with one prompt a line: one for each image, or one for all")
+    add("--clip", type=filled, default=str(Path(WEIGHTS) / "clip.pt"),
+        help="our checkpoint, or the weights of a ViT by OpenAI or open_clip "
+             "(default: the one that ships)")
+    add("--merges", type=filled, help="OpenAI's vocabulary file, for weights that are not ours")
+    return parser
 
 
 def main():
-    parser = Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--images", required=True, metavar="DIR", help="pictures, read in the order of their names")
-    add("--ref", nargs="+", required=True, metavar="IMG", help="the style reference, or several")
-    add("--prompts", required=True, metavar="FILE",
-        help="one prompt a line: for each picture, or one for all")
-    add("--clip", default="weights/tiny/clip.pt",
-        help="our checkpoint, or OpenAI's or open_clip's ViT weights")
-    add("--merges", help="OpenAI's vocabulary file, for foreign weights")
-    args = parser.parse_args()
-    if not Path(args.images).is_dir():
-        raise ValueError(f"{args.images} is not a folder of pictures")
-    suffixes = data.Folder.SUFFIXES
-    files = sorted(p for p in Path(args.images).iterdir() if p.suffix.lower() in suffixes)
-    lines = data.read_words(Path(args.prompts)).splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not files:
-        raise ValueError(f"{args.images} holds no pictures")
-    if len(prompts) not in (1, len(files)):
-        raise ValueError(f"{args.images} holds {len(files)} pictures, {args.prompts} "
-                         f"{len(prompts)} prompts: write one for each")
+    args = options().parse_args()
+    paths, skipped = find_images(args.images)
+    prompts = read_prompts(args.prompts, len(paths))
     clip = load_clip(args.clip, args.merges)
-    size = clip.config.resolution
-    read = lambda paths: torch.cat([to_tensor(data.read_image(p, size)[None]) for p in paths])
-    images = read(files)
-    texts = prompts * (len(files) // len(prompts))
-    for name, scores in (("text", text_score(clip, images, texts)),
-                         ("style", style_score(clip, images, read(args.ref)))):
+    images = read_images(paths, clip.config.resolution)
+    references = read_images(args.ref, clip.config.resolution)
+    text = text_score(clip, images, prompts)
+    style = style_score(clip, images, references)
+
+    for path in skipped:
+        say(f"skipped, since it is not an image: {path.name}")
+    say("text   style  image and prompt")
+    for path, prompt, of_text, of_style in zip(paths, prompts, text.tolist(), style.tolist()):
+        say(f"{of_text:5.3f}  {of_style:5.3f}  {path.name}  {prompt}")
+    for name, scores in (("text", text), ("style", style)):
         mean, error = mean_and_error(scores.cpu())
-        print(f"{name} score {mean:.4f} +- {error:.4f}  "
-              f"({len(scores)} pictures, by {args.clip})")
+        say(f"{name} score {mean:.4f} +- {error:.4f}  ({len(scores)} images, by {args.clip})")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """Rounds of feedback (Sections 3.3 and 4.4.3): sample a pool, choose, train a new adapter.
 
-The run folder keeps every part beside the recipe that made it. The same command goes on after the
-last part; a command that wants another recipe is refused, so nobody's choice is ever replaced.
+The run folder keeps every part beside the recipe that made it (checkpoint/runs.py), so a stopped
+command resumes after its last finished part, and nobody's choice is ever replaced.
 """
 
 import contextlib
-import json
 import math
-import platform
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +14,31 @@ import torch
 from PIL import Image
 
 import clip_feedback
-import data
-import human_feedback
-from commandline import say
-from data.english import note_unknown
+from checkpoint.adapters import load_adapter
+from checkpoint.files import read_json, write_json, write_log, write_png
+from checkpoint.runs import was_made
+from checkpoint.weights import fingerprint
+from commandline.notes import note_unknown
+from commandline.options import LONGEST
+from commandline.terminal import SamplingProgress, say
+from commandline.tuning import tune_with_progress
+from data.folder import read_text
 from data.pictures import grid
-from styledrop import (clear_leftovers, fingerprint, partial_prefix, load_adapter, style_prompt,
-                       to_tensor, to_uint8, write_whole)
+from styledrop import ROUND_2, style_prompt, to_tensor, to_uint8
+
+from .choice import check_choice, contact_sheets, parse_picks
+from .page import ChoicePage, check_port
+
+# 30 prompts with the structure of Table S2 (animals, faces, fruit, buildings), in known words
+POOL_PROMPTS = ["a dog", "a cat", "a fox", "an owl", "a horse", "a fish", "a turtle", "a butterfly",
+                "a duck", "a rabbit", "a dog face", "a cat face", "a tiger face", "a panda",
+                "a red apple", "a banana", "a pear", "cherries", "a strawberry", "a mushroom",
+                "a church", "a castle", "a house", "a hut", "a tent", "a sailboat",
+                "an automobile", "a rocket", "a guitar", "a teapot"]
+MOST_POOL = 5000                        # pictures: Pillow opens no larger pool.png
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The pool, and who chooses from it
 
 @dataclass
@@ -34,12 +46,13 @@ class Pool:
     """Images sampled for a choice: K in a row for each of P prompts."""
     images: torch.Tensor        # (P K, 3, H, W) in [-1, 1]
     prompts: list               # P content phrases
-    style: str                  # the style phrase that all of them were drawn with
+    style: str                  # the style phrase that all of them were sampled with
 
     @property
     def contents(self):
-        """P K content phrases, one for each image."""
-        return [p for p in self.prompts for _ in range(len(self.images) // len(self.prompts))]
+        """The content phrase of each image."""
+        count = len(self.images) // len(self.prompts)
+        return [prompt for prompt in self.prompts for _ in range(count)]
 
 
 def sample_pool(pipe, prompts, count, style=None, seed=0, on_batch=None, **sampling):
@@ -49,29 +62,30 @@ def sample_pool(pipe, prompts, count, style=None, seed=0, on_batch=None, **sampl
     """
     wanted = [prompt for prompt in prompts for _ in range(count)]
     images = pipe.generate(wanted, style, seed=seed, on_batch=on_batch, **sampling).cpu()
-    return Pool(images, list(prompts), style.about.get("style", "") if style is not None else "")
+    return Pool(images, list(prompts), "" if style is None else style.style)
 
 
 def choose_by_clip(pipe, pool, generator=None):
     """CLIP feedback: of each prompt's images the one nearest to its text -> P sorted indices.
 
-    The paper does not say whether that text names the style; here it does not.
+    The paper does not say whether that text names the style. Here it does not.
     """
     scores = clip_feedback.text_score(pipe.clip, pool.images, pool.contents)
-    scores = scores.view(len(pool.prompts), -1)
-    return flat(clip_feedback.select_best(scores), scores.shape[1])
+    scores = scores.view(len(pool.prompts), -1)              # (P, K)
+    return indices_in_pool(clip_feedback.select_best(scores), scores.shape[1])
 
 
 def choose_at_random(pipe, pool, generator):
-    """The paper's control: one image of each prompt, whichever -> P sorted indices."""
+    """The paper's control: one image of each prompt, any -> P sorted indices."""
     count = len(pool.images) // len(pool.prompts)
     picks = torch.rand(len(pool.prompts), count, generator=generator).argsort(1)[:, :1]
-    return flat(picks, count)
+    return indices_in_pool(picks, count)
 
 
-def flat(columns, count):
+def indices_in_pool(columns, count):
     """Indices (P, k) within each prompt's `count` images -> sorted indices within the pool."""
-    return sorted((columns.cpu() + count * torch.arange(len(columns))[:, None]).flatten().tolist())
+    first = count * torch.arange(len(columns))[:, None]
+    return sorted((columns.cpu() + first).flatten().tolist())
 
 
 FEEDBACK = {"clip": choose_by_clip, "random": choose_at_random}      # and a person, on the page
@@ -81,7 +95,7 @@ def measure(pipe, images, contents, references, reference_contents):
     """What the paper reports, and what it warns of -> {"text", "style", "leakage"}: tensors (B,).
 
     text: cosine of image and content phrase; style: cosine of image and reference; leakage: 1 where
-    CLIP sees the reference's content in an image of something else, nan where it was asked for.
+    CLIP sees the reference's content in an image of something else, NaN where it was asked for.
     """
     text = clip_feedback.text_score(pipe.clip, images, contents)
     rivals = [clip_feedback.text_score(pipe.clip, images, c) for c in reference_contents]
@@ -91,196 +105,115 @@ def measure(pipe, images, contents, references, reference_contents):
     return dict(text=text, style=style, leakage=leakage)
 
 
-# ---------------------------------------------------------------------------------------------
-# The run folder
-
-def write_log(path, log):
-    text = "".join(json.dumps(line) + "\n" for line in log)
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-def write_json(path, value):
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
-
-
-def read_json(path):
-    """A file of ours, a dict; None where there is none. Raises ValueError where it is damaged."""
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError, OSError):
-        there = None
-    if not isinstance(there, dict):
-        raise ValueError(f"{path} is damaged; move it away, or give another --out")
-    return there
-
-
-def made(path, recipe):
-    """Was the part that `path` describes made, and by this very recipe? False: not yet.
-
-    Raises ValueError where it was made by another one: nothing that is there is replaced.
-    """
-    there, recipe = read_json(path), json.loads(json.dumps(recipe))
-    if there is None:
-        return False
-    other = [name.replace("_", "-") for name in recipe if there.get(name) != recipe[name]]
-    if other:
-        who, chosen = there.get("feedback"), there.get("chosen")
-        who = who if who in ("human", "clip", "random") else "somebody"
-        numbers = [i + 1 for i in chosen[:20] if type(i) is int and 0 <= i < MOST_POOL
-                   ] if isinstance(chosen, list) else []
-        who = f" ({who} chose {', '.join(map(str, numbers))})" if numbers else ""
-        raise ValueError(f"{path.parent} was made with another {', '.join(other)}{who}; "
-                         f"give another --out, or move {path.parent} away")
-    return True
-
-
-# ---------------------------------------------------------------------------------------------
-# The rounds
-
-# 30 prompts with the structure of Table S2 (animals, faces, fruit, buildings), in known words
-POOL_PROMPTS = """a dog; a cat; a fox; an owl; a horse; a fish; a turtle; a butterfly; a duck;
-    a rabbit; a dog face; a cat face; a tiger face; a panda; a red apple; a banana; a pear;
-    cherries; a strawberry; a mushroom; a church; a castle; a house; a hut; a tent; a sailboat;
-    an automobile; a rocket; a guitar; a teapot"""
-POOL_PROMPTS = [prompt.strip() for prompt in POOL_PROMPTS.split(";")]
-ROUND = dict(steps=100, lr=1e-3, d_prj=8, is_shared=False)   # later rounds [1000, 3e-5, 32, False]
-MOST_POOL = 5000                        # pictures: Pillow opens no larger pool.png
-
-
-def finished(out, rounds):
-    """Are all parts of this many rounds there, the adapter unhurt? config.json is written last.
-
-    Raises ValueError where it is damaged.
-    """
-    try:
-        load_adapter(out)
-    except ValueError as error:
-        raise ValueError(f"{error}; move {out} away, or give another --out") from None
-    parts = ["rounds.png", "scores.json"] * (rounds > 1)
-    for n in range(2, rounds + 1):
-        parts += [f"round{n}/adapter.json", f"round{n}/adapter.pt"]
-    return ((read_json(out / "config.json") or {}).get("round", 1) == rounds
-            and all((out / part).exists() for part in parts))
-
-
-def recipes(args, prompts):
-    """What a command says of the pool, the choice and the adapter of a later round: three dicts."""
-    pool = dict(prompts=prompts, pool=args.pool, seed=args.seed)
-    choice = dict(pool, feedback=args.feedback)
-    return pool, choice, dict(choice, **ROUND)
-
-
-def read_choice(path, recipe, count):
-    """The indices in choice.json; None where there is none. Raises ValueError: see `made`."""
-    if not made(path, recipe):
-        return None
-    chosen = human_feedback.check_choice(read_json(path).get("chosen"), count, path)
-    if not chosen:
-        raise ValueError(f"{path} holds no choice; move it away to choose anew")
-    return chosen
-
-
-def check_rounds(args, out, prompts):
-    """Raise ValueError where the rounds there were made by other recipes: no choice is lost.
-
-    And for what would be found late: a wrong --pick, a port in use, a pool too large.
-    """
-    if (out / f"round{args.rounds + 1}").exists():
-        raise ValueError(f"{out} holds more rounds of feedback; give --rounds to go on with them, "
-                         "or another --out")
-    count = len(prompts) * args.pool
-    if count > MOST_POOL:
-        raise ValueError(f"{len(prompts)} prompts with --pool {args.pool} are {count:,} pictures; "
-                         f"ask for {MOST_POOL:,} at most")
-    picks = None if args.pick is None else human_feedback.parse_picks(args.pick, count)
-    for_pool, for_choice, for_adapter = recipes(args, prompts)
-    for turn in range(2, args.rounds + 1):
-        here, picked = out / f"round{turn}", picks is not None and turn == args.rounds
-        choice = read_choice(here / "choice.json",
-                             dict(for_choice, chosen=picks) if picked else for_choice, count)
-        made(here / "pool.json", for_pool)
-        made(here / "adapter.json", for_adapter)
-        clicks = read_json(here / "picking.json") or {}
-        if choice is None and clicks.get("chosen") and args.feedback != "human":
-            raise ValueError(f"{here / 'picking.json'} is a person's choice, not ended yet; "
-                             "give --feedback human, or another --out")
-        if choice is None and args.feedback == "human" and not picked:
-            human_feedback.check_port(args.port)
-
-
-@contextlib.contextmanager
-def alone(out):
-    """No other command works on the run folder meanwhile. ValueError where one does already."""
-    clear_leftovers(out)
-    mine = out / f"{partial_prefix()}lock"
-    mine.unlink(missing_ok=True)                             # of a dead process of our number
-    for lock in out.glob(f".partial-{platform.node()}-*-lock"):
-        raise ValueError(f"another command works on {out}; wait for it, end it, or, if there is "
-                         f"none, remove {lock}")
-    mine.touch()
-    try:
-        yield
-    finally:
-        mine.unlink(missing_ok=True)
-
-
-def further_rounds(args, out, pipe, references, settings, prompts, teach):
-    """Sample a pool, choose, train a NEW larger adapter on the choice; each part is made once.
-
-    roundN/ holds pool.png (a row for each prompt), choice.json, adapter.pt and log.jsonl.
-    teach: train.teach.
-    """
-    style = settings["style"]
-    note_unknown(pipe, *(style_prompt(prompt, style) for prompt in prompts))
-    if not (out / "round1" / "adapter.pt").exists():
-        (out / "round1").mkdir(exist_ok=True)
-        load_adapter(out).save(out / "round1" / "adapter.pt")
-    adapters = [load_adapter(out / "round1")]
-    for turn in range(2, args.rounds + 1):
-        here, came = out / f"round{turn}", dict(adapter=fingerprint(adapters[-1].state_dict()))
-        for_pool, for_choice, for_adapter = (dict(came, **recipe)
-                                             for recipe in recipes(args, prompts))
-        pool = draw_pool(pipe, here, adapters[-1], for_pool)
-        pick = args.pick if turn == args.rounds else None    # earlier rounds have been chosen
-        chosen = choose(args, here, pipe, pool, references, for_choice, pick)
-        recipe = dict(for_adapter, chosen=chosen)
-        if not (made(here / "adapter.json", recipe) and (here / "adapter.pt").exists()):
-            say(f"round {turn}: {len(chosen)} chosen pictures teach a new adapter")
-            tuning = dict(ROUND, batch=args.batch, superres=args.superres)
-            adapter, log = teach(pipe, pool.images[chosen], [pool.contents[i] for i in chosen],
-                                 style, args.seed, tuning)
-            write_log(here / "log.jsonl", log)
-            adapter.save(here / "adapter.pt")
-            write_json(here / "adapter.json", recipe)
-        adapters.append(load_adapter(here))
-    compare_rounds(args, out, pipe, references, settings, prompts, adapters)
-    adapters[-1].save(out / "adapter.pt")
-    write_json(out / "config.json", dict(settings, round=args.rounds))           # whose it is
-
+# --------------------------------------------------------------------------------------------------
+# Before the work: what would be found late
 
 def read_prompts(path):
     """One content phrase a line; POOL_PROMPTS without a file."""
     if path is None:
         return POOL_PROMPTS
-    prompts = [line.strip() for line in data.read_words(Path(path)).splitlines() if line.strip()]
+    prompts = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
     if not prompts:
-        raise ValueError(f"{path} holds no prompts; write one a line")
+        raise ValueError(f"{path} contains no prompts; write one a line")
+    longest = max(map(len, prompts))
+    if longest > LONGEST:
+        raise ValueError(f"{path} contains a prompt of {longest:,} characters; give at most "
+                         f"{LONGEST:,}")
     return prompts
 
 
-def draw_pool(pipe, here, adapter, recipe):
-    """The pool of a round, from pool.png if it is there; pool.json says that it is whole."""
+def recipes(args, prompts):
+    """The recipes of the pool, the choice and the adapter of a later round: three dicts."""
+    pool = dict(prompts=prompts, pool=args.pool, seed=args.seed)
+    choice = dict(pool, feedback=args.feedback)
+    adapter = dict(choice, **asdict(replace(ROUND_2, batch=args.batch)))
+    return pool, choice, adapter
+
+
+def check_rounds(args, out, prompts):
+    """Raise ValueError where later rounds in `out` were made by other recipes: no choice is lost.
+
+    Also for what would be found late: a wrong --pick, a port in use, a pool that is too large.
+    """
+    if (out / f"round{args.rounds + 1}").exists():
+        raise ValueError(f"{out} has more rounds of feedback; give --rounds to resume them, "
+                         "or another --out")
+    if (out / "round2" / "adapter.pt").exists() and not (out / "round1" / "adapter.pt").exists():
+        raise ValueError(f"{out / 'round1' / 'adapter.pt'} is missing, so these rounds cannot be "
+                         "resumed; give another --out")
+    count = len(prompts) * args.pool
+    if count > MOST_POOL:
+        raise ValueError(f"{len(prompts)} prompts with --pool {args.pool} are {count:,} pictures; "
+                         f"ask for {MOST_POOL:,} at most")
+    picks = None
+    if args.pick is not None:
+        picks = parse_picks(args.pick, count)
+    for_pool, for_choice, for_adapter = recipes(args, prompts)
+    for turn in range(2, args.rounds + 1):
+        here = out / f"round{turn}"
+        has_picks = picks is not None and turn == args.rounds
+        recipe = dict(for_choice, chosen=picks) if has_picks else for_choice
+        choice = read_choice(here / "choice.json", recipe, count)
+        was_made(here / "pool.json", for_pool)
+        was_made(here / "adapter.json", for_adapter)
+        if choice is not None:
+            continue
+        clicks = read_json(here / "picking.json") or {}
+        if clicks.get("chosen") and args.feedback != "human":
+            raise ValueError(f"{here / 'picking.json'} is a person's choice that has not ended; "
+                             "give --feedback human, or another --out")
+        if args.feedback == "human" and not has_picks:
+            check_port(args.port)
+
+
+def read_choice(path, recipe, count):
+    """The indices in choice.json, or None where there is none. Raises ValueError: see was_made."""
+    if not was_made(path, recipe):
+        return None
+    chosen = check_choice(read_json(path).get("chosen"), count, path)
+    if not chosen:
+        raise ValueError(f"{path} contains no choice; move it away to choose anew")
+    return chosen
+
+
+# --------------------------------------------------------------------------------------------------
+# The rounds
+
+def further_rounds(args, out, pipe, references, config, prompts):
+    """Sample a pool, choose, train a NEW adapter on the choice; each part is made once.
+
+    roundN/ contains pool.png (a row for each prompt), choice.json, adapter.pt and log.jsonl.
+    """
+    style = config["style"]
+    note_unknown(pipe, *(style_prompt(prompt, style) for prompt in prompts))
+    first = out / "round1" / "adapter.pt"
+    if not first.exists():
+        first.parent.mkdir(exist_ok=True)
+        load_adapter(out).save(first)
+    adapters = [load_adapter(first)]
+    with contextlib.ExitStack() as pages:                    # they stay until the command ends
+        for turn in range(2, args.rounds + 1):
+            here = out / f"round{turn}"
+            made_by = dict(adapter=fingerprint(adapters[-1].state_dict()))
+            for_pool, for_choice, for_adapter = (dict(made_by, **recipe)
+                                                 for recipe in recipes(args, prompts))
+            pool = pool_of(pipe, here, adapters[-1], for_pool)
+            pick = args.pick if turn == args.rounds else None        # earlier rounds are chosen
+            chosen = choose(args, here, pipe, pool, references, for_choice, pick, pages)
+            adapters.append(adapter_of(args, here, pipe, pool, chosen, style, for_adapter, turn))
+        compare_rounds(args, out, pipe, references, config, prompts, adapters)
+    adapters[-1].save(out / "adapter.pt")
+    write_json(out / "config.json", dict(config, round=args.rounds))     # last: it says whose it is
+
+
+def pool_of(pipe, here, adapter, recipe):
+    """The pool of a round, from pool.png if it is there; pool.json says that it is complete."""
     prompts, count = recipe["prompts"], recipe["pool"]
-    if not (made(here / "pool.json", recipe) and (here / "pool.png").exists()):
-        began = time.time()
-        show = lambda done: say(f"pool {done}/{len(prompts) * count}  "
-                                f"{done / (time.time() - began):.1f} pictures/s")
-        pool = sample_pool(pipe, prompts, count, adapter, recipe["seed"] + 1, on_batch=show)
-        sheet = grid(to_uint8(pool.images), count, gap=0)
-        write_whole(here / "pool.png", lambda file: sheet.save(file, "PNG"))
+    if not (was_made(here / "pool.json", recipe) and (here / "pool.png").exists()):
+        progress = SamplingProgress("pool: picture", len(prompts) * count)
+        pool = sample_pool(pipe, prompts, count, adapter, recipe["seed"] + 1, progress.on_batch,
+                           on_step=progress.on_step)
+        write_png(here / "pool.png", grid(to_uint8(pool.images), count, gap=0))
         write_json(here / "pool.json", recipe)
     try:
         sheet = np.asarray(Image.open(here / "pool.png"))
@@ -288,52 +221,75 @@ def draw_pool(pipe, here, adapter, recipe):
         sheet = np.zeros((0, 0, 0))
     size = sheet.shape[1] // count
     if not size or sheet.shape != (len(prompts) * size, count * size, 3):
-        raise ValueError(f"{here / 'pool.png'} is not the pool that was drawn; move {here} away")
+        raise ValueError(f"{here / 'pool.png'} is not the pool that was sampled; move {here} away")
     tiles = sheet.reshape(len(prompts), size, count, size, 3).swapaxes(1, 2)
-    return Pool(to_tensor(tiles.reshape(-1, size, size, 3)), prompts, adapter.about["style"])
+    return Pool(to_tensor(tiles.reshape(-1, size, size, 3)), prompts, adapter.style)
 
 
-def choose(args, here, pipe, pool, references, recipe, pick):
-    """The indices of the chosen images, kept in choice.json. A person may stop and come back."""
-    saved, images = here / "choice.json", to_uint8(pool.images)
-    chosen = read_choice(saved, recipe, len(images))
+def choose(args, here, pipe, pool, references, recipe, pick, pages):
+    """The indices of the chosen images, kept in choice.json. A person may stop and come back.
+
+    pages: an ExitStack that closes a person's page in the end.
+    """
+    images = to_uint8(pool.images)
+    chosen = read_choice(here / "choice.json", recipe, len(images))
     if chosen is not None:
         return chosen
-    if args.feedback == "human" and pick is not None:
-        chosen = human_feedback.parse_picks(pick, len(images))
-    elif args.feedback == "human":
-        for i, sheet in enumerate(human_feedback.contact_sheets(images, pool.contents)):
-            write_whole(here / f"sheet{i + 1}.png", lambda file: sheet.save(file, "PNG"))
+    if args.feedback != "human":
+        generator = torch.Generator().manual_seed(args.seed)
+        chosen = FEEDBACK[args.feedback](pipe, pool, generator)
+    elif pick is not None:
+        chosen = parse_picks(pick, len(images))
+    else:
+        for i, sheet in enumerate(contact_sheets(images, pool.contents)):
+            write_png(here / f"sheet{i + 1}.png", sheet)
         say(f"choose the best pictures: in the browser at the address below, or look at "
             f"{here}/sheet*.png and run this command again with --pick 3,17,20")
-        chosen = human_feedback.pick(images, pool.contents, to_uint8(references),
-                                     here / "picking.json", port=args.port, announce=say)
-    else:
-        chosen = FEEDBACK[args.feedback](pipe, pool, torch.Generator().manual_seed(args.seed))
-    write_whole(here / "chosen.png", lambda file: grid(images[chosen], 10, 2).save(file, "PNG"))
-    made(saved, dict(recipe, chosen=chosen))                 # nobody else chose meanwhile
-    write_json(saved, dict(recipe, chosen=chosen))
+        pages.close()                                        # the page of an earlier round
+        page = ChoicePage(images, pool.contents, to_uint8(references), here / "picking.json",
+                          port=args.port)
+        pages.callback(page.close)
+        chosen = page.wait(announce=say)
+    write_png(here / "chosen.png", grid(images[chosen], 10, 2))
+    was_made(here / "choice.json", dict(recipe, chosen=chosen))      # nobody else chose meanwhile
+    write_json(here / "choice.json", dict(recipe, chosen=chosen))
     return chosen
 
 
-def compare_rounds(args, out, pipe, references, settings, prompts, adapters):
+def adapter_of(args, here, pipe, pool, chosen, style, recipe, turn):
+    """The new adapter of a round, trained on the chosen pictures unless it is there."""
+    recipe = dict(recipe, chosen=chosen)
+    if not (was_made(here / "adapter.json", recipe) and (here / "adapter.pt").exists()):
+        say(f"round {turn}: a new adapter is trained on {len(chosen)} chosen pictures")
+        contents = [pool.contents[i] for i in chosen]
+        adapter, log = tune_with_progress(pipe, pool.images[chosen], contents, style, args.seed,
+                                          args.superres, replace(ROUND_2, batch=args.batch))
+        write_log(here / "log.jsonl", log)
+        adapter.save(here / "adapter.pt")
+        write_json(here / "adapter.json", recipe)
+    return load_adapter(here)
+
+
+def compare_rounds(args, out, pipe, references, config, prompts, adapters):
     """rounds.png, scores.json: base and rounds, the same prompts and seed, the three scores."""
-    style, shown, scores = settings["style"], min(len(prompts), 8), {}
+    shown = min(len(prompts), 8)
     reference = to_uint8(references)[:1]
-    rows, left = [], []
+    rows, left, scores = [], [], {}
     for turn, adapter in enumerate([None, *adapters]):
-        name = "base" if adapter is None else f"round {turn}"
-        texts = prompts if adapter else [style_prompt(prompt, style) for prompt in prompts]
-        pool = sample_pool(pipe, texts, 1, adapter, args.seed)
-        values = measure(pipe, pool.images, prompts, references, settings["content"])
-        scores[name] = {k: round(v.nanmean().item(), 4) for k, v in values.items()}
-        left.append(" ".join([f"{name:14}", *(f"{k} {v:.3f}" for k, v in scores[name].items())]))
+        name = f"round {turn}" if adapter else "base"
+        progress = SamplingProgress(f"{name}: picture", len(prompts))
+        pool = sample_pool(pipe, prompts, 1, adapter, args.seed, progress.on_batch,
+                           on_step=progress.on_step)
+        values = measure(pipe, pool.images, prompts, references, config["content"])
+        scores[name] = {key: round(value.nanmean().item(), 4) for key, value in values.items()}
+        words = "  ".join(f"{key} {value:.3f}" for key, value in scores[name].items())
+        say(f"{name}: {words}")
+        left.append(f"{name:14} {words}")
         rows += [reference if turn == 0 else np.full_like(reference, 255),
                  to_uint8(pool.images[:shown])]
-        say(" ".join(left[-1].split()))
     top = ["reference", *prompts[:shown]]
     sheet = grid(np.concatenate(rows), len(top), 128 // reference.shape[1], 8, top, left)
-    write_whole(out / "rounds.png", lambda file: sheet.save(file, "PNG"))
+    write_png(out / "rounds.png", sheet)
     scorer = (f"{Path(args.weights).name}/clip.pt, one image of each of {len(prompts)} prompts, "
               "those of the pool; texts without the style phrase")
     write_json(out / "scores.json", dict(scores, scorer=scorer))

@@ -1,9 +1,9 @@
 """Pretrain CLIP, which judges images: both towers, contrastively (Radford et al. 2021).
 
-    python train.py --stage clip                                # -> runs/clip/clip.pt
-    python train.py --stage clip --batch 1024 --reuse 16 --workers 2 --steps 2600     # on one GPU
+    python -m pretrain.clip                                # -> runs/clip/clip.pt
+    python -m pretrain.clip --batch 1024 --reuse 16 --workers 2 --steps 2600     # on one GPU
 
-The same command goes on where it was stopped.
+The same command resumes where it was stopped.
 """
 
 import math
@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 
 import data
+from checkpoint.weights import save_model
 from clip_feedback import CLIP, PRESETS, Tokenizer, image_features
 from data import styles
-from commandline import run_command, say
+from commandline.terminal import run_command, say
 from pretrain.common import (Replay, Run, Steps, batches, image_source, optimisers_for, set_rate,
                              stage_parser, start, to_float, train_merges)
-from styledrop import autocast, save_model, to_tensor
+from styledrop import autocast, to_tensor
 
 MAX_LOGIT_SCALE = math.log(100)         # CLIP 2.5: sharper than this, training becomes unstable
 
@@ -62,8 +63,13 @@ def augment(images, generator):
     mirrored or not: their texture is as sharp as in the images that will be judged.
     """
     B, device = len(images), images.device
-    normal = lambda *shape: torch.randn(B, *shape, generator=generator, device=device)
-    chance = lambda p: (torch.rand(B, 1, 1, generator=generator, device=device) < p).float()
+
+    def normal(*shape):
+        return torch.randn(B, *shape, generator=generator, device=device)
+
+    def chance(p):
+        return (torch.rand(B, 1, 1, generator=generator, device=device) < p).float()
+
     moved = chance(0.7)                                                      # (B, 1, 1)
     matrix = torch.eye(2, device=device) + 0.08 * moved * normal(2, 2)       # (B, 2, 2)
     mirror = torch.cat([1 - 2 * chance(0.5), torch.ones_like(moved)], dim=2)  # (B, 1, 2)
@@ -169,10 +175,15 @@ def measure(clip, count=400, among=100):
     picks, others = rng.integers(len(art.names), size=(2, count))
     usual = [styles.sample(rng) for _ in range(count)]       # some of them as drawn
     looks = [styles.sample(rng, plain=0.0) for _ in range(count)]
-    draw = lambda which, looks: to_tensor(np.stack(
-        [styles.apply(look, art.drawings[i], rng) for i, look in zip(which, looks)]))
-    pairs = (picks, usual), (picks, looks), (others, looks), (others, looks[1:] + looks[:1])
-    shown, reference, own, rival = (image_features(clip, draw(*pair)).cpu() for pair in pairs)
+
+    def features(which, looks):
+        painted = [styles.apply(look, art.drawings[i], rng) for i, look in zip(which, looks)]
+        return image_features(clip, to_tensor(np.stack(painted))).cpu()
+
+    shown = features(picks, usual)
+    reference = features(picks, looks)
+    own = features(others, looks)
+    rival = features(others, looks[1:] + looks[:1])
     prefers = (reference * own).sum(1) > (reference * rival).sum(1)
 
     names = sorted(set(art.names))

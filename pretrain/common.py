@@ -1,10 +1,9 @@
 """What the stages share: options, batches, optimisers, the schedule, log and checkpoint.
 
-A stage is a script that reads top to bottom; it takes from here what would distract from its step.
-All randomness of a step follows from (seed, step), so a resumed run equals an unbroken one.
+A stage is a script that reads from top to bottom; this file has what would distract from its step.
+All randomness of a step follows from (seed, step), so a resumed run equals an uninterrupted one.
 """
 
-import argparse
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,14 @@ import torch
 import torch.distributed as dist
 
 import data
-import vqgan
-from clip_feedback import merge_pair, split_words
-from commandline import Parser, number, say
-from styledrop import (WEIGHTS, check_device, fast_bf16, load_model, read_checkpoint,
-                       write_whole)
+from checkpoint.files import check_place, write_text, write_whole
+from checkpoint.weights import load_model, read_checkpoint
+from clip_feedback import Tokenizer, merge_pair, split_words
+from commandline.options import Parser, filled, number, whole
+from commandline.terminal import note, say
+from muse import Muse, MuseConfig
+from styledrop import WEIGHTS, arithmetic, check_device, fast_bf16
+from vqgan import VQGAN, VQGANConfig
 
 
 # --------------------------------------------------------------------------------------------------
@@ -32,43 +35,49 @@ from styledrop import (WEIGHTS, check_device, fast_bf16, load_model, read_checkp
 
 def stage_parser(stage, description, steps, batch, lr):
     """The options that all stages have. A stage adds its own."""
-    parser = Parser(prog=f"train.py --stage {stage}", description=description,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=f"python -m pretrain.{stage}", description=description)
     add = parser.add_argument
-    add("--preset", choices=("toy", "tiny", "small"), default="tiny")
-    add("--data", help="folder of images with captions (default: the drawings in data/)")
-    add("--steps", type=number(int, 1, high=10**8), default=steps, help="(default %(default)s)")
-    add("--batch", type=number(int, 1, high=65536), default=batch, help="(default %(default)s)")
-    add("--reuse", type=number(int, 1, high=64), default=1,
-        help="how often each drawn image is used; more where a GPU outruns the drawing")
-    add("--lr", type=number(float, 0, strict=True, high=1), default=lr,
-        help="(default %(default)s)")
-    add("--seed", type=number(int, 0, high=2**31), default=0)
-    add("--workers", type=number(int, 0, high=256), default=1, help="processes that draw images")
-    add("--warmup", type=number(int, 1, high=10**8), default=100,
-        help="steps until the learning rate is at its peak (default %(default)s)")
-    add("--weights", default=WEIGHTS, help="folder of the base's other parts")
-    add("--out", default=f"runs/{stage}", help="folder of the run (default %(default)s)")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--log-seconds", type=number(float, 0, high=86400), default=20,
-        help="between lines of the log (default %(default)s)")
-    add("--keep-minutes", type=number(float, 0, high=86400), default=4,
-        help="between checkpoints (default %(default)s)")
+    add("--preset", choices=("toy", "tiny", "small"), default="tiny",
+        help="the sizes of the model (default: %(default)s)")
+    add("--data", type=filled,
+        help="folder of images with captions (default: the drawings in data/)")
+    add("--steps", type=whole(1, 10**8), default=steps,
+        help="training steps (default: %(default)s)")
+    add("--batch", type=whole(1, 65536), default=batch,
+        help="images a step (default: %(default)s)")
+    add("--reuse", type=whole(1, 64), default=1,
+        help="how often each painted image is used; more where a GPU is faster than the painting")
+    add("--lr", type=number(float, 0, 1, above=True), default=lr,
+        help="peak learning rate (default: %(default)s)")
+    add("--seed", type=whole(0, 2**31), default=0, help="of all randomness (default: %(default)s)")
+    add("--workers", type=whole(0, 256), default=1, help="processes that paint images")
+    add("--warmup", type=whole(1, 10**8), default=100,
+        help="steps until the learning rate is at its peak (default: %(default)s)")
+    add("--weights", type=filled, default=WEIGHTS, help="folder of the base's other parts")
+    add("--out", type=filled, default=f"runs/{stage}", help="run folder (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute (default: cuda where there is a GPU)")
+    add("--log-seconds", type=number(float, 0, 86400), default=20,
+        help="seconds between lines of the log (default: %(default)s)")
+    add("--keep-minutes", type=number(float, 0, 86400), default=4,
+        help="minutes between checkpoints (default: %(default)s)")
     return parser
 
 
 def start(args, together=False):
-    """Check the device, seed the initial weights, join the other processes of torchrun.
+    """Check the device, seed the initial weights, and join the other processes of torchrun.
 
-    together: may several processes share a batch? Raises ValueError where they cannot.
+    together: may several processes share a batch? Raises ValueError where they may not.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # write_whole removes its half file
     check_device(args.device)
+    check_place(args.out)
     world = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if args.batch % args.reuse:
         raise ValueError(f"--batch {args.batch} must be a multiple of --reuse {args.reuse}")
     if world > 1 and not together:
-        raise ValueError("torchrun is for --stage muse; start this stage without it")
+        raise ValueError("torchrun is for pretrain.muse; start this stage without it")
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} must be a multiple of the {world} processes")
     torch.manual_seed(args.seed)
@@ -76,7 +85,7 @@ def start(args, together=False):
     if "LOCAL_RANK" in os.environ:                          # torchrun started us
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        from torch.distributed import nn as _             # imported later, it keeps the group alive
+        from torch.distributed import nn  # noqa: F401      imported later, it keeps the group alive
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
 
@@ -86,35 +95,42 @@ def processes():
 
 
 def machine():
-    """A line for logs and provenance, such as "2 threads of Intel Xeon, torch 2.13.0"."""
+    """For logs and provenance, such as "2 threads of Intel Xeon, bf16, torch 2.13.0"."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        return f"{torch.cuda.get_device_name()}, {arithmetic('cuda')}, torch {torch.__version__}"
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-        model = names[0] if names else model
-    return f"{torch.get_num_threads()} threads of {model}, torch {torch.__version__}"
+        if names:
+            model = names[0]
+    return (f"{torch.get_num_threads()} threads of {model}, {arithmetic('cpu')}, "
+            f"torch {torch.__version__}")
 
 
 # --------------------------------------------------------------------------------------------------
 # The vocabulary
 
-def train_merges(texts, n_merges):
+def train_merges(texts, n_merges, earlier=()):
     """Learn BPE merges (Sennrich et al. 2016): again and again, join the most frequent pair.
 
     Ties go to the lexicographically first pair, so the same texts give the same merges everywhere.
-    Returns pairs of symbols in merge order: n_merges, or fewer when every word has become one
-    symbol.
+    earlier: merges that come first, of a vocabulary that is to grow. Returns pairs of symbols in
+    merge order: n_merges new ones, or fewer when every word has become one symbol.
     """
     counts = Counter(word for text in texts for word in split_words(text))
-    words, weight = list(counts), list(counts.values())
-    pairs, where = Counter(), defaultdict(set)  # pair -> its count, pair -> the words that hold it
+    before = Tokenizer(earlier)
+    words = [before.pieces(word) for word in counts]
+    weight = list(counts.values())
+    pairs, where = Counter(), defaultdict(set)  # pair -> its count, pair -> the words with it
 
     def count_word(w, sign):
         for pair in zip(words[w], words[w][1:]):
             pairs[pair] += sign * weight[w]
-            (where[pair].add if sign > 0 else where[pair].discard)(w)
+            if sign > 0:
+                where[pair].add(w)
+            else:
+                where[pair].discard(w)
             if not pairs[pair]:
                 del pairs[pair], where[pair]
 
@@ -124,11 +140,45 @@ def train_merges(texts, n_merges):
     while pairs and len(merges) < n_merges:
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        for w in list(where[best]):             # only these words change
+        for w in list(where[best]):              # only these words change
             count_word(w, -1)
             words[w] = merge_pair(words[w], best)
             count_word(w, +1)
-    return merges
+    return [*before.merges, *merges]
+
+
+MERGES = 10_000                         # at most so many, which makes every word one token
+
+
+def initial_muse(init, kind, config, words):
+    """The model of a stage and its tokenizer: new, or from the file `init` of an earlier run.
+
+    Words that the earlier vocabulary lacks are appended to it: old tokens keep their rows in T, and
+    new ones start small. Raises ValueError where the file has other sizes.
+    """
+    if init is None:
+        tokenizer = Tokenizer(train_merges(words, MERGES))
+        return Muse(replace(config, vocab_size=tokenizer.vocab_size)), tokenizer
+    earlier, saved = load_model(init, kind, MuseConfig, Muse)
+    try:
+        fits = Tokenizer(saved["merges"]).vocab_size == earlier.config.vocab_size
+    except (KeyError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{init} has other merges than its model has tokens; train it again")
+    tokenizer = Tokenizer(train_merges(words, MERGES, saved["merges"]))
+    config = replace(config, vocab_size=tokenizer.vocab_size)
+    if replace(earlier.config, vocab_size=config.vocab_size) != config:
+        raise ValueError(f"{init} has other sizes than this run; give the same --preset and "
+                         "--weights, or leave --init out")
+    model = Muse(config)
+    weights = earlier.state_dict()
+    name = "text_encoder.token.weight"
+    rows = model.state_dict()[name].clone()
+    rows[:len(weights[name]) - 2] = weights[name][:-2]
+    rows[-2:] = weights[name][-2:]               # start and end of a text are the last tokens
+    model.load_state_dict(weights | {name: rows})
+    return model, tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -136,7 +186,17 @@ def train_merges(texts, n_merges):
 
 def image_source(args, size, **how):
     """Training images, `size` pixels a side: the drawings of data/, or the folder of --data."""
-    return data.Folder(args.data, size) if args.data else data.Art(size=size, **how)
+    if not args.data:
+        return data.Art(size=size, **how)
+    folder = data.Folder(args.data, size)
+    is_first = not hasattr(args, "data_fingerprint")         # a stage may read it at two sizes
+    if folder.skipped and is_first:
+        count = len(folder.skipped)
+        names = ", ".join(folder.skipped[:5])
+        note(f"{args.data} has {count} unused file{'s' if count > 1 else ''} (not a picture with a "
+             f"caption): {names}{', ...' if count > 5 else ''}")
+    args.data_fingerprint = folder.fingerprint               # part of the run's recipe
+    return folder
 
 
 class Steps(torch.utils.data.Dataset):
@@ -164,10 +224,10 @@ class Steps(torch.utils.data.Dataset):
 
 
 class Replay:
-    """Batches of which one in `reuse` images is new; the others were drawn in the last steps.
+    """Batches of which one in `reuse` images is new; the others are from the last steps.
 
-    On a GPU, drawing an image takes longer than a step on it. With another mask, an old image is as
-    good as a new one.
+    On a GPU, painting an image takes longer than a step on it. With another mask, an old image is
+    as good as a new one.
     """
 
     WINDOW = 256                        # steps whose images are kept
@@ -211,7 +271,7 @@ def batches(args, steps, first):
 
 
 def to_float(images):
-    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1], on the same device."""
+    """A uint8 tensor (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1], on the same device."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -253,7 +313,8 @@ def orthogonal(x):
     x = x / x.flatten(1).norm(dim=1)[:, None, None].clamp(min=1e-7)
     for _ in range(5):                                      # moves every singular value towards 1
         a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)                   # (n, rows, rows)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
     return (x.mT if tall else x).float()
 
 
@@ -290,7 +351,7 @@ def update_average(average, model, step, decay=0.999):
 # The run folder
 
 class Run:
-    """log.jsonl and checkpoint.pt of one stage in args.out, and where to go on.
+    """log.jsonl and checkpoint.pt of one stage in args.out, and where to resume.
 
     parts: name -> model or optimiser, all that a checkpoint holds. `.step` is the first step to
     take. Raises ValueError in one line where the folder holds another run.
@@ -314,7 +375,8 @@ class Run:
         recipe = saved["recipe"] if isinstance(saved.get("recipe"), dict) else {}
         others = [k for k, v in self.recipe.items() if recipe.get(k) != v]
         if others:
-            options = ", ".join("--" + name.replace("_", "-") for name in others)
+            options = ", ".join(dict.fromkeys(
+                "--" + name.removesuffix("_fingerprint").replace("_", "-") for name in others))
             raise ValueError(f"{path} was made with another {options}; give the same command, or "
                              "another --out")
         try:
@@ -325,17 +387,17 @@ class Run:
             raise ValueError(f"{path} does not fit this version; give another --out") from None
         if self.rank == 0:
             over = self.step == self.args.steps
-            say(f"{self.out} is finished" if over else f"going on from step {self.step} of {path}")
+            say(f"{self.out} is finished" if over else f"resuming from step {self.step} of {path}")
             log = self.out / "log.jsonl"
             lines = log.read_text(errors="replace").splitlines() if log.exists() else []
             lines = [line + "\n" for line in lines if step_of(line) <= self.step]
-            write_whole(log, lambda file: file.write("".join(lines).encode()))
+            write_text(log, "".join(lines))
 
     def log(self, done, **figures):
         """Add a step's figures; every --log-seconds print their means.
 
-        Tensors are read only then: each reading would stop a GPU. Raises ValueError where the loss
-        is not a number any more.
+        Tensors are read only then, since each reading makes a GPU wait. Raises ValueError where the
+        loss is NaN or infinite.
         """
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -358,10 +420,10 @@ class Run:
         self.logged_at, self.logged, self.sums = now, done, {}
 
     def check(self, done, *values):
-        """Raise ValueError where a tensor is not finite any more: nothing good is overwritten."""
+        """Raise ValueError where a tensor is NaN or infinite, before anything is overwritten."""
         if not all(value.isfinite().all() for value in values):
-            raise ValueError(f"the loss is no number any more at step {done}; the last checkpoint "
-                             "is as it was. Give a lower --lr, and another --out")
+            raise ValueError(f"the loss is NaN or infinite at step {done}; the last checkpoint "
+                             "is kept. Give a lower --lr, and another --out")
 
     def due(self, done):
         """Is it time to save after `done` steps? ValueError if a weight is too large for fp16."""
@@ -377,7 +439,7 @@ class Run:
         """A dict that says how the weights were made."""
         a, minutes = self.args, self.minutes + (time.time() - self.began) / 60
         return dict(stage=self.stage, steps=done, batch=a.batch, reuse=a.reuse,
-                    images=done * a.batch, drawn=done * a.batch // a.reuse, lr=a.lr, seed=a.seed,
+                    images=done * a.batch, painted=done * a.batch // a.reuse, lr=a.lr, seed=a.seed,
                     data=a.data or "data/", minutes=round(minutes, 1), machine=machine())
 
     def keep(self, done):
@@ -393,7 +455,7 @@ class Run:
 
 
 def step_of(line):
-    """The step of a line of the log; infinity where a kill has cut it, or it is none."""
+    """The step of a line of the log; infinity for a line that a kill has cut."""
     try:
         return json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):
@@ -406,7 +468,7 @@ def step_of(line):
 def load_vqgan(args, grid):
     """The frozen E and D, whose tokens G learns: `grid` a side. ValueError for other sizes."""
     path = Path(args.weights) / "vqgan.pt"
-    model = load_model(path, "vqgan", vqgan.VQGANConfig, vqgan.VQGAN)[0].to(args.device)
+    model = load_model(path, "vqgan", VQGANConfig, VQGAN)[0].to(args.device)
     side = model.config.resolution // model.config.factor
     if side != grid:
         raise ValueError(f"{path} gives {side} tokens a side, the preset {args.preset} has {grid}; "

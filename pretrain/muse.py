@@ -1,35 +1,38 @@
 """Pretrain Muse's base: T and G together, on the tokens of a frozen tokenizer (Eq. 2).
 
-    python train.py --stage muse                                # -> runs/muse/muse.pt
-    torchrun --nproc_per_node=2 train.py --stage muse           # on two GPUs, or two CPU processes
-    python train.py --stage muse --batch 1024 --reuse 8 --workers 8 --steps 10400 --compile # GPU
+    python -m pretrain.muse                                # -> runs/muse/muse.pt
+    torchrun --nproc_per_node=2 -m pretrain.muse           # on two GPUs, or two CPU processes
+    python -m pretrain.muse --batch 1024 --reuse 8 --workers 8 --steps 10400 --compile # GPU
 
-The folder of --weights holds vqgan.pt. The same command goes on where it was stopped.
+The folder of --weights holds vqgan.pt. The same command resumes where it was stopped.
 """
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from clip_feedback import Tokenizer
-from muse import PRESETS, Muse, MuseConfig, decode, masked_loss, random_mask
-from pretrain.common import (Replay, Run, Steps, batches, image_source, load_vqgan, optimisers_for,
-                             processes, set_rate, stage_parser, start, to_float, train_merges,
+from checkpoint.files import write_png
+from checkpoint.weights import save_model
+from muse import PRESETS, decode, masked_loss, random_mask
+from pretrain.common import (Replay, Run, Steps, batches, image_source, initial_muse, load_vqgan,
+                             optimisers_for, processes, set_rate, stage_parser, start, to_float,
                              update_average)
 from data.pictures import grid
-from commandline import number, run_command
-from styledrop import autocast, guided_logits, load_model, save_model, to_uint8, write_whole
+from commandline.options import number
+from commandline.terminal import run_command
+from styledrop import autocast, guided_logits, to_uint8
 
 
 def main(argv=None):
     parser = stage_parser("muse", __doc__, steps=20000, batch=64, lr=2e-3)
     add = parser.add_argument
-    add("--mask-power", type=number(float, 0, strict=True, high=10), default=2,
+    add("--mask-power", type=number(float, 0, 10, above=True), default=2,
         help="1: Muse's law of masking; more masks more (default %(default)s)")
-    add("--init", metavar="FILE", help="start from the weights of an earlier run, all of them")
-    add("--compile", action="store_true", help="torch.compile the step: worth its minute on a GPU")
+    add("--init", metavar="FILE",
+        help="start from the weights of an earlier run; new words are added to its vocabulary")
+    add("--compile", action="store_true", help="torch.compile the step, which takes a minute")
     args = parser.parse_args(argv)
     start(args, together=True)
     rank, world = processes()
@@ -37,17 +40,9 @@ def main(argv=None):
     # data and models
     vqgan = load_vqgan(args, PRESETS[args.preset].grid)
     source = image_source(args, vqgan.config.resolution)
-    tokenizer = Tokenizer(train_merges(source.words(), 10_000))                  # a token a word
-    config = replace(PRESETS[args.preset], codebook_size=vqgan.config.codebook_size,
-                     vocab_size=tokenizer.vocab_size)
-    model = Muse(config)
-    if args.init:
-        earlier, saved = load_model(args.init, "muse", MuseConfig, Muse)
-        merges = [" ".join(pair) for pair in tokenizer.merges]
-        if saved["config"] != asdict(config) or saved.get("merges") != merges:
-            raise ValueError(f"{args.init} has other sizes or words than this run; leave --init "
-                             "out")
-        model.load_state_dict(earlier.state_dict())
+    config = replace(PRESETS[args.preset], codebook_size=vqgan.config.codebook_size)
+    model, tokenizer = initial_muse(args.init, "muse", config, source.words())
+    config = model.config
     model = model.to(args.device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     muon, adamw = optimisers_for(model, [*model.blocks, *model.text_encoder.blocks], args.lr)
@@ -96,7 +91,7 @@ def main(argv=None):
         run.log(step + 1, loss=figures[0], accuracy=figures[1])
         if run.due(step + 1):
             sheet = samples(average, vqgan, tokenizer, source.prompts(24), args)
-            write_whole(run.out / "samples.png", lambda file: sheet.save(file, "PNG"))
+            write_png(run.out / "samples.png", sheet)
             save_model(run.out / "muse.pt", "muse", average, run.provenance(step + 1),
                        merges=[" ".join(pair) for pair in tokenizer.merges], words=source.words())
             run.keep(step + 1)

@@ -1,9 +1,9 @@
 """Pretrain Muse's second stage: the tokens of an image at twice the size (Muse 2.4).
 
-    python train.py --stage superres                            # -> runs/superres/superres.pt
+    python -m pretrain.superres                            # -> runs/superres/superres.pt
 
 The folder of --weights holds vqgan.pt. This stage has a small T of its own, trained with it, so
-that neither stage has to wait for the other. The same command goes on where it was stopped.
+that neither stage has to wait for the other. The same command resumes where it was stopped.
 """
 
 import copy
@@ -11,13 +11,16 @@ from dataclasses import replace
 
 import torch
 
-from clip_feedback import Tokenizer
-from muse import SUPERRES, Muse, decode, masked_loss, random_mask
-from pretrain.common import (Replay, Run, Steps, batches, image_source, load_vqgan, optimisers_for,
-                             set_rate, stage_parser, start, to_float, train_merges, update_average)
+from checkpoint.files import write_png
+from checkpoint.weights import save_model
+from muse import SUPERRES, decode, masked_loss, random_mask
+from pretrain.common import (Replay, Run, Steps, batches, image_source, initial_muse, load_vqgan,
+                             optimisers_for, set_rate, stage_parser, start, to_float,
+                             update_average)
 from data.pictures import grid
-from commandline import number, run_command
-from styledrop import autocast, save_model, to_uint8, write_whole
+from commandline.options import number
+from commandline.terminal import run_command
+from styledrop import autocast, to_uint8
 
 NOISE = 0.2                             # at most this share of the low tokens is replaced at random
 
@@ -25,9 +28,11 @@ NOISE = 0.2                             # at most this share of the low tokens i
 def main(argv=None):
     parser = stage_parser("superres", __doc__, steps=10000, batch=16, lr=2e-3)
     add = parser.add_argument
-    add("--mask-power", type=number(float, 0, strict=True, high=10), default=1,
+    add("--mask-power", type=number(float, 0, 10, above=True), default=1,
         help="1: Muse's law of masking; more masks more (default %(default)s)")
-    add("--compile", action="store_true", help="torch.compile the step: worth its minute on a GPU")
+    add("--init", metavar="FILE",
+        help="start from the weights of an earlier run; new words are added to its vocabulary")
+    add("--compile", action="store_true", help="torch.compile the step, which takes a minute")
     args = parser.parse_args(argv)
     start(args)
 
@@ -36,10 +41,9 @@ def main(argv=None):
     config = SUPERRES[args.preset]
     sizes = [vqgan.config.resolution, vqgan.config.resolution * config.grid // config.low_grid]
     sources = [image_source(args, size) for size in sizes]
-    tokenizer = Tokenizer(train_merges(sources[0].words(), 10_000))              # a token a word
-    config = replace(config, codebook_size=vqgan.config.codebook_size,
-                     vocab_size=tokenizer.vocab_size)
-    model = Muse(config).to(args.device)
+    config = replace(config, codebook_size=vqgan.config.codebook_size)
+    model, tokenizer = initial_muse(args.init, "superres", config, sources[0].words())
+    model, config = model.to(args.device), model.config
     average = copy.deepcopy(model).eval().requires_grad_(False)
     muon, adamw = optimisers_for(model, [*model.blocks, *model.low_blocks,
                                          *model.text_encoder.blocks], args.lr)
@@ -86,7 +90,7 @@ def main(argv=None):
         run.log(step + 1, loss=loss.detach(), accuracy=accuracy)
         if run.due(step + 1):
             sheet = samples(average, vqgan, tokenizer, sources, sizes, args)
-            write_whole(run.out / "samples.png", lambda file: sheet.save(file, "PNG"))
+            write_png(run.out / "samples.png", sheet)
             save_model(run.out / "superres.pt", "superres", average, run.provenance(step + 1),
                        merges=[" ".join(pair) for pair in tokenizer.merges])
             run.keep(step + 1)

@@ -1,9 +1,9 @@
 """Pretrain the tokenizer: E, D and the codebook (VQGAN, Esser et al. 2021).
 
-    python train.py --stage vqgan                               # -> runs/vqgan/vqgan.pt
+    python -m pretrain.vqgan                               # -> runs/vqgan/vqgan.pt
 
 Reconstruction and commitment from the start, the discriminator from --gan-start on.
-The same command goes on where it was stopped.
+The same command resumes where it was stopped.
 """
 
 from pathlib import Path
@@ -13,11 +13,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 
+from checkpoint.files import write_png
+from checkpoint.weights import save_model
 from pretrain.common import (Run, Steps, batches, image_source, set_rate, stage_parser, start,
                              to_float)
 from data.pictures import grid
-from commandline import number, run_command
-from styledrop import autocast, save_model, to_uint8, write_whole
+from commandline.options import number
+from commandline.terminal import run_command
+from styledrop import autocast, to_uint8
 from vqgan import PRESETS, VQGAN
 
 
@@ -59,8 +62,10 @@ def discriminator_loss(real, fake):
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
     """|grad L_rec| / (|grad L_gan| + 1e-4) at D's last layer, at most 1e4 (VQGAN's code, Eq. 7)."""
-    grad = lambda loss: torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
-    return (grad(reconstruction) / (grad(adversarial) + 1e-4)).clamp(0, 1e4).detach()
+    of_reconstruction, of_adversarial = (
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+        for loss in (reconstruction, adversarial))
+    return (of_reconstruction / (of_adversarial + 1e-4)).clamp(0, 1e4).detach()
 
 
 @torch.no_grad()
@@ -102,9 +107,9 @@ def psnr(x, y):
 def main(argv=None):
     parser = stage_parser("vqgan", __doc__, steps=8000, batch=16, lr=1e-3)
     add = parser.add_argument
-    add("--gan-start", type=number(float, 0, high=1), default=0.6,
+    add("--gan-start", type=number(float, 0, 1), default=0.6,
         help="share of the steps before the discriminator starts (default %(default)s)")
-    add("--gan-weight", type=number(float, 0, high=100), default=0.3,
+    add("--gan-weight", type=number(float, 0, 100), default=0.3,
         help="of the discriminator, beside the reconstruction (default %(default)s)")
     args = parser.parse_args(argv)
     if args.reuse > 1:
@@ -162,7 +167,7 @@ def main(argv=None):
                 perplexity=perplexity, **figures)
         if run.due(step + 1):
             sheet = reconstructions(model, shown.to(args.device))
-            write_whole(run.out / "samples.png", lambda file: sheet.save(file, "PNG"))
+            write_png(run.out / "samples.png", sheet)
             save_model(Path(args.out) / "vqgan.pt", "vqgan", model, run.provenance(step + 1))
             run.keep(step + 1)
 

@@ -1,10 +1,11 @@
-"""Shared by all tests: a random base at toy size, its weights, adapters, the two commands."""
+"""Shared by all tests: a random base of toy size, its files, its adapters, and the commands."""
 
 import functools
 import inspect
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,28 +19,33 @@ import pretrain.common
 import styledrop
 import vqgan as vqgan_
 from adapter import Adapter
+from checkpoint.adapters import TunedAdapter
+from checkpoint.weights import save_model
 from clip_feedback import CLIP, Tokenizer
+from commandline.terminal import run_command
 from muse import SUPERRES, Muse
 from pretrain.common import train_merges
 from pretrain.vqgan import update_codes
-from commandline import run_command
-from styledrop import StyleDrop, save_model
+from styledrop import StyleDrop
 from vqgan import VQGAN
 
-torch.set_num_threads(1)                # toy tensors gain nothing from a second thread
+torch.set_num_threads(1)                # tensors of toy size gain nothing from a second thread
 
 WORDS = ["a cat in watercolor painting style", "a house", "a tree", "a teapot", "an owl",
          "blurry flat vector"] * 3
-VOCABULARY = sorted({word for line in WORDS for word in line.split()})
+VOCABULARY = sorted(set(" ".join(WORDS).split()))
 TOKENIZER = Tokenizer(train_merges(WORDS, 100))
+MERGES = [" ".join(pair) for pair in TOKENIZER.merges]       # as files of weights contain them
 
+
+# -- toy models
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def shake(module, std=0.2, seed=0):
-    """Every matrix of a module drawn anew, large enough that each input matters."""
+def randomise(module, std=0.2, seed=0):
+    """Give every matrix of a module new weights, so large that each input matters."""
     chance = generator(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -49,90 +55,122 @@ def shake(module, std=0.2, seed=0):
 
 
 def noise_images(count, side=16, seed=0):
-    """Coarse random pictures (count, 3, side, side) in [-1, 1]."""
+    """Coarse random images (count, 3, side, side) in [-1, 1]."""
     coarse = torch.rand(count, 3, 4, 4, generator=generator(seed)) * 2 - 1
     return torch.nn.functional.interpolate(coarse, size=(side, side), mode="nearest")
 
 
+def seeded(make, seed=0):
+    """make(), whose layers take their first weights from PyTorch's global generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make()
+
+
 def toy_vqgan(seed=0):
-    """Its codebook has met one batch; before that, all codes are zero."""
-    torch.manual_seed(seed)
-    vqgan = VQGAN(vqgan_.PRESETS["toy"]).eval()
+    """A tokenizer whose codebook has seen one batch; before that, all codes are zero."""
+    vqgan = seeded(lambda: VQGAN(vqgan_.PRESETS["toy"]), seed).eval()
     z = vqgan.encoder(noise_images(16, seed=seed)).detach()
-    update_codes(vqgan.quantizer, z, vqgan.quantizer(z)[1], generator(seed))
+    _, ids, _ = vqgan.quantizer(z)
+    update_codes(vqgan.quantizer, z, ids, generator(seed))
     return vqgan
 
 
 def toy_clip(seed=0):
-    torch.manual_seed(seed)
     config = replace(clip_feedback.PRESETS["toy"], vocab_size=TOKENIZER.vocab_size)
-    return shake(CLIP(config, TOKENIZER), 0.3).eval()
+    return randomise(seeded(lambda: CLIP(config, TOKENIZER), seed), 0.3).eval()
 
 
 def toy_muse(seed=0, preset="toy", presets=muse_.PRESETS, **changes):
     """G and T of random weights, T with the vocabulary of TOKENIZER."""
-    changes = dict(vocab_size=TOKENIZER.vocab_size) | changes
-    muse = shake(Muse(replace(presets[preset], **changes)), seed=seed)
+    changes.setdefault("vocab_size", TOKENIZER.vocab_size)
+    config = replace(presets[preset], **changes)
+    muse = randomise(seeded(lambda: Muse(config), seed), seed=seed)
     return muse.eval().requires_grad_(False)
 
 
-def save_merges(tokenizer):
-    return [" ".join(pair) for pair in tokenizer.merges]
-
-
-@pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    """fp32, also where bf16 is fast: a test says the same on every machine."""
-    for module in (styledrop, pretrain.common):
-        monkeypatch.setattr(module, "fast_bf16", lambda device: False)
+@pytest.fixture(scope="session", autouse=True)
+def exact():
+    """fp32, even where bf16 is fast, so that a test finds the same on every machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (styledrop, pretrain.common):
+            patch.setattr(module, "fast_bf16", lambda device: False)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
 def drawings_once():
-    """The sheets are read once for each choice of sets and size; the other options are set anew."""
-    real, read = data.Art.__init__, {}
+    """Every Art of the same sets and size shares its drawings, so the sheets are read once."""
+    read = {}
+    real = data.Art.__init__
     signature = inspect.signature(real)
 
     @functools.wraps(real)
-    def init(self, *a, **k):
-        given = signature.bind(self, *a, **k)
+    def init(self, *positional, **named):
+        given = signature.bind(self, *positional, **named)
         given.apply_defaults()
-        options = dict(list(given.arguments.items())[1:])
-        key = str([options.pop(name) for name in ("sets", "role", "size")])
-        if key not in read:
-            real(self, *a, **k)
+        options = dict(given.arguments)
+        del options["self"]
+        chosen = str([options.pop(name) for name in ("sets", "role", "size", "kept_out")])
+        if chosen not in read:
+            real(self, *positional, **named)
             self.drawings.flags.writeable = False
-            read[key] = dict(vars(self))
-        vars(self).update(read[key] | options)
+            read[chosen] = dict(vars(self))
+        vars(self).update(read[chosen])
+        vars(self).update(options)
+
     data.Art.__init__ = init
     yield
     data.Art.__init__ = real
 
 
+@pytest.fixture(scope="session", autouse=True)
+def bases_once():
+    """StyleDrop.load reads the files of a base once, since nothing ever changes its weights."""
+    read = {}
+    real = StyleDrop.load
+
+    def load(weights=styledrop.WEIGHTS, device=None):
+        chosen = [str(device)]
+        for file in sorted(Path(weights).glob("*.pt")):
+            status = file.stat()
+            chosen.append((str(file.resolve()), status.st_size, status.st_mtime_ns))
+        key = tuple(chosen)
+        if key not in read:
+            read[key] = real(weights, device)
+        return read[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StyleDrop, "load", load)
+        yield
+
+
+# -- a base, its files and its adapters
+
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A weights folder as pretraining writes it, untrained."""
-    folder, merges = tmp_path_factory.mktemp("weights"), save_merges(TOKENIZER)
+    """A folder of weights as pretraining writes it, untrained."""
+    folder = tmp_path_factory.mktemp("weights")
     save_model(folder / "vqgan.pt", "vqgan", toy_vqgan(), {})
-    save_model(folder / "clip.pt", "clip", toy_clip(), {}, merges=merges)
-    save_model(folder / "muse.pt", "muse", toy_muse(), {}, merges=merges, words=VOCABULARY)
+    save_model(folder / "clip.pt", "clip", toy_clip(), {}, merges=MERGES)
+    save_model(folder / "muse.pt", "muse", toy_muse(), {}, merges=MERGES, words=VOCABULARY)
     return folder
 
 
 @pytest.fixture(scope="session")
 def pipe(weights):
-    """The toy pipeline, of one stage. Shared: tests that change it take a copy."""
+    """The toy pipeline, of one stage. It is shared; tests that change it load their own."""
     return StyleDrop.load(weights, "cpu")
 
 
 @pytest.fixture(scope="session")
 def weights2(weights, tmp_path_factory):
-    """The same with a second stage."""
+    """The same weights and a second stage."""
     folder = tmp_path_factory.mktemp("weights2")
     for file in weights.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    save_model(folder / "superres.pt", "superres", toy_muse(preset="toy", presets=SUPERRES), {},
-               merges=save_merges(TOKENIZER))
+    second = toy_muse(presets=SUPERRES)
+    save_model(folder / "superres.pt", "superres", second, {}, merges=MERGES)
     return folder
 
 
@@ -144,20 +182,25 @@ def pipe2(weights2):
 
 @pytest.fixture(scope="session")
 def make_adapter(pipe):
-    """make_adapter(seed) -> one of plain effect on the toy base; second: a seed for that stage."""
+    """make_adapter(seed) -> an adapter that changes the toy base visibly.
+
+    second: a seed for the second stage's adapter, which is otherwise left out.
+    """
     def make(seed=0, style="watercolor painting", base=None, second=None):
-        c, c2 = pipe.muse.config, SUPERRES["toy"]
-        adapter = shake(Adapter(c.width, 4, c.depth, True), 0.3, seed)
+        first_stage, second_stage = pipe.muse.config, SUPERRES["toy"]
+        adapter = randomise(Adapter(first_stage.width, 4, first_stage.depth, True), 0.3, seed)
+        superres = None
         if second is not None:
-            adapter.superres = shake(Adapter(c2.width, 4, c2.depth, False), 0.3, second)
-        adapter.about = dict(base=base or pipe.base, style=style)
-        return adapter.eval().requires_grad_(False)
+            superres = Adapter(second_stage.width, 4, second_stage.depth, False)
+            randomise(superres, 0.3, second)
+        about = dict(base=base or pipe.base, style=style)
+        return TunedAdapter(adapter, superres, about).eval().requires_grad_(False)
     return make
 
 
 @pytest.fixture
 def picture(tmp_path):
-    """picture("a.png") -> the path of a new 20 x 16 picture."""
+    """picture("a.png") -> the path of a new picture of 20 x 16 pixels."""
     def make(name="ref.png", seed=0):
         pixels = np.random.default_rng(seed).integers(0, 256, (16, 20, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / name)
@@ -165,14 +208,17 @@ def picture(tmp_path):
     return make
 
 
+# -- commands
+
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """cli(main, *arguments) -> exit code, stdout, stderr of a command in an empty folder."""
+    """cli(main, *arguments) -> exit code, stdout and stderr of a command in an empty folder."""
     monkeypatch.chdir(tmp_path)
     handler = signal.getsignal(signal.SIGTERM)
 
     def run(main, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, arguments)])
+        script = f"{main.__module__}.py"
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         capsys.readouterr()
         try:
             run_command(main)
@@ -181,29 +227,54 @@ def cli(tmp_path, monkeypatch, capsys):
             code = exit.code
         out, err = capsys.readouterr()
         return code, out, err
+
     yield run
     signal.signal(signal.SIGTERM, handler)
+
+
+def contents(folder):
+    """{path in a folder: the bytes of the file, or None for a folder}."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        found[str(path.relative_to(folder))] = path.read_bytes() if path.is_file() else None
+    return found
+
+
+@pytest.fixture
+def refused(cli, tmp_path):
+    """refused(main, *arguments) -> the one line of an error with exit code 2. No file changes."""
+    def run(main, *arguments):
+        before = contents(tmp_path)
+        code, _, err = cli(main, *arguments)
+        assert code == 2, f"exit {code}:\n{err}"
+        assert err.endswith("\n") and err.count("\n") == 1, err
+        assert "Traceback" not in err
+        assert contents(tmp_path) == before
+        return err
+    return run
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """calls(owner, name) -> a list of (positional, named) arguments of every call from now on."""
     def listen(owner, name):
-        found, real = [], getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *positional, **named: found.append(
-            (positional, named)) or real(*positional, **named))
+        found = []
+        real = getattr(owner, name)
+
+        def noted(*positional, **named):
+            found.append((positional, named))
+            return real(*positional, **named)
+
+        monkeypatch.setattr(owner, name, noted)
         return found
     return listen
 
 
-@pytest.fixture
-def refused(cli, tmp_path):
-    """refused(main, *arguments): exit code 2, one line, which is returned, and no file left."""
-    def run(main, *arguments):
-        files = lambda: {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-        before = files()
-        code, _, err = cli(main, *arguments)
-        assert code == 2 and err.endswith("\n") and err.count("\n") == 1, f"exit {code}:\n{err}"
-        assert "Traceback" not in err and files() == before
-        return err
-    return run
+class Clock:
+    """A clock in place of the module time. It only runs when a test says so."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def time(self):
+        return self.now

@@ -1,208 +1,397 @@
-"""sample.py: which style is used and said, what is drawn and written, and refusals."""
+"""sample.py: which style is used and said, what is sampled and written, and refusals."""
 
 import json
 import os
+import re
+import shutil
+import stat
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+from conftest import Clock
 from PIL import Image, ImageSequence
 
+import muse
 import sample
 import styledrop
-from styledrop import load_adapter, to_uint8
+from checkpoint.adapters import load_adapter
+from checkpoint.files import LEAST_FREE
+from commandline import terminal
+from styledrop import StyleDrop, to_uint8
 
-TWO = ["--style", "runs/new", "--content", "runs/object"]
 CAT = ["--prompt", "a cat"]
+STYLE = ["--style", "runs/new"]
+CONTENT = ["--content", "runs/object"]
+TWO = [*STYLE, *CONTENT]
+SIDE = 32                               # pixels of a toy image
+GAP = 2                                 # between two of them; on the sheet all are twice as large
+LEFT = 48                               # pixels of the words beside the rows
+TOP = 8                                 # and of one line above the columns
 
 
 @pytest.fixture
-def draw(cli, weights2, pipe2, make_adapter, monkeypatch):
-    """draw("--prompt", "a cat", ...) -> exit code, stdout, stderr; four runs, both stages."""
-    monkeypatch.setitem(styledrop.SECOND_SAMPLING, "steps", 2)
-    for when, (name, seed) in enumerate((("object", 3), ("more", 4), ("new", 1), ("old", 2))):
-        path, kind = Path(f"runs/{name}/adapter.pt"), "content" if seed > 2 else "style"
-        path.parent.mkdir(parents=True)
-        style = "" if kind == "content" else "watercolor painting"
-        make_adapter(seed, style=style, base=pipe2.base).save(path)
-        os.utime(path, (1e9 - when, 1e9 - when))
-        path.with_name("config.json").write_text(json.dumps(dict(kind=kind)))
-    Path("runs/unfinished").mkdir()
-    return lambda *options: cli(sample.main, "--weights", weights2, "--steps", 3, *options)
+def run_sample(cli, weights2, pipe2, make_adapter, monkeypatch):
+    """run_sample("--prompt", "a cat", ...) -> exit code, stdout, stderr.
+
+    There are four runs of both kinds, of which runs/new is the newest with a style.
+    """
+    monkeypatch.setattr(styledrop, "SUPERRES_SAMPLING", replace(styledrop.SUPERRES_SAMPLING,
+                                                                steps=2))
+    runs = [("object", "content", 3), ("more", "content", 4), ("new", "style", 1),
+            ("old", "style", 2)]
+    for age, (name, kind, seed) in enumerate(runs):
+        folder = Path("runs", name)
+        style = "watercolor painting" if kind == "style" else ""
+        make_adapter(seed, style=style, base=pipe2.base).save(folder / "adapter.pt")
+        (folder / "config.json").write_text(json.dumps(dict(kind=kind)))
+        os.utime(folder / "adapter.pt", (1e9 - age, 1e9 - age))
+
+    def run(*options):
+        return cli(sample.main, "--weights", weights2, "--steps", 3, *options)
+    return run
 
 
-def picture(path="sample.png"):
-    """Its pixels, one for each that was drawn."""
+def pixels_of(path="sample.png"):
+    """The pixels of a PNG, one for each that was sampled."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))[::sample.SCALE, ::sample.SCALE]
 
 
-def test_newest_run_is_used_and_named(draw, pipe2):
-    """Not the last by name, nor an object's, nor a folder without an adapter. Traps: the style is
-    applied but not said; other defaults than the pipeline's; arguments in the wrong order.
-    """
-    is_of = lambda style: np.array_equal(picture(), to_uint8(
-        pipe2.generate("a cat", style and load_adapter(style), steps=3))[0])
-    assert draw(*CAT) == (0, "style: runs/new, the newest run\nsample.png: seed 0\n", "")
-    assert is_of("runs/new") and not is_of("runs/old")
+def cell(sheet, row, column, left=0, top=0):
+    """One image of a sheet with words of these sizes beside and above the images."""
+    y = top + GAP + row * (SIDE + GAP)
+    x = left + GAP + column * (SIDE + GAP)
+    return sheet[y:y + SIDE, x:x + SIDE]
+
+
+# -- which style
+
+def expected_cat(pipe, style):
+    adapter = None if style == "none" else load_adapter(style)
+    return to_uint8(pipe.generate("a cat", adapter, steps=3))[0]
+
+
+def test_the_newest_run_is_used_and_named(run_sample, pipe2):
+    """Trap: the style is applied but not said."""
+    code, out, err = run_sample(*CAT)
+    assert (code, err) == (0, "")
+    assert out == "style: runs/new, the newest run\nimage 1/1  0 s\nsample.png: seed 0\n"
+    assert np.array_equal(pixels_of(), expected_cat(pipe2, "runs/new"))
     os.utime("runs/old/adapter.pt", (2e9, 2e9))
-    assert "runs/old" in draw(*CAT)[1] and is_of("runs/old")
-    for style in ("runs/new", "runs/new/adapter.pt", "none"):
-        assert draw(*CAT, "--style", style)[1] == "sample.png: seed 0\n"
-        assert is_of(None if style == "none" else style)
-    for config in ("", "[]", '{"kind": []}', "[" * 10**5, "\udcff"):        # damage hides no run
-        Path("runs/old/config.json").write_bytes(config.encode(errors="surrogateescape"))
-        assert sample.newest_run() == Path("runs/old")
-    Path("runs").rename("mine")
-    assert "no run yet" in draw(*CAT)[1] and is_of(None)
+    assert "style: runs/old" in run_sample(*CAT)[1]
+    assert np.array_equal(pixels_of(), expected_cat(pipe2, "runs/old"))
 
 
-ACTS = {                                # of an object in a style, with both stages
-    "--prompt": ["a house"], "--style": ["runs/old"], "--content": ["runs/more"], "--gamma": [0.1],
-    "--lambda-a": [3], "--lambda-b": [4], "--gamma-sweep": [], "--style-phrase": ["painting"],
-    "--steps": [2], "--temperature": [50], "--no-superres": [], "--num": [2], "--seed": [1]}
-ELSEWHERE = {"--lambda-grid", "--out", "--trace", "--words", "--weights", "--device", "--help"}
+@pytest.mark.parametrize("style", ["runs/old", "runs/old/adapter.pt", "none"])
+def test_the_style_that_is_asked_for(run_sample, pipe2, style):
+    """With the pipeline's own settings. Trap: arguments in another order."""
+    code, out, _ = run_sample(*CAT, "--style", style)
+    assert code == 0 and "style:" not in out
+    assert np.array_equal(pixels_of(), expected_cat(pipe2, style))
 
 
-def test_every_option_acts(draw):
+def test_without_any_run_the_base_is_sampled(run_sample, pipe2):
+    shutil.rmtree("runs")
+    assert "style: none, since there is no run yet" in run_sample(*CAT)[1]
+    assert np.array_equal(pixels_of(), expected_cat(pipe2, "none"))
+
+
+def test_a_style_in_words_is_given_otherwise(run_sample):
+    """Trap: `--style watercolor` is a natural thing to try, and "no such file" does not help."""
+    code, _, err = run_sample(*CAT, "--style", "watercolor")
+    assert code == 2 and err.count("\n") == 1
+    assert 'ask the base in words: --style none --style-phrase "watercolor"' in err
+    advice = ["--style", "none", "--style-phrase", "watercolor"]
+    assert run_sample(*CAT, *advice)[0] == 0
+
+
+OPTIONS = [                             # of an object in a style, with both stages
+    ["--prompt", "a house"], ["--style", "runs/old"], ["--content", "runs/more"], ["--gamma", 0.1],
+    ["--lambda-a", 3], ["--lambda-b", 9], ["--lambda-a-content", 5], ["--gamma-sweep"],
+    ["--style-phrase", "painting"], ["--steps", 2], ["--temperature", 50], ["--no-superres"],
+    ["--num", 2], ["--seed", 1]]
+OTHER_OPTIONS = ["--lambda-grid", "--out", "--trace", "--words", "--weights", "--device", "--help"]
+
+
+def test_every_option_has_an_effect(run_sample):
     """Trap: an option that nobody reads."""
-    assert {a.option_strings[-1] for a in sample.options()._actions} == {*ACTS} | ELSEWHERE
+    options = [action.option_strings[-1] for action in sample.options()._actions]
+    assert sorted(options) == sorted([option for option, *_ in OPTIONS] + OTHER_OPTIONS)
     seen = set()
-    for option, values in {"": [], **ACTS}.items():
-        mine = TWO if option == "--prompt" else CAT + TWO
-        assert draw(*mine, *filter(None, [option]), *values)[0] == 0
-        seen.add(picture().tobytes())
-    assert len(seen) == 1 + len(ACTS)
+    for option in ([], *OPTIONS):
+        prompt = [] if "--prompt" in option else CAT
+        code, _, err = run_sample(*prompt, *TWO, *option)
+        assert code == 0, err
+        seen.add(pixels_of().tobytes())
+    assert len(seen) == 1 + len(OPTIONS)
 
 
-def test_words(draw, pipe2):
-    """--words: the base's, one a line, and no picture. A style in words goes beside an object."""
-    code, out, err = draw("--words", "--style", "runs/new", "--lambda-grid")
-    assert code == 0 and err == "" and out.split("\n")[:-1] == sorted(pipe2.words)
+@pytest.mark.parametrize("options", [[], [*CAT, "--style", "runs/new", "--lambda-grid"]])
+def test_words(run_sample, pipe2, options):
+    """--words: those of the base, one a line, and nothing is sampled."""
+    code, out, err = run_sample("--words", *options)
+    assert (code, err) == (0, "")
+    assert out.splitlines() == sorted(pipe2.words)
     assert not Path("sample.png").exists()
-    words = [*CAT, "--style", "none", "--style-phrase", "painting"]
-    assert draw(*words, "--content", "runs/object", "--gamma-sweep")[0] == 0
 
 
-# -- what is drawn
+# -- what is sampled
 
-@pytest.mark.parametrize("prompts, num, rows, columns", [(1, 3, 1, 3), (2, 2, 2, 2), (9, 1, 9, 1),
-                                                         (1, 18, 3, 8)])
-def test_grids(draw, prompts, num, rows, columns):
-    """One prompt in rows of eight, several in a row each, with words beside them. --num 18 --seed
-    7: seeds 7 to 24, which are said, across batches too. Trap: only the first can be drawn again.
+@pytest.mark.parametrize("prompts, num, rows, columns, left, top", [
+    (1, 3, 1, 3, 0, 0), (2, 2, 2, 2, LEFT, TOP), (9, 1, 9, 1, LEFT, 0), (1, 18, 3, 8, 0, 0)])
+def test_sheets(run_sample, prompts, num, rows, columns, left, top):
+    """One prompt in rows of eight; several in a row each, with words beside them.
+
+    The seeds are said. Trap: only the first image can be sampled again.
     """
-    out = draw(*CAT * prompts, "--num", num, "--seed", 7, "--out", "grids/a.png")[1]
-    sheet, count = picture("grids/a.png"), prompts * num
-    left, top = (50, 2 + 8 * (num > 1)) if prompts > 1 else (2, 2)
-    assert sheet.shape[:2] == (top + rows * 34, left + columns * 34)
-    cells = [sheet[y:y + 32, x:x + 32] for y in range(top, len(sheet) - 31, 34)
-             for x in range(left, sheet.shape[1] - 31, 34)]
-    assert all((cell == 255).all() for cell in cells[count:]) and out.endswith(f"to {6 + count}\n")
+    options = ["--num", num, "--seed", 7]
+    code, out, _ = run_sample(*CAT * prompts, *STYLE, *options, "--out", "sheets/a.png")
+    assert code == 0
+    count = prompts * num
+    assert out.endswith(f"sheets/a.png: seeds 7 to {6 + count}\n")
+    sheet = pixels_of("sheets/a.png")
+    height = top + GAP + rows * (SIDE + GAP)
+    width = left + GAP + columns * (SIDE + GAP)
+    assert sheet.shape[:2] == (height, width)
     for i in (0, 1, count - 1):
-        assert draw(*CAT, "--seed", 7 + i, "--out", "one.png")[0] == 0
-        assert np.array_equal(picture("one.png"), cells[i])
+        run_sample(*CAT, *STYLE, "--seed", 7 + i, "--out", "one.png")
+        found = cell(sheet, i // columns, i % columns, left, top)
+        assert np.array_equal(found, pixels_of("one.png"))
+    for i in range(count, rows * columns):
+        assert (cell(sheet, i // columns, i % columns, left, top) == 255).all()
+
+
+def test_one_image_has_no_margin(run_sample):
+    run_sample(*CAT)
+    assert pixels_of().shape == (SIDE, SIDE, 3)
+
+
+def test_a_folder_of_single_files(run_sample, pipe2):
+    """A PNG for each prompt and seed, which says how to sample it again."""
+    code, out, _ = run_sample(*CAT, "--prompt", "a house", *STYLE, "--num", 9, "--seed", 7, "--out",
+                              "many/cats")
+    assert code == 0
+    assert sorted(os.listdir("many/cats")) == [f"{i:05d}.png" for i in range(1, 19)]
+    assert out.endswith("many/cats: seeds 7 to 24\n")
+    for i, prompt in ((1, "a cat"), (9, "a cat"), (10, "a house"), (18, "a house")):
+        path = f"many/cats/{i:05d}.png"
+        with Image.open(path) as image:
+            text = dict(image.text)
+        assert json.loads(text["prompt"]) == [prompt]
+        assert text["seed"] == str(6 + i)
+        run_sample("--prompt", prompt, *STYLE, "--seed", text["seed"])
+        assert np.array_equal(pixels_of(), pixels_of(path))
+
+
+def test_files_are_written_as_they_come(run_sample, monkeypatch):
+    """Trap: after an hour, a full disk or Ctrl-C costs all of 1,000 images."""
+    real = StyleDrop.generate
+    batches = []
+
+    def stopped(*arguments, **named):
+        batches.append(len(arguments[1]))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(StyleDrop, "generate", stopped)
+    assert run_sample(*CAT, *STYLE, "--num", 100, "--out", "cats")[0] == 130
+    assert batches == [16, 16, 16]
+    assert len(os.listdir("cats")) == 32
 
 
 @pytest.mark.parametrize("options", [
-    [*CAT, "--prompt", "кот 🐱", "--num", 2, "--seed", 3],
-    [*CAT, *TWO, "--style-phrase", "gold", "--temperature", 4.5],
-    [*CAT, *TWO, "--gamma-sweep", "--steps", 1], [*CAT, *TWO[2:], "--style", "none"],
+    ["--num", 257], ["--num", 129, "--prompt", "a house"], [*TWO, "--gamma-sweep", "--num", 33]])
+def test_sheets_are_bounded(run_sample, options):
+    """Trap: 10,000 images on one sheet fill all memory after hours of sampling."""
+    code, _, err = run_sample(*CAT, *options)
+    assert code == 2 and err.count("\n") == 1
+    assert "a sheet has at most 256 images" in err
+
+
+def test_gamma_sweep(run_sample):
+    """From the style alone to the object alone, a row for each seed."""
+    assert run_sample(*CAT, *TWO, "--gamma-sweep", "--num", 2)[0] == 0
+    sheet = pixels_of()
+    assert sheet.shape[:2] == (TOP + GAP + 2 * (SIDE + GAP), LEFT + GAP + 8 * (SIDE + GAP))
+    assert sample.GAMMAS[0] == 0 and sample.GAMMAS[7] == 1
+    for row, column in ((1, 7), (0, 4), (1, 0)):
+        run_sample(*CAT, *TWO, "--gamma", sample.GAMMAS[column], "--seed", row, "--out", "one.png")
+        assert np.array_equal(cell(sheet, row, column, LEFT, TOP), pixels_of("one.png"))
+
+
+def test_lambda_grid(run_sample):
+    """lambda_A down and lambda_B across, the same seed everywhere. Trap: the axes are swapped."""
+    assert run_sample(*CAT, *STYLE, "--lambda-grid", "--seed", 5)[0] == 0
+    sheet = pixels_of()
+    assert sheet.shape[:2] == (TOP + GAP + 6 * (SIDE + GAP), LEFT + GAP + 6 * (SIDE + GAP))
+    for row, column in ((3, 2), (0, 5)):
+        a, b = sample.LAMBDAS_A[row], sample.LAMBDAS_B[column]
+        run_sample(*CAT, *STYLE, "--lambda-a", a, "--lambda-b", b, "--seed", 5, "--out", "one.png")
+        assert np.array_equal(cell(sheet, row, column, LEFT, TOP), pixels_of("one.png"))
+
+
+@pytest.mark.parametrize("options", [
+    [*CAT, *STYLE, "--prompt", "кот 🐱 | \"a\", b", "--num", 2, "--seed", 3],
+    [*CAT, *TWO, "--style-phrase", "gold", "--temperature", 4.5, "--lambda-a-content", 2],
+    [*CAT, *TWO, "--gamma-sweep", "--steps", 1], [*CAT, *CONTENT, "--style", "none"],
     [*CAT, "--style", "none", "--style-phrase", "gold", "--lambda-b", 2, "--no-superres"]])
-def test_the_png_draws_itself_again(draw, pipe2, monkeypatch, options):
-    """By its text chunks, whatever run is newest and what the defaults are now. Trap: Latin-1."""
-    assert draw(*options)[0] == 0
+def test_a_png_says_how_to_sample_it_again(run_sample, pipe2, monkeypatch, options):
+    """Whatever run is newest and what the defaults are then. Prompts are a JSON list.
+
+    Trap: Latin-1, which has no Russian; a separator that a prompt contains.
+    """
+    assert run_sample(*options)[0] == 0
     with Image.open("sample.png") as image:
         text = dict(image.text)
     assert text.pop("base") == pipe2.base
-    command = [word for p in text.pop("prompt").split(" | ") for word in ("--prompt", p)]
-    command += ["--no-superres"] * (text.pop("superres") == "False")
+    command = []
+    for prompt in json.loads(text.pop("prompt")):
+        command += ["--prompt", prompt]
+    if text.pop("superres") == "False":
+        command.append("--no-superres")
+    if "sweep" in text:
+        assert text.pop("sweep") == "gamma"
+        command.append("--gamma-sweep")
+    if text["content"] == "none":
+        del text["content"]
     for name, value in text.items():
-        option = [f"--{name.replace('_', '-')}", value]
-        command += option[:value == "True"] if value in ("True", "False") else option
+        command += ["--" + name.replace("_", "-"), value]
     os.utime("runs/old/adapter.pt", (2e9, 2e9))
-    for name in ("LAMBDA_A", "LAMBDA_A_WORDS") if "--gamma-sweep" not in options else ():
-        monkeypatch.setattr(styledrop, name, 9.0)
-    assert draw(*command, "--out", "again.png")[0] == 0
+    changed = replace(styledrop.SAMPLING, lambda_a=9.0, lambda_b=9.0, temperature=9.0)
+    monkeypatch.setattr(sample, "SAMPLING", changed)
+    assert run_sample(*command, "--out", "again.png")[0] == 0
     assert Path("again.png").read_bytes() == Path("sample.png").read_bytes()
 
 
-def test_sheets(draw):
-    """From the style alone to the object alone, a row for each seed; lambda_A down and lambda_B
-    across, the same seed everywhere. Trap: the axes exchanged.
-    """
-    cell = lambda row, column: picture()[10 + 34 * row:, 50 + 34 * column:][:32, :32]
-    assert draw(*CAT, *TWO, "--gamma-sweep", "--num", 2)[0] == 0
-    assert sample.GAMMAS[::7] == (0, 1) and picture().shape[:2] == (10 + 2 * 34, 50 + 8 * 34)
-    for row, column in ((1, 7), (0, 4)):
-        draw(*CAT, *TWO, "--gamma", sample.GAMMAS[column], "--seed", row, "--out", "one.png")
-        assert np.array_equal(cell(row, column), picture("one.png"))
-    assert draw(*CAT, "--lambda-grid")[0] == 0 and picture().shape[:2] == (10 + 6 * 34, 50 + 6 * 34)
-    for row, column in ((3, 2), (0, 5)):
-        a, b = sample.LAMBDAS_A[row], sample.LAMBDAS_B[column]
-        draw(*CAT, "--lambda-a", a, "--lambda-b", b, "--out", "one.png")
-        assert np.array_equal(cell(row, column), picture("one.png"))
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+@pytest.mark.parametrize("out", ["a.png", "cats"])
+def test_pngs_respect_the_umask(run_sample, umask, mode, out):
+    before = os.umask(umask)
+    try:
+        assert run_sample(*CAT, "--out", out)[0] == 0
+    finally:
+        os.umask(before)
+    path = Path(out) / "00001.png" if out == "cats" else Path(out)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-@pytest.mark.parametrize("steps, options", [(5, []), (1, []), (5, ["--num", 16])])
-def test_trace_has_a_frame_for_each_step(draw, steps, options):
-    """Grey gives way to the picture. Traps: equal frames merged; one step is no animation."""
-    command = [*CAT, "--steps", steps, "--trace", "t.gif", *options]
-    assert draw(*command)[0] == 0 and Image.open("t.gif").n_frames == steps + 2
-    assert draw(*command, "--no-superres")[0] == 0
-    frames = [np.asarray(frame.convert("RGB")).astype(int)
-              for frame in ImageSequence.Iterator(Image.open("t.gif"))]
+def frames_of(path):
+    with Image.open(path) as image:
+        return [np.asarray(frame.convert("RGB")).astype(int)
+                for frame in ImageSequence.Iterator(image)]
+
+
+@pytest.mark.parametrize("steps, num", [(5, 1), (1, 1), (5, 16)])
+def test_trace_has_a_frame_for_each_step(run_sample, steps, num):
+    """Of both stages. Traps: equal frames are merged; one frame is no animation."""
+    options = [*CAT, "--steps", steps, "--num", num, "--trace", "t.gif"]
+    assert run_sample(*options)[0] == 0
+    assert len(frames_of("t.gif")) == steps + 2
+    assert run_sample(*options, "--no-superres")[0] == 0
+    assert len(frames_of("t.gif")) == steps
+
+
+def test_a_trace_shows_how_the_image_fills_in(run_sample):
+    """Masked tokens are grey, and the last frame is the image, but for the palette of a GIF."""
+    assert run_sample(*CAT, "--steps", 5, "--trace", "t.gif", "--no-superres")[0] == 0
+    frames = frames_of("t.gif")
     grey = [(abs(frame - 128) < 2).all(-1).mean() for frame in frames]
-    assert len(frames) == steps and grey == sorted(grey, reverse=True) and grey[-1] < 0.1
-    assert steps == 1 or grey[0] > 0.5
-    if not options:                                         # but for the GIF's palette
-        assert abs(frames[-1][2:-2:4, 2:-2:4] - picture()).mean() < 20
+    assert grey == sorted(grey, reverse=True)
+    assert grey[0] > 0.5 and grey[-1] < 0.1
+    assert abs(frames[-1][2:-2:4, 2:-2:4] - pixels_of()).mean() < 20
 
 
 @pytest.mark.parametrize("options, note", [
-    (["--prompt", "🐱🌳 قطة على السطح 一只猫 кот"], "no training caption has '🐱🌳'"),
-    (["--prompt", "cat " * 500], "longer than 16 tokens"), (CAT, ""),
+    (["--prompt", "🐱🌳 قطة على السطح 一只猫 кот"], "has never read '🐱🌳'"),
+    (["--prompt", "cat " * 400], "longer than 16 tokens"),
     ([*CAT, "--style-phrase", "painting " * 20], "longer than 16 tokens")])
-def test_any_prompt_is_drawn_and_what_is_not_read_is_said(draw, options, note):
-    """Traps: a short prompt gets the note too; the prompt fits, the phrase behind it is cut."""
-    code, _, err = draw(*options)
-    assert code == 0 and note in err and bool(err) == bool(note) and picture().shape == (32, 32, 3)
+def test_any_prompt_is_sampled_and_what_is_not_read_is_said(run_sample, options, note):
+    """Trap: the prompt fits, and the phrase behind it is cut."""
+    code, _, err = run_sample(*options)
+    assert code == 0
+    assert note in err
+    assert pixels_of().shape == (SIDE, SIDE, 3)
+
+
+def test_control_characters_of_a_run_do_not_reach_the_terminal(run_sample, make_adapter):
+    """Trap: an adapter from a stranger writes lines of its own."""
+    make_adapter(base="\x1b[2J\nall is well").save("runs/new/adapter.pt")
+    Path("runs/new/config.json").write_text(json.dumps(dict(kind="\x1b[31mcontent")))
+    code, out, err = run_sample(*CAT)
+    assert code == 2 and err.count("\n") == 1
+    assert (out + err).replace("\n", "").isprintable()
+
+
+# -- progress
+
+@pytest.mark.parametrize("options", [
+    ["--num", 20, "--steps", 9], ["--num", 20, "--steps", 9, "--out", "cats"],
+    [*CONTENT, "--gamma-sweep"], ["--lambda-grid"]])
+def test_a_line_at_least_about_every_five_seconds(run_sample, monkeypatch, options):
+    """If a pass of G takes a second. Trap: a batch of 16 images, and nothing is said meanwhile."""
+    clock = Clock()
+    said = [clock.now]
+    monkeypatch.setattr(terminal, "time", clock)
+    forward = muse.Muse.forward
+
+    def slow(*arguments):
+        clock.now += 1
+        return forward(*arguments)
+
+    def say(words, stream=None):
+        said.append(clock.now)
+
+    monkeypatch.setattr(muse.Muse, "forward", slow)
+    monkeypatch.setattr(terminal, "say", say)
+    assert run_sample(*CAT, *STYLE, *options)[0] == 0
+    said.append(clock.now)
+    assert said[-1] - said[0] > 25
+    assert max(np.diff(said)) <= 10                          # a step of a mix has five passes
 
 
 # -- refusals
 
-def test_out_of_memory_is_one_line(refused):
-    """As Python, torch on a CPU and on a GPU say it. Trap: bugs of ours under the same line."""
-    def main():
-        raise error
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
-                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        assert "out of memory" in refused(main)
-    error = RuntimeError("a bug")
-    with pytest.raises(RuntimeError, match="a bug"):
-        refused(main)
+REFUSALS = [                            # options beside a prompt, and words of the one line
+    (["--prompt", "", "--out", "new/deep/a.png"], "is empty"), (["--prompt", "\udcff"], "UTF-8"),
+    (["--style-phrase", "\udcff"], "UTF-8"), (["--content", "\udcff"], "UTF-8"),
+    (["--style", "runs/\udcff"], "UTF-8"), (["--prompt", "x" * 100_000], "100,000 characters"),
+    (["--prompt", "-x"], "write --prompt=-x"), (["--gamma-sweep"], "--content"),
+    (["--style", "none", *CONTENT, "--gamma-sweep"], "--style"),
+    (["--style", "none", *CONTENT, "--style-phrase", "gold"], "write the words in the prompt"),
+    (["--lambda-grid", "--num", 2], "one seed"), (["--lambda-grid", "--prompt", "b"], "one prompt"),
+    (["--lambda-grid", "--gamma-sweep", *CONTENT], "not both"),
+    (["--lambda-grid", "--trace", "a.gif"], "no sweep"),
+    (["--gamma-sweep", *TWO, "--out", "cats"], "must end in .png"),
+    (["--num", 17, "--trace", "a.gif"], "at most 16 images"),
+    (["--trace", "a.png"], "must end in .gif"), (["--style", "runs/unfinished"], "unfinished"),
+    (["--content", "runs/nothing"], "nothing"), (["--style", "runs/foreign"], "tuned on base"),
+    (["--style", "runs/object"], "--content"), (["--content", "runs/new"], "--style"),
+    (["--content", "runs/new/adapter.pt"], "--style"), (["--out", "folder.png"], "is a folder"),
+    (["--trace", "file/a.gif"], "--trace"), (["--out", "file/a.png"], "--out")]
 
 
-BAD = {                                 # options besides a prompt: a word of the answer
-    "--prompt EMPTY --out new/deep/a.png": "say what", "--prompt \udcff": "UTF-8",
-    "--style-phrase \udcff": "UTF-8", "--content \udcff": "UTF-8", "--style runs/\udcff": "UTF-8",
-    "--gamma-sweep": "--content", "--style none --content runs/object --gamma 0": "--style",
-    "--style none --lambda-a 0": "strength of a style", "--lambda-grid --lambda-b 3": "all",
-    "--lambda-grid --num 2": "one seed", "--lambda-grid --gamma-sweep --content runs/new": "both",
-    "--lambda-grid --trace a.gif": "not a sheet", "--num 17 --trace a.gif": "16",
-    "--style runs/unfinished": "unfinished", "--content runs/nothing": "nothing",
-    "--style runs/foreign --out new/a.png": "another", "--out cat.jpg": ".png",
-    "--style runs/object": "--content", "--content runs/new": "--style",
-    "--trace a.png": ".gif", "--out folder.png": "is a folder", "--trace file/a.gif": "cannot be"}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_refusals(draw, refused, weights, make_adapter, case):
-    """One line that names the trouble, exit code 2, no picture."""
-    for folder in ("runs/foreign", "folder.png"):
-        Path(folder).mkdir()
+@pytest.mark.parametrize("options, words", REFUSALS)
+def test_refusals(run_sample, refused, weights, make_adapter, options, words):
+    """One line that names the mistake, exit code 2, and no file."""
     make_adapter(base="another").save("runs/foreign/adapter.pt")
+    for folder in ("runs/unfinished", "folder.png"):
+        Path(folder).mkdir()
     Path("file").write_text("")
-    options = [word.replace("EMPTY", "") for word in case.split()]
-    assert BAD[case] in refused(sample.main, *CAT, "--steps", 1, "--weights", weights, *options)
+    line = refused(sample.main, *CAT, "--steps", 1, "--weights", weights, *options)
+    assert re.search(words, line), line
+
+
+def test_without_a_prompt(refused):
+    assert 'say what to sample: --prompt "a cat"' in refused(sample.main)
+
+
+def test_a_full_disk_is_noticed_before_sampling(run_sample, refused, monkeypatch):
+    usage = SimpleNamespace(free=LEAST_FREE - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(StyleDrop, "load", lambda *_: pytest.fail("too late"))
+    line = refused(sample.main, *CAT, *STYLE, "--out", "new/cats")
+    assert "new/cats cannot be written: no space left on device; give another --out" in line

@@ -1,0 +1,135 @@
+"""Files are written whole or not at all: nobody ever sees half a file.
+
+Everything is first written under a temporary name in the same folder and then renamed. The
+temporary name contains the machine and the process, so that a later command can remove what a
+killed one left behind.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import re
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+LEAST_FREE = 32 * 2 ** 20               # bytes on the disk before a long command begins
+
+
+def partial_prefix():
+    """How the names of this process's unfinished files and folders begin."""
+    return f".partial-{platform.node()}-{os.getpid()}-"
+
+
+def clear_leftovers(folder):
+    """Remove what killed processes of this machine left unfinished in `folder`."""
+    if os.name != "posix":               # elsewhere os.kill(pid, 0) would end the process
+        return
+    start = f".partial-{platform.node()}-"
+    for left in Path(folder).glob(f"{start}*"):
+        pid = re.fullmatch(r"([0-9]{1,9})-\w+", left.name.removeprefix(start))
+        if pid is None or is_running(int(pid[1])):
+            continue
+        with contextlib.suppress(OSError):                   # another command was faster
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+
+
+def is_running(pid):
+    """Is there a process of this number on this machine?"""
+    try:
+        os.kill(pid, 0)                                      # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:                                  # there is, and it is somebody else's
+        return True
+    return True
+
+
+def write_whole(path, write):
+    """Call write(binary file) on a temporary file and rename it to `path`.
+
+    The file gets the permissions that the user's umask gives. Raises OSError with the file's name.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(path.parent)
+    temporary = path.parent / f"{partial_prefix()}{secrets.token_hex(4)}"
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError):                  # torch.save's own, of a full disk
+            cause = error.__context__
+        else:
+            cause = error
+        number = getattr(cause, "errno", None)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a UTF-8 text file."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_png(path, image, **settings):
+    """Write a Pillow image as PNG. settings: those of Image.save."""
+    write_whole(path, lambda file: image.save(file, "PNG", **settings))
+
+
+def write_json(path, value):
+    """Write a value as readable JSON."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path):
+    """The dict in a JSON file of ours, or None where there is no such file.
+
+    Raises ValueError where the file cannot be read or does not contain a dict.
+    """
+    advice = f"move {path} away, or give another --out"
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except PermissionError:
+        raise ValueError(f"{path} may not be read; change its permissions") from None
+    except (OSError, ValueError, RecursionError):
+        raise ValueError(f"{path} is damaged; {advice}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged; {advice}")
+    return value
+
+
+def write_log(path, lines):
+    """Write a list of dicts, one JSON object a line."""
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def check_place(path, option="--out"):
+    """Raise ValueError where nothing could be written at `path`, before the work is done."""
+    whole = Path(os.path.abspath(path))
+    if whole.is_symlink() and not whole.exists():
+        raise ValueError(f"{path} is a broken link; give another {option}")
+    try:
+        existing = next(place for place in (whole, *whole.parents) if place.exists())
+        folder = existing
+        if whole.is_file():
+            folder = existing.parent
+        with tempfile.TemporaryDirectory(dir=folder, prefix=partial_prefix()) as trial:
+            Path(trial, whole.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < LEAST_FREE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"{path} cannot be written: {reason}; give another {option}") from None

@@ -1,0 +1,108 @@
+"""The folder of a run, and what a later command may do with it.
+
+A run folder holds adapter.pt, config.json, log.jsonl and samples.png; rounds of feedback add
+round1/, round2/ and so on. Each part stands beside the recipe that made it. The same command
+resumes a run after its last finished part. A command with another recipe is refused, so nothing
+that a person has made is ever replaced.
+"""
+
+import contextlib
+import json
+import platform
+from pathlib import Path
+
+from .adapters import load_adapter
+from .files import clear_leftovers, partial_prefix, read_json
+
+
+def kind_of(run):
+    """"style" or "content", by the run's config.json; None where that does not say."""
+    try:
+        config = read_json(Path(run) / "config.json") or {}
+    except ValueError:
+        return None
+    kind = config.get("kind")
+    return kind if kind in ("style", "content") else None
+
+
+def newest_run(root="runs"):
+    """The style run in `root` that was made last; None where there is none."""
+    newest, newest_time = None, 0.0
+    for path in Path(root).glob("*/adapter.pt"):
+        if kind_of(path.parent) != "content" and path.stat().st_mtime > newest_time:
+            newest, newest_time = path.parent, path.stat().st_mtime
+    return newest
+
+
+def load_run(run, kind):
+    """The adapter of a run folder or adapter file. Raises ValueError where it is of another kind.
+
+    kind: "style" or "content". The kind is read from config.json in the folder.
+    """
+    run = Path(run)
+    folder = run if run.is_dir() else run.parent
+    found = kind_of(folder)
+    if found is not None and found != kind and (folder / "adapter.pt").exists():
+        raise ValueError(f"{run} was trained with --kind {found}; give it as --{found}")
+    return load_adapter(run)
+
+
+def was_made(path, recipe):
+    """Does the part that `path` describes exist, made by this very recipe? False: not yet.
+
+    Raises ValueError where it was made by another recipe.
+    """
+    existing = read_json(path)
+    if existing is None:
+        return False
+    recipe = json.loads(json.dumps(recipe))                  # tuples become lists, as in the file
+    different = [name for name in recipe if existing.get(name) != recipe[name]]
+    if not different:
+        return True
+    names = ", ".join(name.replace("_", "-") for name in different)
+    raise ValueError(f"{path.parent} was made with another {names}{who_chose(existing)}; "
+                     f"give another --out, or move {path.parent} away")
+
+
+def who_chose(choice):
+    """" (human chose 3, 17, 20)" for the dict of a choice.json, else nothing."""
+    chosen, feedback = choice.get("chosen"), choice.get("feedback")
+    if not isinstance(chosen, list) or feedback not in ("human", "clip", "random"):
+        return ""
+    numbers = [str(index + 1) for index in chosen[:20] if type(index) is int and index >= 0]
+    return f" ({feedback} chose {', '.join(numbers)})"
+
+
+def is_finished(out, rounds):
+    """Are all parts of this many rounds there, and the adapter undamaged?
+
+    Raises ValueError where the adapter or config.json is damaged.
+    """
+    try:
+        load_adapter(out)
+    except ValueError as error:
+        raise ValueError(f"{error}; move {out} away, or give another --out") from None
+    parts = []
+    if rounds > 1:
+        parts += ["rounds.png", "scores.json"]
+    for number in range(2, rounds + 1):
+        here = f"round{number}"
+        parts += [f"{here}/choice.json", f"{here}/adapter.json", f"{here}/adapter.pt"]
+    config = read_json(out / "config.json") or {}            # which is written last
+    return config.get("round", 1) == rounds and all((out / part).exists() for part in parts)
+
+
+@contextlib.contextmanager
+def alone(out):
+    """No other command works on the run folder meanwhile. Raises ValueError where one does."""
+    clear_leftovers(out)
+    mine = out / f"{partial_prefix()}lock"
+    mine.unlink(missing_ok=True)                             # of a dead process with our number
+    for lock in out.glob(f".partial-{platform.node()}-*-lock"):
+        raise ValueError(f"another command is working on {out}; wait for it or end it. If there "
+                         f"is none, remove {lock}")
+    mine.touch()
+    try:
+        yield
+    finally:
+        mine.unlink(missing_ok=True)

@@ -1,0 +1,60 @@
+"""Notes about prompts: words that the base has never read, and text that it does not read."""
+
+import difflib
+import re
+
+from .terminal import note
+
+MOST = 20                               # unknown words that are named
+TEMPLATE = {"in", "style", "[v*]", "[v]"}                    # of every prompt, and rare tokens
+
+
+def unknown_words(words, text):
+    """{word of `text` that is not in the vocabulary `words`: up to three of `words` near it}.
+
+    Looks at MOST words at most, of which it compares the first 40 letters.
+    """
+    found = {}
+    for word in re.findall(r"[^\s,.;:!?\"]+", text.lower()):
+        if word in words or word in found:
+            continue
+        if len(found) == MOST:
+            break
+        found[word] = near_words(words, word[:40])
+    return found
+
+
+def near_words(words, word):
+    """Up to three words of the vocabulary that are spelled like `word` or contain each other."""
+    near = difflib.get_close_matches(word, sorted(words), 3, 0.75)
+    if len(word) > 2:
+        inside = [known for known in words
+                  if len(known) > 2 and (known in word or word in known)]
+        inside.sort(key=lambda known: (abs(len(known) - len(word)), known))
+        near += inside
+    return list(dict.fromkeys(near))[:3]
+
+
+def note_unknown(pipe, *texts):
+    """Say on stderr what the base `pipe` (a StyleDrop) cannot read in some texts.
+
+    That is what follows the last token that T reads, and words that are in no training caption.
+    """
+    length = pipe.muse.config.text_length
+    if not all(pipe.tokenizer.fits(text, length) for text in texts):
+        note(f"a prompt is longer than {length} tokens; the rest of it is not read")
+    if not pipe.words:
+        return
+    unknown = unknown_words(pipe.words | TEMPLATE, " ".join(texts))
+    for word, near in unknown.items():
+        shown = word if len(word) < 50 else word[:40] + "..."
+        suggestion = f"; similar known words: {', '.join(near)}" if near else ""
+        note(f"the base has never read {shown!r}{suggestion}")
+    if len(unknown) == MOST:
+        note("there may be more words that it has never read")
+
+
+def knows_some(pipe, phrase):
+    """Does the base know at least one word of a phrase? True where it keeps no vocabulary."""
+    words = phrase.lower().split()
+    return not pipe.words or not words or any(word in pipe.words for word in words)

@@ -1,0 +1,171 @@
+"""Does a base copy its training drawings? The audit of quality.py.
+
+A tenth of the drawings is kept out of every training (data.kept_out_pairs). Samples of "a cat" by a
+base that has memorised its training drawings are nearer to one of those cats than to the cats that
+were kept out. How often that is by chance follows from the number of either.
+
+Shapes: B images (B, 3, 64, 64) in [-1, 1].
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+from data import Scene, styles
+from experiments.classifier import look, paint, part
+from experiments.common import mean_and_error, reconstruct
+from styledrop import to_tensor
+
+KEPT = "drawings kept out of training"
+COPY = 5                                # percentile of the distances between two drawings of a name
+
+
+# --------------------------------------------------------------------------------------------------
+# Distances between images, wherever their objects are
+
+def framed(images, margin=0.06, threshold=0.15):
+    """What differs from the background of images (B, 3, H, W), centred and enlarged to 64 pixels.
+
+    The background is the median colour of an image's border. margin: the background around, in
+    sides of the object.
+    """
+    found = []
+    for image in images:
+        border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1)
+        ground = border.median(1).values[:, None, None]                          # (3, 1, 1)
+        ink = (image - ground).abs().amax(0) > threshold                         # (H, W)
+        if not ink.any():
+            found.append(ground.expand(3, 64, 64))
+            continue
+        rows, columns = ink.any(1).nonzero()[:, 0], ink.any(0).nonzero()[:, 0]
+        image = image[:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+        _, height, width = image.shape
+        side = max(height, width)
+        edge = round(margin * side)
+        canvas = ground.repeat(1, side + 2 * edge, side + 2 * edge)
+        top, left = edge + (side - height) // 2, edge + (side - width) // 2
+        canvas[:, top:top + height, left:left + width] = image
+        found.append(F.interpolate(canvas[None], (64, 64), mode="bilinear", antialias=True)[0])
+    return torch.stack(found)
+
+
+def vectors_of(net, images):
+    """{measure: vectors (B, ...)} of framed images; distances are Euclidean.
+
+    features: the classifier's; pixels: scaled so that the distance is the root mean square error.
+    """
+    images = framed(images)
+    pixels = images.flatten(1)
+    return {"features": look(net, images)["features"],
+            "pixels": pixels / math.sqrt(pixels.shape[1])}
+
+
+def as_drawn(rgba):
+    """Drawings (n, 64, 64, 4), uint8, on white: (n, 3, 64, 64)."""
+    rng = np.random.default_rng(0)
+    return to_tensor(np.stack([styles.apply(styles.Style(), one, rng) for one in rgba]))
+
+
+# --------------------------------------------------------------------------------------------------
+# The audit
+
+def all_drawings():
+    """An Art of all drawings of the training sets, those kept out of training among them."""
+    return data.Art(kept_out=None, smallest=0.9)
+
+
+def audit(net, pipe, art, other, names, samples, seed):
+    """Samples, and beside them what copies score and what drawings score that G has never seen.
+
+    art: of `all_drawings`; other: an Art of the one icon set that is no part of it; names: of the
+    samples (B, 3, 64, 64). Only names with drawings of both kinds are asked. Returns {row: {column:
+    (mean, standard error) in percent}} and the number of these names.
+    """
+    is_kept = np.array([pair in data.kept_out_pairs() for pair in zip(art.sets, art.names)])
+    rows_of = {}
+    for i, name in enumerate(art.names):
+        rows_of.setdefault(name, []).append(i)
+    both = [name for name in dict.fromkeys(names)
+            if name in rows_of and 0 < is_kept[rows_of[name]].sum() < len(rows_of[name])]
+    if not both:
+        raise ValueError("none of these names has drawings both in training and kept out of it; "
+                         "give more --names")
+
+    # images of four kinds, and the drawings that they are compared with
+    places = [i for i, name in enumerate(names) if name in both]
+    asked = [names[i] for i in places]
+    rng, trained = np.random.default_rng(seed), part(art, ~is_kept)
+    copies = np.stack([paint(trained, Scene((name,)), rng, False) for name in asked])
+    kept = [i for name in both for i in rows_of[name] if is_kept[i]]
+    of_other = [i for i, name in enumerate(other.names) if name in both]
+    subjects = {
+        "samples": (asked, samples[places]),
+        "training drawings, reconstructed": (asked, reconstruct(pipe, to_tensor(copies))),
+        "drawings of another set": ([other.names[i] for i in of_other],
+                                    as_drawn(other.drawings[of_other])),
+        KEPT: ([art.names[i] for i in kept], as_drawn(art.drawings[kept]))}
+    drawn = {name: vectors_of(net, as_drawn(art.drawings[rows_of[name]])) for name in both}
+    kept_of = {name: torch.from_numpy(is_kept[rows_of[name]]) for name in both}
+    chance = {name: training_share(art, rows_of[name], is_kept) for name in both}
+
+    found = {}
+    for title, (own_names, images) in subjects.items():
+        for measure, vectors in vectors_of(net, images).items():
+            drawings = {name: drawn[name][measure] for name in both}
+            row = {"copies": percents(are_copies(vectors, own_names, drawings, kept_of), own_names)}
+            if title != KEPT:                                # to which these themselves are nearest
+                nearer = are_nearer(vectors, own_names, drawings, kept_of)
+                row = {"a training drawing is nearer": percents(nearer, own_names),
+                       "by chance": percents([chance[name] for name in own_names], own_names),
+                       **row}
+            found[f"{title}, by {measure}"] = row
+    return found, len(both)
+
+
+def nearest(vector, drawings, is_kept):
+    """Distances of a vector (D,) to the nearest drawing of training, and to the nearest kept out.
+
+    drawings (n, D): all of its name; is_kept (n,) bool.
+    """
+    away = (drawings - vector).norm(dim=1)
+    return away[~is_kept].min().item(), away[is_kept].min().item()
+
+
+def are_nearer(vectors, names, drawings, is_kept):
+    """Is each vector nearer to a training drawing of its name than to those kept out? 0 or 1."""
+    found = []
+    for vector, name in zip(vectors, names):
+        of_training, of_kept = nearest(vector, drawings[name], is_kept[name])
+        found.append(float(of_training < of_kept))
+    return found
+
+
+def are_copies(vectors, names, drawings, is_kept):
+    """Is each vector a copy of a training drawing of its name? 0 or 1.
+
+    It is where it is nearer to one than all but COPY percent of the pairs of different drawings of
+    one name are to each other.
+    """
+    limit = np.percentile(torch.cat([torch.pdist(of_name) for of_name in drawings.values()]), COPY)
+    return [float(nearest(vector, drawings[name], is_kept[name])[0] < limit)
+            for vector, name in zip(vectors, names)]
+
+
+def training_share(art, rows, is_kept):
+    """The share of the icon sets with drawings in `rows` whose drawings are trained on.
+
+    Were samples independent of which drawings were trained on, the nearest one would be a training
+    drawing as often as this.
+    """
+    kept = {art.sets[i] for i in rows if is_kept[i]}
+    return 1 - len(kept) / len({art.sets[i] for i in rows})
+
+
+def percents(values, names):
+    """(mean, standard error) over names, in percent."""
+    number_of = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    mean, error = mean_and_error(values, [number_of[name] for name in names])
+    return 100 * mean, 100 * error

@@ -1,0 +1,308 @@
+"""Any style: tuning on pictures that no part of the training data has anything to do with.
+
+    python -m experiments.foreign               # results/foreign.md, foreign.json, pictures
+    python -m experiments.foreign --sweep       # results/foreign_sweep.md: settings
+
+experiments/foreign/ has 64 references of plain licence: paintings, prints, photographs, renders and
+so on. A lot has put each into one of two halves. Settings are chosen on the one, by --sweep; the
+other is only reported, by the first command.
+
+For each reference the default command's adapter is tuned, and a dozen objects are sampled with
+their first seeds. There is no known truth, so each sample is asked four questions:
+
+    object kept   does a judge that is blind to style (object_judge.py) name the object first?
+    palette       are its colours nearer to those of its own reference than to 19 others?
+    texture       the same of its small patches (style_measures.py)
+    blank         is there nothing on it?
+
+and two that tell whether it copies: which share of its tokens equals the reference's at their
+places, and does the judge name what the reference shows instead of what was asked for? CLIP's style
+score stands beside them. The controls are in the same table: the base without a style; the style in
+a person's words; the samples of another reference's adapter, held against this reference; and the
+reference itself.
+"""
+
+import csv
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import clip_feedback
+import data
+from checkpoint.files import write_json, write_png, write_text, write_whole
+from commandline.options import Parser, add_base_options, load_pipeline
+from commandline.terminal import Progress, run_command, say
+from data.english import meanings
+from data.pictures import grid
+from experiments.common import heading, made_by, percent, table, with_error
+from experiments.object_judge import load_judge, name_scores
+from experiments.style_measures import distances, is_blank, palette, texture
+from styledrop import RARE_TOKEN, ROUND_1, SAMPLING, to_tensor, to_uint8
+
+FOLDER = Path(__file__).with_name("foreign")
+RESULTS = Path(__file__).with_name("results")
+OBJECTS = ("a cat", "a car", "an apple", "a rocket", "a house", "a fish", "an owl", "a guitar",
+           "a butterfly", "a tree", "a sailboat", "a teapot")
+SHOWN = 6                               # objects on the contact sheet
+FIRST = ("bazille_ramparts.webp", "hokusai_poppies.webp", "neon_cocktail_sign.webp",
+         "clay_rabbit.webp", "watercolor_pears.webp", "embroidered_bird.webp")   # README's picture
+RIVALS = 19                             # other references that a sample is held against
+YES_OR_NO = ("object kept", "palette", "texture", "blank", "leak")
+
+# What --sweep tries, one change at a time from the defaults: settings of styledrop.Tuning (H, rate,
+# steps, masking) and of styledrop.Sampling
+SWEEP = [dict(), dict(d_prj=4), dict(d_prj=32), dict(is_shared=True), dict(steps=30),
+         dict(steps=100), dict(lr=3e-4), dict(lr=3e-3), dict(mask_power=1), dict(mask_power=2),
+         dict(mask_power=8), dict(lambda_a=0), dict(lambda_a=0.5), dict(lambda_a=1.5),
+         dict(lambda_a=2), dict(lambda_a=3), dict(lambda_b=1), dict(lambda_b=2), dict(lambda_b=3),
+         dict(lambda_b=6), dict(lambda_b=8), dict(temperature=4.5), dict(top_k=3), dict(top_k=0),
+         dict(style="words"), dict(content="an object")]
+
+
+@dataclass
+class Reference:
+    """One picture of experiments/foreign/."""
+    file: str
+    content: str                # what it shows, in the words of a person
+    style: str                  # its style, in the words of a person
+    kind: str                   # oil, watercolor, ink, ...
+    used: str                   # "chosen" or "reported"
+    picture: torch.Tensor       # (3, H, W) in [-1, 1], of the pipeline's resolution
+
+
+def load_references(used, resolution):
+    """The references of one half."""
+    with open(FOLDER / "table.tsv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    references = []
+    for row in rows:
+        if row["used"] == used:
+            picture = data.read_reference(FOLDER / row["file"], resolution)
+            references.append(Reference(row["file"], row["content"], row["style"], row["kind"],
+                                        used, to_tensor(picture[None])[0]))
+    return references
+
+
+# --------------------------------------------------------------------------------------------------
+# The measures
+
+def columns_of(phrase, names):
+    """The judge's classes that a content phrase may mean: "a car" is an automobile, too."""
+    words = phrase.split(" ")
+    if words[0] in ("a", "an", "the", "two"):
+        words = words[1:]
+    noun = " ".join(words)
+    found = set(meanings().get(noun, ()))
+    found |= {name for name in names if name == noun.replace(" ", "-")
+              or name.endswith(f"-{words[-1]}") and len(words) == 1}
+    return [names.index(name) for name in sorted(found) if name in names]
+
+
+class Ruler:
+    """Everything that a sample is measured with.
+
+    references: those of one half; pipe: whose tokenizer and CLIP are used.
+    """
+
+    def __init__(self, pipe, references, seed=2306):
+        self.pipe, self.references = pipe, references
+        self.judge, self.names = load_judge()
+        self.wanted = {phrase: columns_of(phrase, self.names) for phrase in OBJECTS}
+        self.pictures = torch.stack([reference.picture for reference in references])
+        rng = np.random.default_rng(seed)
+        self.rivals = []                # of each reference: itself, and RIVALS others
+        for i in range(len(references)):
+            others = [k for k in range(len(references)) if k != i]
+            others = rng.choice(others, min(RIVALS, len(others)), replace=False)
+            self.rivals.append([i, *others])
+        self.described = {}             # side -> (palettes, textures) of the reconstructed ones
+
+    def at_side(self, side):
+        """Reconstructed references (R, 3, side, side), their palettes and their textures."""
+        if side not in self.described:
+            small = F.interpolate(self.pictures, (side, side), mode="area")
+            tokens = self.pipe.vqgan.encode(small)
+            again = self.pipe.vqgan.decode(tokens)
+            self.described[side] = again, tokens.flatten(1), palette(again), texture(again)
+        return self.described[side]
+
+    @torch.no_grad()
+    def measure(self, images, objects, i, with_clip=True):
+        """Images (B, 3, H, W) of B objects held against reference i -> {measure: list of B}."""
+        side = images.shape[-1]
+        _, reference_tokens, palettes, textures = self.at_side(side)
+        rivals = self.rivals[i]
+        scores = name_scores(self.judge, images)
+        named = scores.argmax(-1).tolist()
+        own = columns_of(self.references[i].content, self.names)
+        tokens = self.pipe.vqgan.encode(images).flatten(1)
+        found = {
+            "object kept": [name in self.wanted[phrase] for name, phrase in zip(named, objects)],
+            "leak": [name in own and name not in self.wanted[phrase]
+                     for name, phrase in zip(named, objects)],
+            "palette": (distances(palette(images), palettes[rivals]).argmin(1) == 0).tolist(),
+            "texture": (distances(texture(images), textures[rivals]).argmin(1) == 0).tolist(),
+            "blank": is_blank(images).tolist(),
+            "copied tokens": (tokens == reference_tokens[i]).float().mean(1).tolist()}
+        if with_clip:
+            style = clip_feedback.style_score(self.pipe.clip, images, self.references[i].picture)
+            found["style score"] = style.tolist()
+        return {name: [float(value) for value in values] for name, values in found.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# The report
+
+def sample_reported(pipe, references):
+    """{arm: images (R, 12, 3, H, W)}: tuned by default, the base, and the base asked in words."""
+    objects, seeds = list(OBJECTS), list(range(len(OBJECTS)))
+    progress, arms = Progress("reference"), dict(tuned=[], words=[])
+    for k, reference in enumerate(references):
+        adapter = pipe.tune(reference.picture[None], [reference.content], RARE_TOKEN)
+        arms["tuned"].append(pipe.generate(objects, adapter, seed=seeds))
+        arms["words"].append(pipe.generate(objects, style_phrase=reference.style, seed=seeds))
+        progress(k + 1, len(references), reference.file)
+    plain = pipe.generate(objects, seed=seeds)
+    arms = {name: torch.stack(images) for name, images in arms.items()}
+    arms["base"] = plain.expand(len(references), *plain.shape)
+    return arms
+
+
+def report(pipe):
+    references = load_references("reported", pipe.resolution)
+    ruler, objects = Ruler(pipe, references), list(OBJECTS)
+    arms = sample_reported(pipe, references)
+    again, *_ = ruler.at_side(arms["tuned"].shape[-1])
+    rows = {"tuned": [], "base": [], "words": [], "other": [], "reference": []}
+    for i in range(len(references)):
+        other = (i + 1) % len(references)
+        for name in ("tuned", "base", "words"):
+            rows[name].append(ruler.measure(arms[name][i], objects, i))
+        rows["other"].append(ruler.measure(arms["tuned"][other], objects, i))
+        rows["reference"].append(ruler.measure(again[i:i + 1], objects[:1], i))
+    write_json(RESULTS / "foreign.json", dict(
+        base=pipe.base, tuning=asdict(ROUND_1), sampling=asdict(SAMPLING), objects=objects,
+        references=[reference.file for reference in references], measures=rows))
+    write_report(pipe, references, rows)
+    write_sheets(pipe, references, arms["tuned"])
+
+
+ARMS = {"tuned": "**tuned on the reference**", "base": "control: the base without a style",
+        "words": "control: the style in a person's words",
+        "other": "control: another reference's adapter", "reference": "the reference itself"}
+
+
+def write_report(pipe, references, rows):
+    """results/foreign.md: one table of the arms, one of the references."""
+    lines = heading("Tuning on foreign pictures: the reported half")
+    lines += [made_by(pipe), "", f"{len(references)} references, {len(OBJECTS)} objects of each, "
+              "first seeds, default settings. Errors are standard errors over references.", ""]
+    head = ["", "object kept", "nearest palette", "nearest texture", "blank", "copied tokens",
+            "reference's object", "CLIP style score"]
+    body = []
+    for name, words in ARMS.items():
+        of = {key: [np.mean(row[key]) for row in rows[name]] for key in rows[name][0]}
+        cells = [percent(of[key]) for key in ("object kept", "palette", "texture", "blank",
+                                              "copied tokens", "leak")]
+        if name == "reference":                              # it shows something else
+            cells[0] = cells[5] = "-"
+        body.append([words, *cells, with_error(of["style score"], digits=3)])
+    lines += table(head, body)
+    lines += [f"Nearest: of its own reference and {RIVALS} others; by chance "
+              f"{1 / (RIVALS + 1):.0%}.", "", "## Each reference", ""]
+    body = []
+    for i, reference in enumerate(references):
+        row = rows["tuned"][i]
+        body.append([reference.file, reference.kind,
+                     *(f"{100 * np.mean(row[key]):.0f} %" for key in YES_OR_NO)])
+    lines += table(["reference", "kind", *YES_OR_NO], body)
+    write_text(RESULTS / "foreign.md", "\n".join(lines))
+
+
+def write_sheets(pipe, references, images):
+    """foreign.jpg: all references by six objects; foreign_first.png: the README's picture."""
+    rows = []
+    for reference, samples in zip(references, images):
+        rows += [reference.picture[None], samples[:SHOWN]]
+    sheet = grid(to_uint8(torch.cat(rows)), 1 + SHOWN, 1, 4, ["reference", *OBJECTS[:SHOWN]])
+    write_whole(RESULTS / "foreign.jpg", lambda file: sheet.save(file, "JPEG", quality=85))
+    first = [i for name in FIRST for i, reference in enumerate(references)
+             if reference.file == name]
+    rows = []
+    for i in first:
+        rows += [references[i].picture[None], images[i][:5]]
+    write_png(RESULTS / "foreign_first.png", columns_of_two(to_uint8(torch.cat(rows)), 6))
+
+
+def columns_of_two(images, width):
+    """Rows of `width` images each, two rows side by side -> one Pillow image of 256 colours."""
+    rows = images.reshape(-1, width, *images.shape[1:])
+    order = np.concatenate([rows[0::2], rows[1::2]], 1)
+    sheet = grid(order.reshape(-1, *images.shape[1:]), 2 * width, 1, 4)
+    return sheet.quantize(256, dither=Image.Dither.NONE)
+
+
+# --------------------------------------------------------------------------------------------------
+# The sweep, on the half that chooses; the first stage alone, at its own 64 pixels
+
+def sweep(pipe):
+    references = load_references("chosen", pipe.resolution)
+    ruler, objects = Ruler(pipe, references), list(OBJECTS)
+    lines = heading("Settings, on the half of the foreign pictures that chooses")
+    lines += [made_by(pipe), "", f"{len(references)} references, {len(OBJECTS)} objects of each, "
+              "first seeds, the first stage alone. One setting differs from the defaults in each "
+              "row. Errors are standard errors over references.", ""]
+    body = []
+    for changes in SWEEP:
+        began, rows = time.time(), []
+        for i, reference in enumerate(references):
+            images = tuned_with(pipe, reference, changes)
+            rows.append(ruler.measure(images, objects, i, with_clip=False))
+        cells = [percent([np.mean(row[key]) for row in rows])
+                 for key in ("object kept", "palette", "texture", "blank", "copied tokens")]
+        words = ", ".join(f"{name} {value}" for name, value in changes.items()) or "the defaults"
+        body.append([words, *cells])
+        say(f"{words}: {'  '.join(cells)}  ({time.time() - began:.0f} s)")
+        write_text(RESULTS / "foreign_sweep.md", "\n".join(lines + table(
+            ["", "object kept", "nearest palette", "nearest texture", "blank", "copied tokens"],
+            body)))
+
+
+def tuned_with(pipe, reference, changes):
+    """The dozen objects in the style of a reference, the first stage alone, with some changes."""
+    tuning = {name: value for name, value in changes.items() if hasattr(ROUND_1, name)
+              and name != "steps"}
+    sampling = {name: value for name, value in changes.items() if hasattr(SAMPLING, name)
+                and name != "steps"}
+    if "steps" in changes:                                   # of tuning; both have steps
+        tuning["steps"] = changes["steps"]
+    style = RARE_TOKEN
+    if changes.get("style") == "words":
+        style = reference.style
+    content = changes.get("content", reference.content)
+    side = pipe.vqgan.config.resolution
+    picture = F.interpolate(reference.picture[None], (side, side), mode="area")
+    adapter = pipe.tune(picture, [content], style, tuning=replace(ROUND_1, **tuning))
+    return pipe.generate(list(OBJECTS), adapter, seed=list(range(len(OBJECTS))), superres=False,
+                         sampling=replace(SAMPLING, **sampling))
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.add_argument("--sweep", action="store_true", help="compare settings on the chosen half")
+    add_base_options(parser)
+    args = parser.parse_args()
+    pipe = load_pipeline(args)
+    if args.sweep:
+        sweep(pipe)
+    else:
+        report(pipe)
+
+
+if __name__ == "__main__":
+    run_command(main)
