@@ -217,27 +217,29 @@ class Muse(nn.Module):
         if config.text_layers:
             self.text_encoder = TextEncoder(config)
 
-    def forward(self, ids, text, text_mask, adapters=None, low=None):
+    def forward(self, ids, text, text_mask, adapters=None, low=None, low_states=None):
         """G, or G^ with adapters -> logits (B, N, V), so [MASK] itself is never predicted.
 
         ids (B, N) in [0, V], V where masked; text (B, L, text_width) and text_mask (B, L) from T;
         adapters: None, or a function (h (B, P, D), layer, "cross" | "mlp") -> h; low (B,
-        low_grid^2): the low-resolution tokens of the second stage, whose layers come first.
+        low_grid^2): the low-resolution tokens of the second stage, whose layers come first; or
+        low_states, their result, which is the same at every step of decoding.
 
         With patch = 2, four neighbouring tokens enter through one position, as pixels do in a ViT:
         a quarter of the transformer's cost, and each of the four still has its own mask and its own
         prediction. patch = 1 is Muse.
         """
-        c, adapters = self.config, adapters or no_adapter
-        P, s = c.grid // c.patch, c.patch
+        c, P, s = self.config, self.config.grid // self.config.patch, self.config.patch
+        adapters = adapters or no_adapter
         x = self.token(ids)                                                      # (B, N, E)
         x = x.unflatten(1, (P, s, P, s)).transpose(2, 3).flatten(3)              # (B, P, P, s s E)
         x = (self.patch_embed(x) + self.row + self.col).flatten(1, 2)            # (B, P P, D)
         text = self.text_norm(self.text_proj(text))                              # (B, L, D)
         if low is not None:
-            states = self.low_states(low, adapters).to(text.dtype)
-            text = torch.cat([text, states], 1)                                  # (B, L + low, D)
-            text_mask = F.pad(text_mask, (0, low.shape[1]), value=True)
+            low_states = self.low_states(low, adapters)                          # (B, low, D)
+        if low_states is not None:
+            text = torch.cat([text, low_states.to(text.dtype)], 1)               # (B, L + low, D)
+            text_mask = F.pad(text_mask, (0, low_states.shape[1]), value=True)
         for layer, block in enumerate(self.blocks):
             x = block(x, None, text, text_mask, adapters, c.low_layers + layer)
         x = self.to_tokens(self.norm(x)).unflatten(-1, (s, s, -1))               # (B, P P, s, s, E)
@@ -246,11 +248,12 @@ class Muse(nn.Module):
         x = F.linear(x, self.token.weight[:c.codebook_size]) + self.bias         # (B, N, V)
         return x.float()
 
-    def low_states(self, low, adapters):
+    def low_states(self, low, adapters=None):
         """Low-resolution tokens (B, low_grid^2) -> their states (B, low_grid^2, D).
 
         They have the positions of the high tokens that lie over them.
         """
+        adapters = adapters or no_adapter
         position = (self.row + self.col).movedim(-1, 0)[None]                    # (1, D, P, P)
         position = F.interpolate(position, self.config.low_grid, mode="nearest")
         x = self.low_token(low) + position[0].flatten(1).T                       # (B, low, D)

@@ -306,29 +306,50 @@ class StyleDrop:
         stage's style and content adapter, or None; generators: one for each image; low (B, N_low):
         the first stage's tokens, for the second stage.
         """
-        t, c, n = (self.embed(G, prompts) for prompts in texts)      # states and mask of each
-        adapters_s = None if theta_s is None else theta_s()
-        adapters_c = None if theta_c is None else theta_c()
+        t, c, n = texts
 
-        def eq4(v, text, adapters, null, lambda_a):
-            base = tuned = G(v, *text, None, low)                                # G(v, T(t))
-            if adapters is not None:
-                tuned = G(v, *text, adapters, low)                               # G^(v, T(t))
-            return guided_logits(tuned, base, null, lambda_a, how.lambda_b)
+        def forward_pass(prompts, theta=None):
+            """G(v, T(prompts)), or with theta G^(v, T(prompts), theta): a function of v."""
+            text, text_mask = self.embed(G, prompts)
+            adapters, states = None, None
+            if theta is not None:
+                adapters = theta()
+            if low is not None:
+                with autocast(self.device.type):
+                    states = G.low_states(low, adapters)                         # (B, N_low, D)
+            return lambda v: G(v, text, text_mask, adapters, low_states=states)
+
+        def eq4(prompts, theta, lambda_a):
+            """Eq. 4 with these prompts: a function of v and G(v, T(n))."""
+            base = forward_pass(prompts)
+            if theta is not None:
+                tuned = forward_pass(prompts, theta)
+
+            def logits(v, null):
+                base_logits = tuned_logits = base(v)
+                if theta is not None:
+                    tuned_logits = tuned(v)
+                return guided_logits(tuned_logits, base_logits, null, lambda_a, how.lambda_b)
+
+            return logits
+
+        if how.lambda_b:
+            null_pass = forward_pass(n)
+        if gamma < 1:
+            l_s = eq4(t, theta_s, how.lambda_a)                                  # Eq. 5
+        if gamma > 0:
+            l_c = eq4(c, theta_c, how.lambda_a_content)                          # Eq. 6
 
         def logits_fn(v, step):
             with autocast(self.device.type):
                 null = 0.0
                 if how.lambda_b:
-                    null = G(v, *n, None, low)                                   # G(v, T(n))
-                if gamma < 1:
-                    l_s = eq4(v, t, adapters_s, null, how.lambda_a)              # Eq. 5
-                    if gamma == 0:
-                        return l_s
-                l_c = eq4(v, c, adapters_c, null, how.lambda_a_content)          # Eq. 6
+                    null = null_pass(v)
+                if gamma == 0:
+                    return l_s(v, null)
                 if gamma == 1:
-                    return l_c
-                return mix_logits(l_s, l_c, gamma)
+                    return l_c(v, null)
+                return mix_logits(l_s(v, null), l_c(v, null), gamma)
 
         return muse.decode(logits_fn, len(generators), G.config.tokens, G.config.mask_id,
                            how.steps, how.temperature, generators, how.top_k, on_step)

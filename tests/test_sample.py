@@ -338,9 +338,9 @@ def test_a_line_at_least_about_every_five_seconds(run_sample, monkeypatch, optio
     monkeypatch.setattr(terminal, "time", clock)
     forward = muse.Muse.forward
 
-    def slow(*arguments):
+    def slow(*arguments, **named):
         clock.now += 1
-        return forward(*arguments)
+        return forward(*arguments, **named)
 
     def say(words, stream=None):
         said.append(clock.now)

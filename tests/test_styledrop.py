@@ -59,19 +59,24 @@ def test_prompts_are_those_of_table_s4():
 
 
 class Watch:
-    """The forward passes of G: the model, its arguments, and whether it computed in bf16."""
+    """The forward passes of G: the model, its arguments, whether in bf16, and low tokens."""
 
     def __init__(self, monkeypatch):
-        self.models, self.arguments, self.in_bf16 = [], [], []
-        forward = Muse.forward
+        self.models, self.arguments, self.in_bf16, self.low = [], [], [], []
+        forward, low_states = Muse.forward, Muse.low_states
 
-        def watched(model, *arguments):
+        def watched(model, *arguments, **named):
             self.models.append(model)
             self.arguments.append(arguments)
             self.in_bf16.append(torch.is_autocast_enabled("cpu"))
-            return forward(model, *arguments)
+            return forward(model, *arguments, **named)
+
+        def watched_low(model, low, *arguments):
+            self.low.append(low)
+            return low_states(model, low, *arguments)
 
         monkeypatch.setattr(Muse, "forward", watched)
+        monkeypatch.setattr(Muse, "low_states", watched_low)
 
 
 @pytest.fixture
@@ -310,15 +315,16 @@ HIGH_IDS = torch.randint(33, (2, 64), generator=generator(0))
 def test_the_second_stage_has_settings_of_its_own(pipe2, make_adapter, watch, second_stage):
     """2 G^(t) - G(t) over the low tokens in 12 steps, whatever strengths the first stage has.
 
-    Traps: a null pass that nothing needs; the strengths or the steps of the first stage.
+    Traps: a null pass that nothing needs; the strengths or the steps of the first stage; states of
+    the low tokens that are computed anew in every step.
     """
     assert SUPERRES_SAMPLING.lambda_a == 1 and SUPERRES_SAMPLING.lambda_b == 0
     style = make_adapter(base=pipe2.base, second=0)
     low, high, images = sample_both(pipe2, PROMPTS, style=style, steps=2, lambda_a=3, lambda_b=5)
     assert watch.models == [pipe2.muse] * 2 * 3 + [pipe2.superres] * SUPERRES_SAMPLING.steps * 2
-    for model, arguments in zip(watch.models, watch.arguments):
-        if model is pipe2.superres:
-            assert torch.equal(arguments[4], low)
+    assert len(watch.low) == 2                      # once with and once without the adapter
+    for seen in watch.low:
+        assert torch.equal(seen, low)
     text = pipe2.embed(pipe2.superres, STYLED)
     base = pipe2.superres(HIGH_IDS, *text, None, low)
     tuned = pipe2.superres(HIGH_IDS, *text, style.superres(), low)
