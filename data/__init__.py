@@ -6,7 +6,7 @@ drawing.py      places, shapes and colours of drawings
 styles.py       styles with words; free_styles.py: styles without; paint.py: their tools
 english.py      articles, plurals, synonyms
 folder.py       a folder of your own captioned pictures
-reading.py      any picture file as pixels
+reading.py      any picture file as pixels; colour.py: what its values mean; metadata.py: its notes
 pictures.py     contact sheets
 build.py        how the sprite sheets were made
 """
