@@ -33,6 +33,7 @@ import torch.nn.functional as F
 EOW = "</w>"                                      # ends the last symbol of a word
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # OpenAI's merges, which public weights need
 OPENAI_MERGES = 49152 - 256 - 2                   # the file lists more merges than the models use
+LONGEST_WORD = 1000                               # bytes; no model reads the tokens of so many
 
 # Contractions, runs of letters, single digits, runs of other characters but spaces. Unlike in CLIP,
 # "<|endoftext|>" in a prompt is plain text: no prompt can end early.
@@ -103,8 +104,13 @@ class Tokenizer:
         return self.joined[word]
 
     def encode(self, text):
-        """text -> list of ids, without start and end."""
-        return [self.ids[piece] for word in split_words(text) for piece in self.pieces(word)]
+        """text -> list of ids, without start and end.
+
+        Of a word longer than LONGEST_WORD the rest is left out, since the time of `pieces` grows
+        with the square of the length.
+        """
+        pieces = [piece for word in split_words(text) for piece in self.pieces(word[:LONGEST_WORD])]
+        return [self.ids[piece] for piece in pieces]
 
     def fits(self, text, context_length):
         """Does `text`, with start and end, fit into `context_length` tokens, or is its tail cut?"""

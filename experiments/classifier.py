@@ -323,7 +323,7 @@ def main():
     names = sorted(set(art.names))
     net = Classifier(ClassifierConfig(names=len(names), colours=len(COLOURS)))
     net = train(net, part(art, ~is_new(art)), names, args)
-    provenance = dict(vars(args), command=command(), machine=machine(),
+    provenance = dict(vars(args), command=command(), machine=machine(args.device),
                       seconds=round(time.time() - began))
     save_model(args.out, "classifier", net, provenance, names=names, colours=COLOURS)
     net = load_classifier(args.out, args.device)             # what is measured is what was saved

@@ -132,10 +132,10 @@ def main():
         say("  ".join(rows[-1]))
     text = "\n".join([
         *heading("Other libraries"),
-        f"{machine()}. Random weights: width {WIDTH}, {LAYERS} layers, {HEADS} heads, 256 tokens "
-        f"of 1,024, {STATES} states of text. The time is that of a forward pass: a sampling loop "
-        f"of {args.steps} steps on 4 images, divided by its {2 * args.steps} passes; median of "
-        f"{args.repeats}. The numbers of parameters differ.", "",
+        f"{machine('cpu')}. Random weights: width {WIDTH}, {LAYERS} layers, {HEADS} heads, 256 "
+        f"tokens of 1,024, {STATES} states of text. The time is that of a forward pass: a sampling "
+        f"loop of {args.steps} steps on 4 images, divided by its {2 * args.steps} passes; median "
+        f"of {args.repeats}. The numbers of parameters differ.", "",
         *table(["", "parameters", *TYPES], rows)])
     write_text(Path(args.out) / "peers.md", text)
     say(text)

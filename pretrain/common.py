@@ -94,10 +94,14 @@ def processes():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def machine():
-    """For logs and provenance, such as "2 threads of Intel Xeon, bf16, torch 2.13.0"."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {arithmetic('cuda')}, torch {torch.__version__}"
+def machine(device):
+    """What a run on `device` computes with: "2 threads of Intel Xeon, bf16, torch 2.13.0".
+
+    For logs and provenance. device: "cpu", "cuda", or a torch.device.
+    """
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return f"{name}, {arithmetic('cuda')}, torch {torch.__version__}"
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
@@ -440,7 +444,7 @@ class Run:
         a, minutes = self.args, self.minutes + (time.time() - self.began) / 60
         return dict(stage=self.stage, steps=done, batch=a.batch, reuse=a.reuse,
                     images=done * a.batch, painted=done * a.batch // a.reuse, lr=a.lr, seed=a.seed,
-                    data=a.data or "data/", minutes=round(minutes, 1), machine=machine())
+                    data=a.data or "data/", minutes=round(minutes, 1), machine=machine(a.device))
 
     def keep(self, done):
         """Write the checkpoint. Call it last: where it is, the other files are complete."""

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from conftest import TOKENIZER, noise_images, seeded
 
-from clip_feedback import (BYTES, CLIP, OPENAI_PIXELS, PRESETS, VOCABULARY_FILE, Tokenizer,
-                           select_best, split_words, style_score, text_score)
+from clip_feedback import (BYTES, CLIP, LONGEST_WORD, OPENAI_PIXELS, PRESETS, VOCABULARY_FILE,
+                           Tokenizer, select_best, split_words, style_score, text_score)
 from pretrain.common import train_merges
 
 VIT = dict(vision_layers=2, vision_width=32, vision_heads=2)         # the other kind of image tower
@@ -149,6 +149,18 @@ def test_whether_a_text_fits():
     length = len(TOKENIZER.encode("a cat")) + 2
     assert TOKENIZER.fits("a cat", length)
     assert not TOKENIZER.fits("a cat", length - 1)
+
+
+def test_the_rest_of_a_very_long_word_is_left_out(calls):
+    """Trap: a word of 100,000 letters takes a minute. What a model reads of it stays the same."""
+    longest = "catepot" * (LONGEST_WORD // 7)                # nothing of it is left out
+    text = longest + "house" * 20_000
+    tokenizer = Tokenizer(TOKENIZER.merges)
+    asked = calls(tokenizer, "pieces")
+    ids = tokenizer(["a " + text + " owl", "a " + longest + " owl"], 77)
+    assert torch.equal(ids[0], ids[1])
+    assert max(len(word) for (word,), _ in asked) == LONGEST_WORD
+    assert tokenizer.encode("a cat") == TOKENIZER.encode("a cat")
 
 
 def test_an_end_token_in_a_prompt_is_plain_text():

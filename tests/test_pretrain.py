@@ -150,6 +150,7 @@ def test_the_scale_of_the_logits_is_bounded():
 
 # -- optimisers
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_muon_equals_torchs(monkeypatch):
     """With several matrices of one shape, tall, wide and square, in fp32."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda x: x)           # torch's rounds to bf16
@@ -581,6 +582,17 @@ def test_weights_say_where_they_come_from(stage):
     assert (provenance["stage"], provenance["steps"], provenance["reuse"]) == ("muse", 6, 2)
     assert (provenance["images"], provenance["painted"]) == (48, 24)
     assert {"minutes", "machine", "data", "seed", "lr"} <= provenance.keys()
+
+
+def test_the_machine_is_that_of_the_run(monkeypatch):
+    """Trap: a GPU is named that only stood beside the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU at {device}")
+    for device in ("cpu", torch.device("cpu")):
+        assert "GPU" not in common.machine(device)
+        assert f"{torch.get_num_threads()} threads of " in common.machine(device)
+    for device in ("cuda", torch.device("cuda")):
+        assert common.machine(device).startswith("a GPU at cuda, ")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data import free_styles, styles
+from data import Art, Scene, free_styles, styles
 from data.styles import ATTRIBUTES, HELD_OUT, HUES, POINTS, Style
 
 
@@ -63,6 +63,22 @@ def test_shares_of_training(trained):
     assert is_free == pytest.approx((1 - styles.PLAIN) * styles.FREE, abs=0.02)
     assert sum(styles.is_plain(styles.sample(np.random.default_rng(i), plain=1))
                for i in range(50)) == 50
+
+
+@pytest.mark.parametrize("plain", [0, styles.PLAIN])
+def test_training_pictures_without_colours_have_free_styles(plain):
+    """Half of the styles of a scene have no words, unless its caption names a colour.
+
+    What captions say of them: test_data.py.
+    """
+    art = Art(sets=("streamline-freehand",), size=16, plain=plain)
+    rng = np.random.default_rng(0)
+    found = [art.sample_style(Scene(("cat",)), rng) for _ in range(2000)]
+    is_free = np.mean([style.free for style in found])
+    assert is_free == pytest.approx((1 - plain) * styles.FREE, abs=0.03)
+    assert {styles.phrase(style, "flat vector") for style in found if style.free} == {""}
+    red = Scene(("cat",), colours=("red",))
+    assert not any(art.sample_style(red, rng).free for _ in range(500))
 
 
 def test_a_fifth_of_the_pairs_is_held_out():
