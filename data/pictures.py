@@ -1,6 +1,6 @@
 """Images side by side on a sheet.
 
-    python -m data.pictures     # draws data/contact_sheet.png, training examples, and examples/
+    python -m data.pictures     # draws data/contact_sheet.png and the PNGs of examples/
 """
 
 import textwrap
@@ -12,33 +12,17 @@ from PIL import Image, ImageDraw
 
 from . import styles
 from .art import Art
-from .english import HERE, content_phrase
+from .english import HERE
 from .styles import Style
 
 EXAMPLES = [                            # file, name, set, style: none of these styles is trained on
     ("house_watercolor", "house", "twemoji", Style("navy and gold", "", "watercolor", "cream")),
-    ("mushroom_glowing", "mushroom", "noto", Style("neon", "", "glowing", "black")),
     ("cat_stained_glass", "cat", "fluent-emoji-flat", Style("", "", "stained glass", "navy")),
-    ("fish_embroidery", "tropical-fish", "twemoji",
-     Style("brown and gold", "", "embroidery", "red")),
-    ("teapot_golden", "teapot", "noto", Style("", "", "golden", "purple")),
-    ("owl_halftone", "owl", "twemoji", Style("purple and gold", "", "halftone", "navy")),
     ("rocket_sticker", "rocket", "twemoji", Style("", "", "", "teal", "sticker")),
-    ("tree_openmoji", "deciduous-tree", "openmoji", Style()),
 ]
 # An object from four icon sets, each on another background, so that the object is all they share
 OBJECT = "teapot", {"noto": "cream", "twemoji": "teal", "fluent-emoji": "gold",
                     "fluent-emoji-flat": "grey"}
-LICENCES = {"noto": "Apache-2.0", "twemoji": "CC BY 4.0", "openmoji": "CC BY-SA 4.0"}    # else MIT
-README = """# Styles to learn from
-
-One picture each, in styles that no training picture of the shipped base has. Drawn by
-`python -m data.pictures` from the sets credited in `data/LICENSES.md`; each picture is under its \
-drawing's licence.
-
-| file | content | style in words | drawing | licence |
-|---|---|---|---|---|
-"""
 
 
 def grid(images, columns, scale=1, gap=2, top=(), left=(), captions=(), lines=1):
@@ -94,22 +78,15 @@ def main():
     contact_sheet().save(HERE / "contact_sheet.png", optimize=True)
     folder = Path("examples")
     folder.mkdir(exist_ok=True)
-    art = Art(sets=("noto", "twemoji", "fluent-emoji", "fluent-emoji-flat", "openmoji"), size=128)
-    page = README
+    art = Art(sets=("noto", "twemoji", "fluent-emoji", "fluent-emoji-flat"), size=128)
     for file, name, set_name, style in EXAMPLES:
         image = draw(art, name, set_name, style, np.random.default_rng(1))
         Image.fromarray(image).save(folder / f"{file}.png", optimize=True)
-        words = styles.phrase(style, art.hands[art.find(name, set_name)])
-        page += (f"| {file}.png | {content_phrase(name)} | {words} | {set_name} "
-                 f"| {LICENCES.get(set_name, 'MIT')} |\n")
     name, backgrounds = OBJECT
     (folder / name).mkdir(exist_ok=True)
     for k, (set_name, background) in enumerate(backgrounds.items()):
         image = draw(art, name, set_name, Style(ground=background), np.random.default_rng(1))
         Image.fromarray(image).save(folder / name / f"{k + 1}.png", optimize=True)
-    page += (f"\n`{name}/` is an object to learn: 1.png to {len(backgrounds)}.png are from "
-             f"{', '.join(backgrounds)}, each on a background of its own.\n")
-    (folder / "README.md").write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

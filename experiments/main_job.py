@@ -65,13 +65,13 @@ def measure(script, *arguments):
 
 
 def read_examples(folder):
-    """[(file, what it shows)] of the table in a folder's README.md."""
+    """[(file, what it shows)] of the tables in a folder's README.md."""
     found, head = [], None
     for line in (folder / "README.md").read_text(encoding="utf-8").splitlines():
         if not line.startswith("|") or line.startswith("|---"):
             continue
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if head is None:
+        if cells[0] == "file":
             head = cells
             continue
         row = dict(zip(head, cells))

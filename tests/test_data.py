@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 import data
 from data import drawing as drawings
@@ -294,7 +294,11 @@ def test_words_and_prompts_of_a_folder(folder):
     assert found.prompts(4) == ["a red kite", "a blue kite", "a lime kite", "a red kite"]
 
 
-@pytest.mark.parametrize("suffix", [".jfif", ".avif", ".JPG", ".tif", ".webp"])
+AVIF = pytest.param(".avif", marks=pytest.mark.skipif(
+    not features.check("avif"), reason="this Pillow does not read AVIF"))
+
+
+@pytest.mark.parametrize("suffix", [".jfif", AVIF, ".JPG", ".tif", ".webp"])
 def test_pictures_of_many_kinds(tmp_path, suffix):
     """Trap: a suffix that is not on the list, and the picture is left out in silence."""
     path = tmp_path / f"a{suffix}"
@@ -770,7 +774,7 @@ def test_labels_are_drawn_without_boxes(monkeypatch):
 
 def test_examples_are_held_out_styles():
     """What the shipped examples show, no training image has."""
-    for _, _, _, style in pictures.EXAMPLES[:-1]:
+    for _, _, _, style in pictures.EXAMPLES:
         assert styles.is_held_out(style)
     for file, *_ in pictures.EXAMPLES:
         path = english.HERE.parent / "examples" / f"{file}.png"
