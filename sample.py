@@ -21,6 +21,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from checkpoint.files import check_place, write_png, write_whole
@@ -214,8 +215,9 @@ def trace_frames(pipe, steps):
 
 
 def write_trace(pipe, path, steps):
-    """An animation of the decoding, which rests on its last frame."""
-    first, *rest = trace_frames(pipe, steps)
+    """An animation of the decoding, of 128 colours a frame, which rests on its last frame."""
+    first, *rest = [frame.quantize(128, dither=Image.Dither.NONE)
+                    for frame in trace_frames(pipe, steps)]
     duration = [120] * len(rest) + [2000]                    # milliseconds
     write_whole(path, lambda file: first.save(file, "GIF", save_all=True, loop=0,
                                               append_images=rest, duration=duration))

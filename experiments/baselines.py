@@ -1,0 +1,342 @@
+"""Does an adapter learn a style better than other ways to tune? StyleDrop's Section 4.2.
+
+    python -m experiments.baselines --choose    # first: learning rates, on the half that chooses
+    python -m experiments.baselines             # then: the other half
+
+Both write results/baselines.md and baselines.json after each reference; what the latter contains is
+not computed again.
+
+The paper compares StyleDrop on Muse with DreamBooth, LoRA and textual inversion on other bases.
+Here all tune one base, on the foreign references of foreign.py, with the same prompts and loss:
+
+    adapter             StyleDrop with its default settings
+    full fine-tuning    all weights of G: DreamBooth (arXiv 2208.12242) without its prior loss
+    LoRA                a change of low rank in each matrix of G's blocks (arXiv 2106.09685)
+    textual inversion   the embedding of the rare token [V*] in T (arXiv 2208.01618)
+
+All but the adapter make another Muse, G' with T', which takes the tuned model's place in Eq. 4:
+
+    l = G'(v, T'(t)) + lambda_A (G'(v, T'(t)) - G(v, T(t))) + lambda_B (G(v, T(t)) - G(v, T(n)))
+
+The first stage alone is tuned and sampled. The control is the base asked with the same prompts.
+
+Shapes: B images, N image tokens, L text length, V codebook size, R references, r rank.
+"""
+
+import copy
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
+
+import muse
+from checkpoint.files import read_json, write_json, write_text
+from commandline.options import Parser, add_base_options, filled, load_pipeline, whole
+from commandline.terminal import run_command, say
+from experiments.common import heading, made_by, percent, table
+from experiments.foreign import OBJECTS, Ruler, load_references
+from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, autocast, guided_logits, shuffled,
+                       style_prompt)
+
+RESULTS = Path(__file__).with_name("results")
+SEEDS = list(range(len(OBJECTS)))
+LAMBDAS = (0, 1, 2)                     # lambda_A
+RANK = 2                                # of LoRA, which then trains about as much as the adapter
+
+
+# --------------------------------------------------------------------------------------------------
+# Tuning. Each function returns another Muse, frozen, and leaves pipe.muse as it is.
+# tokens (R, N): E(x) of the references; texts: their R prompts t; generator: of the CPU
+
+def tune_fully(pipe, tokens, texts, steps, lr, generator):
+    """Full fine-tuning: all weights of G. T is frozen, as in DreamBooth on Imagen."""
+    tuned = copy.deepcopy(pipe.muse)
+    weights = [weight for name, weight in tuned.named_parameters()
+               if not name.startswith("text_encoder.")]
+    fit(pipe, tuned, weights, tokens, texts, steps, lr, generator)
+    return tuned
+
+
+def tune_lora(pipe, tokens, texts, steps, lr, generator):
+    """LoRA: W + B A in each linear layer of G's blocks, merged into W in the end."""
+    tuned = copy.deepcopy(pipe.muse)
+    changes = []
+    for layer in linear_layers(tuned):
+        change = LowRank(layer, RANK, generator).to(pipe.device)
+        parametrize.register_parametrization(layer, "weight", change)
+        changes += change.parameters()
+    fit(pipe, tuned, changes, tokens, texts, steps, lr, generator)
+    for layer in linear_layers(tuned):
+        parametrize.remove_parametrizations(layer, "weight")
+    return tuned
+
+
+def tune_text(pipe, tokens, texts, steps, lr, generator):
+    """Textual inversion: the rows of RARE_TOKEN in T's embedding, from where the base has them.
+
+    The original adds one word to the vocabulary. The BPE reads [V*] as several tokens, which occur
+    in no other word of a caption, so all of their rows are trained. Raises ValueError for a prompt
+    without [V*], which would teach it nothing.
+    """
+    if not all(RARE_TOKEN in text for text in texts):
+        raise ValueError(f"textual inversion needs prompts that contain {RARE_TOKEN}")
+    tuned = copy.deepcopy(pipe.muse)
+    embedding = tuned.text_encoder.token
+    ids = sorted(set(pipe.tokenizer.encode(RARE_TOKEN)))
+    change = Rows(embedding, ids).to(pipe.device)
+    parametrize.register_parametrization(embedding, "weight", change)
+    fit(pipe, tuned, list(change.parameters()), tokens, texts, steps, lr, generator)
+    parametrize.remove_parametrizations(embedding, "weight")
+    return tuned
+
+
+class LowRank(nn.Module):
+    """W -> W + B A, with W (out, in), B (out, r) zero and A (r, in) random at first."""
+
+    def __init__(self, layer, rank, generator):
+        super().__init__()
+        A = torch.randn(rank, layer.in_features, generator=generator)
+        self.A = nn.Parameter(A / math.sqrt(layer.in_features))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, rank))
+
+    def forward(self, weight):
+        return weight + self.B @ self.A
+
+
+class Rows(nn.Module):
+    """An embedding's weight -> the same, with trained rows in place of those of `ids`."""
+
+    def __init__(self, embedding, ids):
+        super().__init__()
+        self.register_buffer("ids", torch.tensor(ids))
+        self.rows = nn.Parameter(embedding.weight[ids].clone())
+
+    def forward(self, weight):
+        return weight.index_copy(0, self.ids, self.rows)
+
+
+def linear_layers(model):
+    """The linear layers of G's blocks: of self-attention, cross-attention and the MLP."""
+    return [layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
+
+
+def fit(pipe, tuned, parameters, tokens, texts, steps, lr, generator):
+    """Eq. 3 with `parameters` of a Muse, a list, in the place of theta; tuned.trained counts them.
+
+    Everything else is as in StyleDrop.fit. T is computed in each step, as it may be what changes.
+    """
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.Adam(parameters, lr)
+    batches = shuffled(len(tokens), ROUND_1.batch, generator)
+    for step in range(steps):
+        rows = next(batches).to(pipe.device)                                     # (B,)
+        ids = tokens[rows]                                                       # (B, N)
+        mask = muse.random_mask(ROUND_1.batch, ids.shape[1], generator, ROUND_1.mask_power)
+        mask = mask.to(pipe.device)
+        masked = ids.masked_fill(mask, tuned.config.mask_id)
+        text, text_mask = pipe.embed(tuned, texts)               # (R, L, text_width), (R, L)
+        with autocast(pipe.device.type):
+            logits = tuned(masked, text[rows], text_mask[rows])                  # (B, N, V)
+        loss = muse.masked_loss(logits, ids, mask)
+        if not math.isfinite(loss.item()):
+            raise ValueError(f"the loss is NaN or infinite at step {step + 1}, rate {lr}")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    optimiser.zero_grad()                                    # no gradients are left in memory
+    tuned.requires_grad_(False)
+    tuned.trained = sum(parameter.numel() for parameter in parameters)
+
+
+# --------------------------------------------------------------------------------------------------
+# Sampling
+
+@torch.no_grad()
+def sample(pipe, tuned, prompts, seeds, lambda_a, sampling=SAMPLING):
+    """Eq. 4 with a tuned Muse: B prompts t, with their style phrase, -> (B, 3, H, W) in [-1, 1].
+
+    seeds: B whole numbers. sampling: as in StyleDrop.generate, of whose first stage this is the
+    counterpart. H is 64 for the base that ships.
+    """
+    base = pipe.muse
+    empty = [""] * len(prompts)
+    tuned_text, tuned_mask = pipe.embed(tuned, prompts)                          # T'(t)
+    base_text, base_mask = pipe.embed(base, prompts)                             # T(t)
+    null_text, null_mask = pipe.embed(base, empty)                               # T(n)
+
+    def logits_fn(v, step):
+        with autocast(pipe.device.type):
+            tuned_logits = tuned(v, tuned_text, tuned_mask)
+            base_logits = base(v, base_text, base_mask)
+            null_logits = base(v, null_text, null_mask)
+        return guided_logits(tuned_logits, base_logits, null_logits, lambda_a, sampling.lambda_b)
+
+    generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
+    ids = muse.decode(logits_fn, len(prompts), base.config.tokens, base.config.mask_id,
+                      sampling.steps, sampling.temperature, generators, sampling.top_k)
+    return pipe.vqgan.decode(ids.unflatten(1, (base.config.grid, base.config.grid)))
+
+
+# --------------------------------------------------------------------------------------------------
+# The study: tries are pairs (method, learning rate)
+
+TUNERS = {"full fine-tuning": tune_fully, "LoRA": tune_lora, "textual inversion": tune_text}
+# Textual inversion takes five times as many steps as DreamBooth in their papers, 5,000 and 1,000
+STEPS = {"full fine-tuning": ROUND_1.steps, "LoRA": ROUND_1.steps,
+         "textual inversion": 5 * ROUND_1.steps}
+RATES = {"full fine-tuning": (1e-5, 3e-5, 1e-4, 3e-4), "LoRA": (3e-4, 1e-3, 3e-3, 1e-2),
+         "textual inversion": (1e-3, 3e-3, 1e-2, 3e-2)}
+CONTROL, ADAPTER = "control: the base", "adapter"
+MEASURES = ("object kept", "palette", "texture", "object and style", "blank", "copied tokens")
+
+
+def study(pipe, used, how_many, out):
+    """Try all methods on the first references of a half; write both files after each reference."""
+    results = read_results(pipe, out / "baselines.json")
+    tries = [(method, rate) for method, rates in RATES.items() for rate in rates]
+    if used == "reported":
+        best = best_rates(results["rows"])
+        if len(best) < len(RATES):
+            raise ValueError("no learning rates are chosen yet; first run this with --choose")
+        tries = [(CONTROL, None), (ADAPTER, ROUND_1.lr), *best.items()]
+    references = load_references(used, pipe.resolution)
+    ruler = Ruler(pipe, references)                          # all of the half are rivals
+    for i, reference in enumerate(references[:how_many]):
+        done = [(row["method"], row["rate"]) for row in results["rows"]
+                if row["reference"] == reference.file]
+        for method, rate in tries:
+            if (method, rate) not in done:
+                results["rows"] += try_out(pipe, ruler, i, method, rate)
+        write_json(out / "baselines.json", results)
+        write_text(out / "baselines.md", "\n".join(report(pipe, results["rows"])))
+        say(f"reference {i + 1} of {min(how_many, len(references))}: {reference.file}")
+
+
+def read_results(pipe, path):
+    """The results to continue. Raises ValueError where they have another base or settings."""
+    settings = dict(base=pipe.base, tuning=asdict(ROUND_1), sampling=asdict(SAMPLING), rank=RANK,
+                    steps=STEPS)
+    results = read_json(path) or dict(settings=settings, rows=[])
+    if results.get("settings") != settings:
+        raise ValueError(f"{path} has another base or other settings; move it away, or give "
+                         "another --out")
+    return results
+
+
+def try_out(pipe, ruler, i, method, rate):
+    """Tune on reference i of the ruler's and sample OBJECTS -> a dict for each lambda_A."""
+    reference, side = ruler.references[i], pipe.vqgan.config.resolution
+    picture = F.interpolate(reference.picture[None], (side, side), mode="area").to(pipe.device)
+    objects = list(OBJECTS)
+    prompts = [style_prompt(phrase, RARE_TOKEN) for phrase in objects]
+    lambdas = LAMBDAS
+
+    began = time.time()
+    if method == CONTROL:
+        tuned, trained = pipe.muse, 0
+        lambdas = (0,)                                       # which has no effect on it
+    elif method == ADAPTER:
+        tuned = pipe.tune(picture, [reference.content], RARE_TOKEN)
+        trained = sum(weight.numel() for weight in tuned.adapter.parameters())
+    else:
+        tokens = pipe.vqgan.encode(picture).flatten(1)                           # (1, N)
+        texts = [style_prompt(reference.content, RARE_TOKEN)]
+        tuned = TUNERS[method](pipe, tokens, texts, STEPS[method], rate,
+                               torch.Generator().manual_seed(0))
+        trained = tuned.trained
+    seconds = time.time() - began
+
+    rows = []
+    for lambda_a in lambdas:
+        if method == ADAPTER:
+            images = pipe.generate(objects, tuned, seed=SEEDS, superres=False, lambda_a=lambda_a)
+        else:
+            images = sample(pipe, tuned, prompts, SEEDS, lambda_a)
+        measures = summary(ruler.measure(images, objects, i, with_clip=False))
+        rows.append(dict(used=reference.used, reference=reference.file, method=method, rate=rate,
+                         lambda_a=lambda_a, trained=trained, seconds=seconds, **measures))
+    return rows
+
+
+def summary(measures):
+    """Ruler.measure's lists -> {measure: mean}, and "object and style", all from 0 to 1.
+
+    That is the share of samples that keep their object and have the style. One whose palette is
+    nearest but not its texture, or the reverse, counts half. So neither the base, which keeps the
+    object, nor a copy of the reference, which has the style, scores high.
+    """
+    means = {name: float(np.mean(values)) for name, values in measures.items()}
+    kept = np.array(measures["object kept"])
+    style = (np.array(measures["palette"]) + np.array(measures["texture"])) / 2
+    means["object and style"] = float(np.mean(kept * style))
+    return means
+
+
+def grouped(rows, used):
+    """{(method, rate, lambda_A): its rows, one for each reference} of a half."""
+    groups = {}
+    for row in rows:
+        if row["used"] == used:
+            key = row["method"], row["rate"], row["lambda_a"]
+            groups.setdefault(key, []).append(row)
+    return groups
+
+
+def best_rates(rows):
+    """{method: the rate that is best for object and style on the chosen half, at any lambda_A}"""
+    best, highest = {}, {}
+    for (method, rate, _), found in grouped(rows, "chosen").items():
+        score = np.mean([row["object and style"] for row in found])
+        if method not in best or score > highest[method]:
+            best[method], highest[method] = rate, score
+    return best
+
+
+def report(pipe, rows):
+    """The lines of baselines.md."""
+    lines = heading("Adapter, full fine-tuning, LoRA and textual inversion on one base")
+    lines += [made_by(pipe), "", f"{len(OBJECTS)} objects of each reference, first seeds, the "
+              "first stage alone. Object and style: the object is kept, and palette and texture "
+              "are nearest; one of the two counts half. On the control lambda_A has no effect. "
+              "Errors are standard errors over references.", "", "## The reported half", ""]
+    lines += table_of(rows, "reported")
+    chosen = ", ".join(f"{method} {rate:g}" for method, rate in best_rates(rows).items())
+    lines += ["## Learning rates, on the half that chooses", "",
+              f"Best for object and style at any lambda_A: {chosen}.", ""]
+    return lines + table_of(rows, "chosen")
+
+
+def table_of(rows, used):
+    """The lines of a table with a row for each method, rate and lambda_A."""
+    body = []
+    for (method, rate, lambda_a), found in grouped(rows, used).items():
+        rate_words = "-" if rate is None else f"{rate:g}"
+        shares = [percent([row[name] for row in found]) for name in MEASURES]
+        seconds = np.mean([row["seconds"] for row in found])
+        body.append([method, rate_words, str(lambda_a), str(len(found)), *shares,
+                     f"{found[0]['trained']:,}", f"{seconds:.0f}"])
+    return table(["", "learning rate", "lambda_A", "references", *MEASURES, "trained parameters",
+                  "seconds of tuning"], body)
+
+
+def main():
+    parser = Parser(description=__doc__)
+    parser.add_argument("--choose", action="store_true", help="choose the learning rates")
+    parser.add_argument("--references", type=whole(1, 1000), default=12,
+                        help="how many of the half (default: %(default)s)")
+    parser.add_argument("--out", type=filled, default=str(RESULTS), help="folder of the results")
+    add_base_options(parser)
+    args = parser.parse_args()
+    used = "chosen" if args.choose else "reported"
+    study(load_pipeline(args), used, args.references, Path(args.out))
+
+
+if __name__ == "__main__":
+    run_command(main)
