@@ -31,7 +31,7 @@ from commandline.options import (Parser, add_base_options, filled, load_pipeline
                                  whole)
 from commandline.terminal import SamplingProgress, run_command, say
 from data.pictures import grid
-from styledrop import AT_ONCE, SAMPLING, check_device, style_prompt, to_uint8
+from styledrop import AT_ONCE, BASE_SAMPLING, SAMPLING, check_device, style_prompt, to_uint8
 
 SCALE = 2                               # a sampled pixel is so many pixels of the PNG a side
 MOST_ON_A_SHEET = 256                   # images; more go to a folder
@@ -55,22 +55,24 @@ def options():
         help="the run folder of an object: my object in my style")
     add("--style-phrase", type=text, metavar="WORDS",
         help="other words than the run's, or with --style none words for the base")
-    add("--lambda-a", type=strength, default=SAMPLING.lambda_a,
-        help="strength of the style (Eq. 4; default: %(default)s)")
-    add("--lambda-b", type=strength, default=SAMPLING.lambda_b,
-        help="strength of the text (Eq. 4; default: %(default)s)")
-    add("--lambda-a-content", type=strength, default=SAMPLING.lambda_a_content,
-        help="strength of the object (Eq. 6; default: %(default)s)")
+    add("--lambda-a", type=strength,
+        help=f"strength of the style (Eq. 4; default: {SAMPLING.lambda_a:g})")
+    add("--lambda-b", type=strength,
+        help=f"strength of the text (Eq. 4; default: {SAMPLING.lambda_b:g}, "
+             f"without an adapter {BASE_SAMPLING.lambda_b:g})")
+    add("--lambda-a-content", type=strength,
+        help=f"strength of the object (Eq. 6; default: {SAMPLING.lambda_a_content:g})")
     add("--gamma", type=number(float, 0, 1), default=0.5,
         help="of two adapters, 0: the style alone, 1: the object alone (default: %(default)s)")
     add("--gamma-sweep", action="store_true",
         help="a row from the style adapter alone to the content adapter alone")
     add("--lambda-grid", action="store_true",
         help="a sheet of lambda_A by lambda_B for one prompt and seed")
-    add("--steps", type=whole(1, 1000), default=SAMPLING.steps,
-        help="decoding steps of the first stage (default: %(default)s)")
-    add("--temperature", type=number(float, 0, 1000), default=SAMPLING.temperature,
-        help="randomness in which tokens are kept first (default: %(default)s)")
+    add("--steps", type=whole(1, 1000),
+        help=f"decoding steps of the first stage (default: {SAMPLING.steps})")
+    add("--temperature", type=number(float, 0, 1000),
+        help=f"randomness in which tokens are kept first (default: {SAMPLING.temperature:g}, "
+             f"without an adapter {BASE_SAMPLING.temperature:g})")
     add("--num", type=whole(1, 10000), default=1, help="images for each prompt")
     add("--seed", type=whole(0, 2**62), default=0,
         help="of the first image; the next ones have the next seeds")
@@ -127,6 +129,13 @@ def find_style(args):
 
 # --------------------------------------------------------------------------------------------------
 # Samples
+
+def fill_in(args, defaults):
+    """Give the options of sampling that were left out the values of a styledrop.Sampling."""
+    for name in ("lambda_a", "lambda_b", "lambda_a_content", "steps", "temperature"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(defaults, name))
+
 
 def settings(args):
     """Keyword arguments of StyleDrop.generate that the options set."""
@@ -251,6 +260,7 @@ def main():
     args.style = str(run or "none")
     style = None if run is None else load_run(run, "style")
     content = None if args.content is None else load_run(args.content, "content")
+    fill_in(args, BASE_SAMPLING if style is None and content is None else SAMPLING)
     for path, option in ((args.out, "--out"), (args.trace, "--trace")):
         if path is not None:
             check_place(path, option)

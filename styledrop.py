@@ -28,8 +28,8 @@ from checkpoint.weights import fingerprint, load_model
 from clip_feedback import Tokenizer
 from vqgan import VQGAN, VQGANConfig
 
-__all__ = ["ROUND_1", "ROUND_2", "SAMPLING", "StyleDrop", "guided_logits", "load_adapter",
-           "mix_logits", "style_prompt"]
+__all__ = ["BASE_SAMPLING", "ROUND_1", "ROUND_2", "SAMPLING", "StyleDrop", "guided_logits",
+           "load_adapter", "mix_logits", "style_prompt"]
 
 WEIGHTS = str(Path(__file__).parent / "weights" / "tiny")      # the base that ships
 RARE_TOKEN = "[V*]"     # a style without a name (4.4.1): training captions have it for unnamed ones
@@ -73,6 +73,7 @@ class Tuning:
     d_prj: int                      # H [4; round 2 and second stage 32]
     is_shared: bool                 # across depth [True; round 2 and second stage False]
     mask_power: float               # see muse.random_mask [1]
+    views: int = 1                  # of each reference: itself and random crops [not stated]
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,12 @@ class Sampling:
     lambda_a_content: float = 1.0   # strength of a content adapter; the paper has one lambda_A
 
 
-ROUND_1 = Tuning(steps=50, lr=1e-3, batch=8, d_prj=12, is_shared=False, mask_power=4)
-ROUND_2 = Tuning(steps=100, lr=1e-3, batch=8, d_prj=12, is_shared=False, mask_power=4)
+ROUND_1 = Tuning(steps=50, lr=1e-3, batch=8, d_prj=12, is_shared=False, mask_power=4, views=16)
+ROUND_2 = Tuning(steps=100, lr=1e-3, batch=8, d_prj=12, is_shared=False, mask_power=4, views=16)
 SUPERRES = Tuning(steps=60, lr=1e-3, batch=4, d_prj=8, is_shared=False, mask_power=1)
 
-SAMPLING = Sampling(lambda_a=1.0, lambda_b=4.0, steps=18, temperature=1.0, top_k=8)
+SAMPLING = Sampling(lambda_a=1.5, lambda_b=6.0, steps=18, temperature=4.5, top_k=8)
+BASE_SAMPLING = Sampling(lambda_a=0.0, lambda_b=1.0, steps=18, temperature=1.0, top_k=8)   # Eq. 1
 SUPERRES_SAMPLING = Sampling(lambda_a=1.0, lambda_b=0.0, steps=12, temperature=1.0, top_k=8)
 
 
@@ -192,10 +194,13 @@ class StyleDrop:
         generator = torch.Generator().manual_seed(seed)
 
         small = F.interpolate(images, (side, side), mode="area")
-        low = self.vqgan.encode(small).flatten(1)                                # (R, N)
-        first = self.fit(self.muse, low, texts, how, generator, on_step)
+        views = random_views(images, how.views, generator).flatten(0, 1)         # (R views, ...)
+        seen = self.vqgan.encode(F.interpolate(views, (side, side), mode="area")).flatten(1)
+        texts_of_views = [text for text in texts for _ in range(how.views)]
+        first = self.fit(self.muse, seen, texts_of_views, how, generator, on_step)
         second = None
         if superres and self.superres is not None and images.shape[-1] == self.resolution:
+            low = self.vqgan.encode(small).flatten(1)                            # (R, N)
             high = self.vqgan.encode(images).flatten(1)                          # (R, N')
             second = self.fit(self.superres, high, texts, SUPERRES, generator, on_step, low)
         about = dict(asdict(how), base=self.base, style=style, prompts=list(prompts), seed=seed)
@@ -240,7 +245,7 @@ class StyleDrop:
 
     @torch.no_grad()
     def generate(self, prompts, style=None, content=None, seed=0, gamma=0.5, style_phrase=None,
-                 negative="", superres=True, on_step=None, on_batch=None, sampling=SAMPLING,
+                 negative="", superres=True, on_step=None, on_batch=None, sampling=None,
                  **changes):
         """One image for each prompt: (B, 3, H, W) in [-1, 1].
 
@@ -251,11 +256,14 @@ class StyleDrop:
 
         seed: image i has the seed seed + i, so it does not depend on its batch; or a list, one for
         each. negative: the prompt n. superres: sample the second stage too, where there is one,
-        with SUPERRES_SAMPLING. sampling: settings of the first stage, of which `changes` replaces
-        some, as in lambda_a=2. on_step: see muse.decode; it sees both stages of each batch.
-        on_batch(done) is called after each batch of AT_ONCE images. Raises ValueError for an
-        adapter of another base, and where the numbers of phrases, seeds and prompts differ.
+        with SUPERRES_SAMPLING. sampling: settings of the first stage, by default SAMPLING, or
+        BASE_SAMPLING without an adapter; `changes` replaces some, as in lambda_a=2. on_step: see
+        muse.decode; it sees both stages of each batch. on_batch(done) is called after each batch of
+        AT_ONCE images. Raises ValueError for an adapter of another base, and where the numbers of
+        phrases, seeds and prompts differ.
         """
+        if sampling is None:
+            sampling = BASE_SAMPLING if style is None and content is None else SAMPLING
         how = replace(sampling, **changes)
         c = [prompts] if isinstance(prompts, str) else list(prompts)
         if style_phrase is None:
@@ -374,6 +382,27 @@ class StyleDrop:
                                  f"the base has {G.config.depth} of width {G.config.width}; "
                                  "tune it again")
         tuned.to(self.device)
+
+
+def random_views(images, count, generator):
+    """Images (R, 3, H, W) -> (R, count, 3, H, W): each of them, and count - 1 random crops of it.
+
+    A crop has 80 to 100 % of the side. It lies anywhere in the image and up to 6 % beyond, where
+    the image is mirrored. What is at one place of one image is then not learned as style.
+    """
+    if count == 1:
+        return images[:, None]
+    shape = len(images), count - 1
+    share = 0.8 + 0.2 * torch.rand(*shape, 1, generator=generator)
+    middle, beyond = 2 * torch.rand(2, *shape, 2, generator=generator) - 1       # in [-1, 1]
+    theta = torch.zeros(*shape, 2, 3)
+    theta[..., 0, 0] = theta[..., 1, 1] = share[..., 0]
+    theta[..., 2] = middle * (1 - share) + 0.12 * beyond     # of a side of length 2
+    originals = images.repeat_interleave(count - 1, 0)
+    places = F.affine_grid(theta.flatten(0, 1), originals.shape, align_corners=False)
+    crops = F.grid_sample(originals, places.to(images.device), padding_mode="reflection",
+                          align_corners=False)
+    return torch.cat([images[:, None], crops.unflatten(0, shape)], 1)
 
 
 def shuffled(count, batch, generator):

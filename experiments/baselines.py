@@ -41,8 +41,8 @@ from commandline.options import Parser, add_base_options, filled, load_pipeline,
 from commandline.terminal import run_command, say
 from experiments.common import heading, made_by, percent, table
 from experiments.foreign import OBJECTS, Ruler, load_references
-from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, autocast, guided_logits, shuffled,
-                       style_prompt)
+from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, autocast, guided_logits,
+                       random_views, shuffled, style_prompt)
 
 RESULTS = Path(__file__).with_name("results")
 SEEDS = list(range(len(OBJECTS)))
@@ -233,7 +233,7 @@ def read_results(pipe, path):
 def try_out(pipe, ruler, i, method, rate):
     """Tune on reference i of the ruler's and sample OBJECTS -> a dict for each lambda_A."""
     reference, side = ruler.references[i], pipe.vqgan.config.resolution
-    picture = F.interpolate(reference.picture[None], (side, side), mode="area").to(pipe.device)
+    picture = reference.picture[None].to(pipe.device)                            # (1, 3, H, W)
     objects = list(OBJECTS)
     prompts = [style_prompt(phrase, RARE_TOKEN) for phrase in objects]
     lambdas = LAMBDAS
@@ -243,13 +243,15 @@ def try_out(pipe, ruler, i, method, rate):
         tuned, trained = pipe.muse, 0
         lambdas = (0,)                                       # which has no effect on it
     elif method == ADAPTER:
-        tuned = pipe.tune(picture, [reference.content], RARE_TOKEN)
+        tuned = pipe.tune(picture, [reference.content], RARE_TOKEN, superres=False)
         trained = sum(weight.numel() for weight in tuned.adapter.parameters())
     else:
-        tokens = pipe.vqgan.encode(picture).flatten(1)                           # (1, N)
-        texts = [style_prompt(reference.content, RARE_TOKEN)]
-        tuned = TUNERS[method](pipe, tokens, texts, STEPS[method], rate,
-                               torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        views = random_views(picture, ROUND_1.views, generator)[0]
+        small = F.interpolate(views, (side, side), mode="area")
+        tokens = pipe.vqgan.encode(small).flatten(1)                             # (views, N)
+        texts = [style_prompt(reference.content, RARE_TOKEN)] * len(tokens)
+        tuned = TUNERS[method](pipe, tokens, texts, STEPS[method], rate, generator)
         trained = tuned.trained
     seconds = time.time() - began
 

@@ -23,6 +23,8 @@ reference itself.
 """
 
 import csv
+import functools
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,13 +37,13 @@ from PIL import Image
 import clip_feedback
 import data
 from checkpoint.files import write_json, write_png, write_text, write_whole
-from commandline.options import Parser, add_base_options, load_pipeline
+from commandline.options import Parser, add_base_options, load_pipeline, whole
 from commandline.terminal import Progress, run_command, say
-from data.english import meanings
+from data.english import head, meanings, plural
 from data.pictures import grid
 from experiments.common import heading, made_by, percent, table, with_error
 from experiments.object_judge import load_judge, name_scores
-from experiments.style_measures import distances, is_blank, palette, texture
+from experiments.style_measures import is_blank, is_nearest, palette, texture
 from styledrop import RARE_TOKEN, ROUND_1, SAMPLING, to_tensor, to_uint8
 
 FOLDER = Path(__file__).with_name("foreign")
@@ -56,11 +58,11 @@ YES_OR_NO = ("object kept", "palette", "texture", "blank", "leak")
 
 # What --sweep tries, one change at a time from the defaults: settings of styledrop.Tuning (H, rate,
 # steps, masking) and of styledrop.Sampling
-SWEEP = [dict(), dict(d_prj=4), dict(d_prj=32), dict(is_shared=True), dict(steps=30),
-         dict(steps=100), dict(lr=3e-4), dict(lr=3e-3), dict(mask_power=1), dict(mask_power=2),
-         dict(mask_power=8), dict(lambda_a=0), dict(lambda_a=0.5), dict(lambda_a=1.5),
-         dict(lambda_a=2), dict(lambda_a=3), dict(lambda_b=1), dict(lambda_b=2), dict(lambda_b=3),
-         dict(lambda_b=6), dict(lambda_b=8), dict(temperature=4.5), dict(top_k=3), dict(top_k=0),
+SWEEP = [dict(), dict(lambda_a=0), dict(lambda_a=0.5), dict(lambda_a=1.5), dict(lambda_a=2),
+         dict(lambda_a=3), dict(lambda_b=1), dict(lambda_b=2), dict(lambda_b=6), dict(lambda_b=8),
+         dict(temperature=1), dict(temperature=4.5), dict(top_k=3), dict(top_k=0), dict(steps=30),
+         dict(steps=100), dict(d_prj=4), dict(d_prj=32), dict(is_shared=True), dict(lr=3e-4),
+         dict(lr=3e-3), dict(mask_power=1), dict(mask_power=2), dict(mask_power=8), dict(views=1),
          dict(style="words"), dict(content="an object")]
 
 
@@ -91,16 +93,30 @@ def load_references(used, resolution):
 # --------------------------------------------------------------------------------------------------
 # The measures
 
+@functools.lru_cache(None)
+def nouns():
+    """{noun, in the singular or in the plural: the names that it can mean}"""
+    found = dict(meanings())
+    for word, meant in meanings().items():
+        found[plural(word)] = found.get(plural(word), ()) + meant
+    return found
+
+
 def columns_of(phrase, names):
-    """The judge's classes that a content phrase may mean: "a car" is an automobile, too."""
-    words = phrase.split(" ")
-    if words[0] in ("a", "an", "the", "two"):
-        words = words[1:]
-    noun = " ".join(words)
-    found = set(meanings().get(noun, ()))
-    found |= {name for name in names if name == noun.replace(" ", "-")
-              or name.endswith(f"-{words[-1]}") and len(words) == 1}
-    return [names.index(name) for name in sorted(found) if name in names]
+    """The judge's classes that a content phrase may mean: "a car" is an automobile, too.
+
+    Where none is called like the whole phrase, its head counts: "a cat in an umbrella" is a cat.
+    """
+    article, _, rest = phrase.partition(" ")
+    whole = rest if article in ("a", "an", "the", "two") else phrase
+    for noun in (whole, head(whole)):
+        found = set(nouns().get(noun, ()))
+        found |= {name for name in names if name == noun.replace(" ", "-")
+                  or name.endswith(f"-{noun}") and " " not in noun}
+        columns = [names.index(name) for name in sorted(found) if name in names]
+        if columns:
+            break
+    return columns
 
 
 class Ruler:
@@ -113,6 +129,7 @@ class Ruler:
         self.pipe, self.references = pipe, references
         self.judge, self.names = load_judge()
         self.wanted = {phrase: columns_of(phrase, self.names) for phrase in OBJECTS}
+        self.shown = [columns_of(reference.content, self.names) for reference in references]
         self.pictures = torch.stack([reference.picture for reference in references])
         rng = np.random.default_rng(seed)
         self.rivals = []                # of each reference: itself, and RIVALS others
@@ -126,8 +143,8 @@ class Ruler:
         """Reconstructed references (R, 3, side, side), their palettes and their textures."""
         if side not in self.described:
             small = F.interpolate(self.pictures, (side, side), mode="area")
-            tokens = self.pipe.vqgan.encode(small)
-            again = self.pipe.vqgan.decode(tokens)
+            tokens = self.pipe.vqgan.encode(small.to(self.pipe.device))
+            again = self.pipe.vqgan.decode(tokens).cpu()
             self.described[side] = again, tokens.flatten(1), palette(again), texture(again)
         return self.described[side]
 
@@ -137,16 +154,15 @@ class Ruler:
         side = images.shape[-1]
         _, reference_tokens, palettes, textures = self.at_side(side)
         rivals = self.rivals[i]
-        scores = name_scores(self.judge, images)
-        named = scores.argmax(-1).tolist()
-        own = columns_of(self.references[i].content, self.names)
-        tokens = self.pipe.vqgan.encode(images).flatten(1)
+        images, shown = images.cpu(), self.shown[i]
+        named = name_scores(self.judge, images).argmax(-1).tolist()
+        tokens = self.pipe.vqgan.encode(images.to(self.pipe.device)).flatten(1)
         found = {
             "object kept": [name in self.wanted[phrase] for name, phrase in zip(named, objects)],
-            "leak": [name in own and name not in self.wanted[phrase]
+            "leak": [name in shown and name not in self.wanted[phrase]
                      for name, phrase in zip(named, objects)],
-            "palette": (distances(palette(images), palettes[rivals]).argmin(1) == 0).tolist(),
-            "texture": (distances(texture(images), textures[rivals]).argmin(1) == 0).tolist(),
+            "palette": is_nearest(palette(images), palettes[rivals]).tolist(),
+            "texture": is_nearest(texture(images), textures[rivals]).tolist(),
             "blank": is_blank(images).tolist(),
             "copied tokens": (tokens == reference_tokens[i]).float().mean(1).tolist()}
         if with_clip:
@@ -167,8 +183,8 @@ def sample_reported(pipe, references):
         arms["tuned"].append(pipe.generate(objects, adapter, seed=seeds))
         arms["words"].append(pipe.generate(objects, style_phrase=reference.style, seed=seeds))
         progress(k + 1, len(references), reference.file)
-    plain = pipe.generate(objects, seed=seeds)
-    arms = {name: torch.stack(images) for name, images in arms.items()}
+    plain = pipe.generate(objects, seed=seeds).cpu()
+    arms = {name: torch.stack(images).cpu() for name, images in arms.items()}
     arms["base"] = plain.expand(len(references), *plain.shape)
     return arms
 
@@ -187,8 +203,9 @@ def report(pipe):
         rows["reference"].append(ruler.measure(again[i:i + 1], objects[:1], i))
     write_json(RESULTS / "foreign.json", dict(
         base=pipe.base, tuning=asdict(ROUND_1), sampling=asdict(SAMPLING), objects=objects,
-        references=[reference.file for reference in references], measures=rows))
-    write_report(pipe, references, rows)
+        references=[reference.file for reference in references],
+        can_leak=[bool(shown) for shown in ruler.shown], measures=rows))
+    write_report(pipe, ruler, rows)
     write_sheets(pipe, references, arms["tuned"])
 
 
@@ -197,29 +214,36 @@ ARMS = {"tuned": "**tuned on the reference**", "base": "control: the base withou
         "other": "control: another reference's adapter", "reference": "the reference itself"}
 
 
-def write_report(pipe, references, rows):
-    """results/foreign.md: one table of the arms, one of the references."""
+def write_report(pipe, ruler, rows):
+    """results/foreign.md: one table of the arms, one of the references.
+
+    A reference can only leak where the judge has a name for what it shows; others are left out.
+    """
+    references, can_leak = ruler.references, [bool(shown) for shown in ruler.shown]
     lines = heading("Tuning on foreign pictures: the reported half")
     lines += [made_by(pipe), "", f"{len(references)} references, {len(OBJECTS)} objects of each, "
               "first seeds, default settings. Errors are standard errors over references.", ""]
-    head = ["", "object kept", "nearest palette", "nearest texture", "blank", "copied tokens",
-            "reference's object", "CLIP style score"]
+    titles = ["", "object kept", "nearest palette", "nearest texture", "blank", "copied tokens",
+              "reference's object", "CLIP style score"]
     body = []
     for name, words in ARMS.items():
         of = {key: [np.mean(row[key]) for row in rows[name]] for key in rows[name][0]}
+        of["leak"] = [leak if can else math.nan for leak, can in zip(of["leak"], can_leak)]
         cells = [percent(of[key]) for key in ("object kept", "palette", "texture", "blank",
                                               "copied tokens", "leak")]
         if name == "reference":                              # it shows something else
             cells[0] = cells[5] = "-"
         body.append([words, *cells, with_error(of["style score"], digits=3)])
-    lines += table(head, body)
+    lines += table(titles, body)
     lines += [f"Nearest: of its own reference and {RIVALS} others; by chance "
-              f"{1 / (RIVALS + 1):.0%}.", "", "## Each reference", ""]
+              f"{1 / (RIVALS + 1):.0%}. Reference's object: of the {sum(can_leak)} references that "
+              "show something the judge has a name for.", "", "## Each reference", ""]
     body = []
     for i, reference in enumerate(references):
-        row = rows["tuned"][i]
-        body.append([reference.file, reference.kind,
-                     *(f"{100 * np.mean(row[key]):.0f} %" for key in YES_OR_NO)])
+        cells = [f"{100 * np.mean(rows['tuned'][i][key]):.0f} %" for key in YES_OR_NO]
+        if not can_leak[i]:
+            cells[YES_OR_NO.index("leak")] = "-"
+        body.append([reference.file, reference.kind, *cells])
     lines += table(["reference", "kind", *YES_OR_NO], body)
     write_text(RESULTS / "foreign.md", "\n".join(lines))
 
@@ -250,18 +274,20 @@ def columns_of_two(images, width):
 # --------------------------------------------------------------------------------------------------
 # The sweep, on the half that chooses; the first stage alone, at its own 64 pixels
 
-def sweep(pipe):
+def sweep(pipe, count):
+    """results/foreign_sweep.md, a row for each of SWEEP, on `count` references of the half."""
     references = load_references("chosen", pipe.resolution)
-    ruler, objects = Ruler(pipe, references), list(OBJECTS)
+    ruler, objects, adapters = Ruler(pipe, references), list(OBJECTS), {}
+    some = range(0, len(references), max(1, len(references) // count))[:count]
     lines = heading("Settings, on the half of the foreign pictures that chooses")
-    lines += [made_by(pipe), "", f"{len(references)} references, {len(OBJECTS)} objects of each, "
+    lines += [made_by(pipe), "", f"{len(some)} references, {len(OBJECTS)} objects of each, "
               "first seeds, the first stage alone. One setting differs from the defaults in each "
               "row. Errors are standard errors over references.", ""]
     body = []
     for changes in SWEEP:
         began, rows = time.time(), []
-        for i, reference in enumerate(references):
-            images = tuned_with(pipe, reference, changes)
+        for i in some:
+            images = tuned_with(pipe, references[i], changes, adapters)
             rows.append(ruler.measure(images, objects, i, with_clip=False))
         cells = [percent([np.mean(row[key]) for row in rows])
                  for key in ("object kept", "palette", "texture", "blank", "copied tokens")]
@@ -273,8 +299,11 @@ def sweep(pipe):
             body)))
 
 
-def tuned_with(pipe, reference, changes):
-    """The dozen objects in the style of a reference, the first stage alone, with some changes."""
+def tuned_with(pipe, reference, changes, adapters):
+    """The dozen objects in the style of a reference, the first stage alone, with some changes.
+
+    adapters: {how it was tuned: an adapter}, which rows that only sample differently share.
+    """
     tuning = {name: value for name, value in changes.items() if hasattr(ROUND_1, name)
               and name != "steps"}
     sampling = {name: value for name, value in changes.items() if hasattr(SAMPLING, name)
@@ -285,21 +314,26 @@ def tuned_with(pipe, reference, changes):
     if changes.get("style") == "words":
         style = reference.style
     content = changes.get("content", reference.content)
-    side = pipe.vqgan.config.resolution
-    picture = F.interpolate(reference.picture[None], (side, side), mode="area")
-    adapter = pipe.tune(picture, [content], style, tuning=replace(ROUND_1, **tuning))
-    return pipe.generate(list(OBJECTS), adapter, seed=list(range(len(OBJECTS))), superres=False,
+    how = replace(ROUND_1, **tuning)
+    key = reference.file, content, style, how
+    if key not in adapters:
+        adapters[key] = pipe.tune(reference.picture[None], [content], style, tuning=how,
+                                  superres=False)
+    seeds = list(range(len(OBJECTS)))
+    return pipe.generate(list(OBJECTS), adapters[key], seed=seeds, superres=False,
                          sampling=replace(SAMPLING, **sampling))
 
 
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--sweep", action="store_true", help="compare settings on the chosen half")
+    parser.add_argument("--references", type=whole(1, 1000), default=12,
+                        help="how many of them --sweep uses (default: %(default)s)")
     add_base_options(parser)
     args = parser.parse_args()
     pipe = load_pipeline(args)
     if args.sweep:
-        sweep(pipe)
+        sweep(pipe, args.references)
     else:
         report(pipe)
 

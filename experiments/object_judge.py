@@ -26,8 +26,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+from checkpoint.weights import load_model, save_model
 from data import free_styles
-from styledrop import StyleDrop, autocast, load_model, save_model, to_tensor
+from styledrop import StyleDrop, autocast, to_tensor
 
 WEIGHTS = Path(__file__).with_name("object_judge.pt")
 
@@ -168,8 +169,8 @@ def disguised(rgba, generator):
     picture = torch.lerp(ground, x, a)
 
     # contours alone, or dark contours over it
-    across = F.pad(picture, (1, 1)).diff(dim=-1)[..., 1:].abs()
-    down = F.pad(picture, (0, 0, 1, 1)).diff(dim=-2)[..., 1:, :].abs()
+    across = F.pad(picture, (0, 1, 0, 0), mode="replicate").diff(dim=-1).abs()
+    down = F.pad(picture, (0, 0, 0, 1), mode="replicate").diff(dim=-2).abs()
     lines = ((across + down).mean(1, keepdim=True) * 4).clamp(0, 1)
     ink = torch.rand(B, 3, 1, 1, generator=generator)
     picture = torch.where(coin(0.12), torch.lerp(ground, ink.expand_as(ground), lines), picture)

@@ -37,7 +37,7 @@ from experiments.classifier import (COLOURS, FILE, emoji_objects, is_new, labels
 from experiments.common import command, heading, made_by, mean_and_error, reconstruct, table
 from experiments.copies import COPY, all_drawings, audit, framed
 from pretrain.common import machine
-from styledrop import SAMPLING, WEIGHTS, StyleDrop, style_prompt, to_tensor, to_uint8
+from styledrop import BASE_SAMPLING, WEIGHTS, StyleDrop, style_prompt, to_tensor, to_uint8
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -388,10 +388,10 @@ def options():
     add("--per", type=whole(2, 64), default=4, help="images of each name (default: %(default)s)")
     add("--scenes", type=whole(2, 10**5), default=256,
         help="prompts for each other question (default: %(default)s)")
-    add("--lambda-b", type=number(float, 0, 100), default=SAMPLING.lambda_b)
-    add("--steps", type=whole(1, 1000), default=SAMPLING.steps)
-    add("--temperature", type=number(float, 0, 1000), default=SAMPLING.temperature)
-    add("--top-k", type=whole(0, 10**6), default=SAMPLING.top_k)
+    add("--lambda-b", type=number(float, 0, 100), default=BASE_SAMPLING.lambda_b)
+    add("--steps", type=whole(1, 1000), default=BASE_SAMPLING.steps)
+    add("--temperature", type=number(float, 0, 1000), default=BASE_SAMPLING.temperature)
+    add("--top-k", type=whole(0, 10**6), default=BASE_SAMPLING.top_k)
     add("--grids", action="store_true", help="write four sheets of samples as well")
     add("--seed", type=whole(0, 2**31), default=0)
     return parser
@@ -402,7 +402,7 @@ def main():
     began, out = time.time(), Path(args.out)
     net = load_classifier(args.classifier, args.device)
     pipe = StyleDrop.load(args.weights, args.device)
-    how = replace(SAMPLING, lambda_b=args.lambda_b, steps=args.steps,
+    how = replace(BASE_SAMPLING, lambda_b=args.lambda_b, steps=args.steps,
                   temperature=args.temperature, top_k=args.top_k)
     art = emoji_objects(net.known_names, smallest=0.9)
     names = names_to_sample(net, art, args.names, args.seed)

@@ -7,8 +7,8 @@ the mean difference between the sorted projections of two sets of points.
     texture   the points are patches around each pixel, 7 x 7 of lightness and 5 x 5 of colour, from
               which their means are taken off, so that the palette does not count again
 
-A distance alone says little: a blank picture in the right colours has a small one. `ranks` asks
-instead whether a picture is nearer to its own reference than to others.
+A distance alone says little: a blank picture in the right colours has a small one. `is_nearest`
+asks instead whether a picture is nearer to its own reference than to others.
 
 Shapes: B pictures (B, 3, H, W) in [-1, 1], D directions, Q quantiles.
 """

@@ -167,7 +167,8 @@ def test_sampling_with_the_base_is_that_of_the_base(pipe, lambda_a):
     """Eq. 1: lambda_A has no effect where nothing is tuned."""
     prompts, seeds = ["a cat in [V*] style", "a house", "a tree"], [5, 0, 7]
     found = baselines.sample(pipe, pipe.muse, prompts, seeds, lambda_a)
-    assert torch.equal(found, pipe.generate(prompts, seed=seeds, superres=False))
+    assert torch.equal(found, pipe.generate(prompts, seed=seeds, superres=False,
+                                             sampling=baselines.SAMPLING))
 
 
 @each_way

@@ -261,6 +261,6 @@ def test_the_page_has_the_controls_and_what_real_drawings_score(cli, tmp_path, m
     assert noise > 2 * floor["Fréchet distance, 32 images"]
     assert all("control" in row for row in found["words"].values())
     assert len(found["audit"]) == 8 and 0 < found["audited"] <= 16
-    assert found["names"] == 16 and found["sampling"]["lambda_b"] == quality.SAMPLING.lambda_b
+    assert found["names"] == 16 and found["sampling"]["lambda_b"] == quality.BASE_SAMPLING.lambda_b
     for sheet in ("things_styles", "colours_things", "counts", "two_things"):
         assert (tmp_path / f"{sheet}.png").stat().st_size < 500_000

@@ -22,9 +22,9 @@ from adapter import Adapter
 from checkpoint.adapters import TunedAdapter
 from checkpoint.weights import fingerprint, save_model
 from muse import PRESETS, SUPERRES, Muse
-from styledrop import (AT_ONCE, ROUND_1, ROUND_2, SAMPLING, SUPERRES_SAMPLING, Sampling, StyleDrop,
-                       Tuning, guided_logits, load_adapter, mix_logits, shuffled, style_prompt,
-                       to_tensor, to_uint8)
+from styledrop import (AT_ONCE, BASE_SAMPLING, ROUND_1, ROUND_2, SAMPLING, SUPERRES_SAMPLING,
+                       Sampling, StyleDrop, Tuning, guided_logits, load_adapter, mix_logits,
+                       random_views, shuffled, style_prompt, to_tensor, to_uint8)
 
 PROMPTS = ["a cat", "a house"]
 EMPTY = ["", ""]
@@ -125,6 +125,15 @@ def test_eq1_samples_the_base(pipe, passes, watch):
     found = logits_of(pipe, lambda_a=3, lambda_b=2)
     assert_close(found, 3 * passes.c - 2 * passes.null)
     assert len(watch.models) == 2
+
+
+def test_without_an_adapter_eq1_has_a_strength_of_its_own(pipe, passes):
+    """Trap: Eq. 4's lambda_B, which tears what no adapter has tuned."""
+    b = BASE_SAMPLING.lambda_b
+    assert b < SAMPLING.lambda_b
+    assert_close(logits_of(pipe), (1 + b) * passes.c - b * passes.null)
+    with_words = logits_of(pipe, style_phrase=PHRASE)
+    assert_close(with_words, (1 + b) * passes.t - b * passes.null)
 
 
 def test_a_style_in_words_is_a_prompt(pipe, passes, watch):
@@ -439,7 +448,7 @@ class Tuned:
         second = replace(styledrop.SUPERRES, steps=steps, batch=batch)
         monkeypatch.setattr(styledrop, "SUPERRES", second)
         images, prompts = references
-        pipe.tune(images, prompts, PHRASE, steps=steps, batch=batch, on_step=self.on_step)
+        pipe.tune(images, prompts, PHRASE, steps=steps, batch=batch, views=1, on_step=self.on_step)
 
     def on_step(self, step, steps, loss):
         self.steps.append((step, steps))
@@ -561,7 +570,7 @@ def test_tuning_starts_from_the_base(pipe, is_shared):
     """G^ is G, so Eq. 4 is Eq. 1 for every lambda_A. Trap: random "up" matrices."""
     fresh = pipe.tune(noise_images(2), PROMPTS, PHRASE, steps=0, is_shared=is_shared)
     styled = pipe.generate(PROMPTS, style=fresh, steps=4, lambda_a=3.0)
-    base = pipe.generate(STYLED, steps=4)
+    base = pipe.generate(STYLED, steps=4, sampling=SAMPLING)
     assert_close(styled, base)
 
 
@@ -598,7 +607,52 @@ def test_an_adapter_follows_from_its_seed(pipe2, references, monkeypatch):
     other_both, other_first = tune(images, seed=1)
     assert other_both != both and other_first != first
     assert tune(images, superres=False)[1] == first
-    assert tune(shrink(images))[1] == first
+    alone = tune(images, views=1)[1]
+    assert tune(shrink(images), views=1)[1] == alone != first
+
+
+def test_views_are_the_image_and_crops_of_it():
+    """Each image first, then crops of that image alone, all from the generator that is given."""
+    images = torch.stack([torch.zeros(3, 16, 16), torch.ones(3, 16, 16), torch.rand(3, 16, 16)])
+    views = random_views(images, 5, generator(1))
+    assert views.shape == (3, 5, 3, 16, 16)
+    assert torch.equal(views[:, 0], images)
+    assert_close(views[0], torch.zeros(5, 3, 16, 16))
+    assert_close(views[1], torch.ones(5, 3, 16, 16))
+    crops = views[2, 1:]
+    assert crops.min() >= 0 and crops.max() <= 1
+    assert torch.pdist(crops.flatten(1)).min() > 1
+    assert torch.equal(random_views(images, 5, generator(1)), views)
+    assert not torch.equal(random_views(images, 5, generator(2)), views)
+    assert torch.equal(random_views(images, 1, None)[:, 0], images)
+
+
+def test_a_crop_has_four_fifths_of_the_side_or_more():
+    """And lies at most 6 % beyond the border, measured on a ramp from left to right."""
+    ramp = torch.linspace(-1, 1, 129)[:-1] + 1 / 128                     # the pixels' middles
+    image = ramp.expand(1, 3, 128, 128)
+    crops = random_views(image, 200, generator())[0, 1:, 0, 64]          # one row of each
+    middle = crops[:, 32:96]                                             # never beyond the border
+    share = (middle[:, -1] - middle[:, 0]) / (ramp[95] - ramp[32])
+    assert 0.79 < share.min() < 0.82 and 0.98 < share.max() < 1.01
+    centre = (crops[:, 63] + crops[:, 64]) / 2
+    assert (centre.abs() <= 1 - share + 0.12 + 0.01).all()
+    assert centre.abs().max() > 0.2
+
+
+def test_every_view_has_its_own_prompt_and_only_the_first_stage_sees_crops(pipe2, references,
+                                                                           calls):
+    """Trap: views in the order of the images, prompts in another."""
+    fitted = calls(StyleDrop, "fit")
+    images, prompts = references
+    pipe2.tune(images, prompts, PHRASE, steps=0, views=4)
+    (_, G, tokens, texts, *_), (_, second, high, second_texts, *_) = (
+        positional for positional, _ in fitted)
+    assert G is pipe2.muse and second is pipe2.superres
+    assert len(tokens) == 12 and len(high) == 3
+    assert texts == [style_prompt(prompt, PHRASE) for prompt in prompts for _ in range(4)]
+    assert second_texts == texts[::4]
+    assert torch.equal(tokens[::4], pipe2.vqgan.encode(shrink(images)).flatten(1))
 
 
 def test_the_second_stage_may_be_left_out(pipe2, references):
