@@ -6,8 +6,7 @@
 
 CLIP (Radford et al. 2021, arXiv 2103.00020) maps images and texts to one space. It only judges:
 Muse never reads it, so any other can take its place. Ours has a ResNet for images; the ViT has the
-parameter names of OpenAI's checkpoints, so that public weights load unchanged. T's BPE is here too,
-and so is what reads every file of weights (read_weights, build).
+parameter names of OpenAI's checkpoints, so that public weights load unchanged. T's BPE is here too.
 
 Shapes: B batch, N image tokens, L text length, D width, V vocabulary, E shared space, H heads.
 """
@@ -198,7 +197,7 @@ class QuickGELU(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer layer: x + attention(norm(x)), then x + MLP(norm(x)).
 
-    Initial weights are CLIP's: all `depth` layers add to x twice, so that starts small.
+    Initial weights are CLIP's: each layer adds to x twice, so these outputs start small.
     """
 
     def __init__(self, width, heads, depth, causal, quick_gelu):
@@ -283,8 +282,8 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """Image tower: convolutions; the channels of all stages, averaged over the image.
 
-    CLIP's own ResNet reads the last stage only, by attention. That one knows the object; the first
-    ones know colours and textures, which a style score needs, wherever they are in the image.
+    CLIP's own ResNet reads the last stage only, by attention. The last stage knows the object; the
+    first ones know colours and textures, which a style score needs, wherever in the image.
     """
 
     def __init__(self, config):

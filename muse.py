@@ -147,7 +147,10 @@ class Block(nn.Module):
 
 
 def initialise(model, layers):
-    """Normals of sd 0.02, cut off at two sd (MaskGIT); before a skip, by 1 / sqrt(3 layers) too."""
+    """Normals of sd 0.02, cut off at two sd (MaskGIT).
+
+    Weights just before a skip connection are also scaled by 1 / sqrt(3 layers).
+    """
     for name, p in model.named_parameters():
         if p.dim() > 1:
             nn.init.trunc_normal_(p, std=0.02, a=-0.04, b=0.04)
@@ -190,7 +193,7 @@ class TextEncoder(nn.Module):
 
 
 class Muse(nn.Module):
-    """G of either stage (low_grid: the second). T is in it, but forward takes T's states."""
+    """G of either stage; low_grid > 0: of the second. It holds T, but forward takes T's output."""
 
     def __init__(self, config):
         super().__init__()
@@ -251,7 +254,7 @@ class Muse(nn.Module):
     def low_states(self, low, adapters=None):
         """Low-resolution tokens (B, low_grid^2) -> their states (B, low_grid^2, D).
 
-        They have the positions of the high tokens that lie over them.
+        Each has the position embedding of the high tokens at its place.
         """
         adapters = adapters or no_adapter
         position = (self.row + self.col).movedim(-1, 0)[None]                    # (1, D, P, P)
@@ -273,7 +276,8 @@ def mask_ratio(u):
 def random_mask(batch, tokens, generator, power=1):
     """M: a bool mask (B, N), true at ceil(gamma(u^power) N) places; u ~ U for each row.
 
-    Muse's law has power 1. A higher one masks more: the less is seen, the more words count.
+    Muse's law has power 1. A higher one masks more: the fewer tokens are visible, the more the text
+    matters.
     """
     device = generator.device
     ratio = mask_ratio(torch.rand(batch, 1, generator=generator, device=device) ** power)

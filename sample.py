@@ -54,7 +54,7 @@ def options():
     add("--content", type=filled, metavar="RUN",
         help="the run folder of an object: my object in my style")
     add("--style-phrase", type=text, metavar="WORDS",
-        help="other words than the run's, or with --style none words for the base")
+        help="words for the style, in place of the run's; with --style none, for the base")
     add("--lambda-a", type=strength,
         help=f"strength of the style (Eq. 4; default: {SAMPLING.lambda_a:g})")
     add("--lambda-b", type=strength,
@@ -73,9 +73,9 @@ def options():
     add("--temperature", type=number(float, 0, 1000),
         help=f"randomness in which tokens are kept first (default: {SAMPLING.temperature:g}, "
              f"without an adapter {BASE_SAMPLING.temperature:g})")
-    add("--num", type=whole(1, 10000), default=1, help="images for each prompt")
+    add("--num", type=whole(1, 10000), default=1, help="images for each prompt (default: 1)")
     add("--seed", type=whole(0, 2**62), default=0,
-        help="of the first image; the next ones have the next seeds")
+        help="seed of the first image; the next ones have the next seeds")
     add("--out", type=filled, default="sample.png",
         help="a PNG of one image or of a row for each prompt, or a folder for single files "
              "(default: %(default)s)")

@@ -173,10 +173,10 @@ class StyleDrop:
 
     def tune(self, images, prompts, style="", seed=0, superres=True, tuning=ROUND_1,
              on_step=None, **changes):
-        """Tune an adapter of each stage on references (Eq. 3) -> a TunedAdapter with .save(path).
+        """Tune an adapter for each stage on references (Eq. 3) -> a TunedAdapter with .save(path).
 
         images (R, 3, H, W) in [-1, 1]: the references, of the pipeline's resolution, or of the
-        first stage's, which then is all that is tuned; prompts: R content phrases; style: the
+        first stage's, and then only that stage is tuned; prompts: R content phrases; style: the
         phrase they share. superres: tune the second stage too, where there is one, with SUPERRES.
         tuning: settings of the first stage, of which `changes` replaces some, as in steps=100.
         on_step(step, steps, loss) is called after each step. Raises ValueError where the numbers
@@ -237,7 +237,7 @@ class StyleDrop:
         return theta
 
     def new_adapter(self, G, how, generator):
-        """A fresh theta for one of the stages, with which G^ is still G."""
+        """A fresh theta for one of the stages, which leaves G's output as it is at first."""
         return Adapter(G.config.width, how.d_prj, G.config.depth, how.is_shared,
                        generator).to(self.device)
 
@@ -388,7 +388,7 @@ def random_views(images, count, generator):
     """Images (R, 3, H, W) -> (R, count, 3, H, W): each of them, and count - 1 random crops of it.
 
     A crop has 80 to 100 % of the side. It lies anywhere in the image and up to 6 % beyond, where
-    the image is mirrored. What is at one place of one image is then not learned as style.
+    the image is mirrored. So fixed positions are not learned as style.
     """
     if count == 1:
         return images[:, None]
@@ -422,7 +422,7 @@ def fast_bf16(device):
     """Does this device multiply in bf16 at least as fast as in fp32?
 
     CUDA GPUs do, and CPUs with AMX. With AVX-512 BF16 alone, AMD's take half the time of fp32 and
-    Intel's nearly twice (experiments/results/speed.md). Everything else computes in fp32. This is
+    Intel's nearly twice. Everything else computes in fp32. This is
     a rule instead of a measurement so that two runs on one machine never differ.
     """
     if device == "cuda":

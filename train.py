@@ -57,7 +57,7 @@ def options():
     add("--ref", nargs="+", action="extend", type=filled, metavar="IMG", required=True,
         help="the style reference; several references teach one style together")
     add("--content", nargs="+", action="extend", type=filled, metavar="PHRASE",
-        help='what each reference shows, such as "a house" (default: the run does not know)')
+        help='what each reference shows, such as "a house" (default: an object)')
     add("--style", type=text, default=RARE_TOKEN,
         help="what to call the style in prompts (default: %(default)s, a name without a meaning)")
     add("--kind", choices=("style", "content"), default="style",
@@ -70,17 +70,18 @@ def options():
         help="batch of the first stage (default: %(default)s)")
     add("--d-prj", type=whole(1, 4096), default=ROUND_1.d_prj,
         help="H, the adapter's width, of the first stage (default: %(default)s)")
-    add("--seed", type=whole(0, 2**31), default=0, help="of all randomness (default: %(default)s)")
+    add("--seed", type=whole(0, 2**31), default=0,
+        help="seed of all randomness (default: %(default)s)")
     add("--out", type=filled, help="run folder (default: runs/NAME OF THE FIRST REFERENCE)")
     add_base_options(parser)
     add = parser.add_argument_group("rounds of feedback").add_argument
     add("--rounds", type=whole(1, 20), default=1,
         help="2: sample a pool, choose, train a new adapter on the choice (default: %(default)s)")
     add("--feedback", choices=("clip", "human", "random"), default="clip",
-        help="who chooses (default: %(default)s)")
+        help="how images are chosen (default: %(default)s)")
     add("--pick", metavar="3,17,20", type=text,
         help="with --feedback human: the last round's choice by number, instead of the page")
-    add("--port", type=whole(0, 65535), default=0, help="of the page (default: any free one)")
+    add("--port", type=whole(0, 65535), default=0, help="port of the page (default: any free one)")
     add("--pool", type=whole(1, 1024), default=8,
         help="images for each prompt of the pool (default: %(default)s; the paper has 64)")
     add("--pool-prompts", type=filled, metavar="FILE",
@@ -146,7 +147,7 @@ def default_out(reference):
 
 
 def check_out(out):
-    """Raise ValueError where the run could not be written in the end."""
+    """Raise ValueError where the run folder cannot be written."""
     check_place(out)
     if not out.exists():
         return
@@ -270,9 +271,8 @@ def note_blank(images):
     """Say so where previews, uint8 (B, H, W, 3), show nothing, and what to change."""
     blank = sum(is_one_colour(image) for image in images)
     if blank:
-        note(f"{blank} of {len(images)} previews show nothing. Raise the strength of the text, "
-             f"sample.py --lambda-b {SAMPLING.lambda_b * 1.5:g}, or tune less, "
-             f"train.py --steps {ROUND_1.steps // 2} with another --out")
+        note(f"{blank} of {len(images)} previews show nothing. Sample with less of the style, "
+             f"sample.py --lambda-a {SAMPLING.lambda_a - 0.5:g}")
 
 
 if __name__ == "__main__":

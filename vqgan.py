@@ -25,7 +25,7 @@ class VQGANConfig:
     codebook_size: int = 1024           # V
     code_width: int = 32                # d; codes live on the unit sphere of this dimension
     decay: float = 0.97                 # of the codebook's moving averages
-    revive_below: float = 0.03          # below this share of its fair share of uses, a code is dead
+    revive_below: float = 0.03          # of an even share of uses; a code with fewer is dead
 
     @property
     def factor(self):                   # f: pixels a side for each token
@@ -118,8 +118,8 @@ class Quantizer(nn.Module):
 
     Features and codes have length 1 (ViT-VQGAN), so the nearest code has the largest dot product.
     Codes get no gradient: each follows the mean of the features that chose it. A code that none
-    chooses would stay dead for ever; it moves to a feature that is far from its code (update_codes
-    in pretrain/vqgan.py).
+    chooses would stay dead for ever; so an unused code is moved to a feature that is far from its
+    own (update_codes in pretrain/vqgan.py).
     """
 
     def __init__(self, config):

@@ -23,7 +23,11 @@ NOTES = {                               # what a model scores that has learned n
     "muse": f"guessing among 1,024 tokens: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001; "
             "always the most frequent token, white: accuracy 0.14; label smoothing alone keeps the "
             "loss above 1.02",
+    "muse_wide": "from those weights on, on the wide space of styles and twice as many drawings, "
+                 "whose images are harder to guess: --init weights/tiny/muse.pt --lr 3e-4; the "
+                 "first 36,672 images are without the new drawings",
     "superres": "as for muse, with the tokens of the small image given",
+    "superres_wide": "from those weights on, likewise: --init weights/tiny/superres.pt --lr 3e-4",
 }
 MILESTONES = (0.02, 0.05, 0.2, 0.5, 1)  # shares of the steps that the table shows
 NOT_FIGURES = ("step", "images", "minutes", "critic")
@@ -89,7 +93,7 @@ def stage_report(stage, log):
     """Lines of losses.md about one stage, and its two curves side by side."""
     figures = [name for name in log[-1] if name not in NOT_FIGURES]
     rows = milestones(log, figures)
-    lines = [f"`python -m pretrain.{stage}` ({NOTES[stage]})", "",
+    lines = [f"`python -m pretrain.{stage.removesuffix('_wide')}` ({NOTES[stage]})", "",
              *table(["minutes", "images", *figures], rows)]
     second = "psnr" if stage == "vqgan" else "accuracy"
     images = [line["images"] for line in log]

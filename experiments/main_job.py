@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from checkpoint.files import write_png, write_text
-from commandline.options import Parser, filled
+from commandline.options import Parser, filled, whole
 from commandline.terminal import run_command, say
 from experiments.common import heading, made_by, table
 from styledrop import WEIGHTS, StyleDrop
@@ -117,6 +117,7 @@ def options():
     add = parser.add_argument
     add("--examples", type=filled, default=str(ROOT / "examples"),
         help="folder of references, with a README.md whose table says what they show")
+    add("--first", type=whole(1, 1000), default=1000, help="only so many of them (default: all)")
     add("--weights", type=filled, default=WEIGHTS, help="folder of the base")
     add("--out", type=filled, default=str(RESULTS), help="folder of the results")
     return parser
@@ -124,7 +125,7 @@ def options():
 
 def main():
     args = options().parse_args()
-    examples = read_examples(Path(args.examples))
+    examples = read_examples(Path(args.examples))[:args.first]
     more = [] if args.weights == WEIGHTS else ["--weights", args.weights]
     tuned, sampled = {}, {}
     rows = []

@@ -246,10 +246,13 @@ def train(args):
             provenance = dict(vars(args), step=step + 1, minutes=(time.time() - began) / 60)
             save_model(args.out, "object judge", judge, provenance, names=names)
     judge.eval()
+    ceilings = {}                                            # written into the file, too
     for role in ("training", "held-out"):
         for kind in ("as drawn", "disguised", "free styles"):
             named, count = ceiling(judge, names, role, kind)
+            ceilings[f"{role} sets, {kind}"] = named
             print(f"{role} sets, {kind}: {named:.1%} of {count} named among {len(names)}")
+    save_model(args.out, "object judge", judge, provenance | dict(ceilings=ceilings), names=names)
 
 
 @torch.no_grad()

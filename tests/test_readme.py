@@ -1,64 +1,182 @@
-"""The README says what is there: its names, its links, its numbers, its length."""
+"""What the pages say is there: names, links, commands and figures."""
 
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+import sample
+import train
+from pretrain import clip, muse, superres, vqgan
+from styledrop import ROUND_1, ROUND_2, SAMPLING, SUPERRES, SUPERRES_SAMPLING, StyleDrop
+
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "experiments" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", "experiments/README.md", "data/LICENSES.md", "docs/differences.md",
+         "examples/README.md"]
+STAGES = {"pretrain.vqgan": vqgan, "pretrain.clip": clip, "pretrain.muse": muse,
+          "pretrain.superres": superres}
 
 
 def section(title):
-    """The text under a heading, down to the next heading of its level or above."""
-    body = README.split(f"\n{title}\n", 1)[1]
-    return re.split(rf"\n#{{1,{title.index(' ')}}} ", body)[0]
+    """The text under a heading, down to the next one."""
+    return README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
-@pytest.mark.parametrize("page", ["README.md", "experiments/README.md", "data/LICENSES.md"])
+def blocks(text):
+    """The code blocks of a page."""
+    return re.findall(r"```(?:python)?\n(.+?)\n```", text, re.DOTALL)
+
+
+def commands():
+    """Every `python ...` line of the README's blocks, as a list of words without comments."""
+    lines = [line for block in blocks(README) for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("python ")]
+
+
+# -- links and names
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_link_leads_to_a_file(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    places = [place for place in re.findall(r"\]\(([^)]+)\)", text) if "://" not in place]
+    places = re.findall(r"\]\(([^)]+)\)", text)
     headings = ["#" + re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-")
                 for title in re.findall(r"\n#+ (.+)", text)]
-    here = (ROOT / page).parent
-    assert [p for p in places if p not in headings and not (here / p).exists()] == []
-    assert len(places) > 5 or page != "README.md"
+    missing = [place for place in places if "://" not in place and place not in headings
+               and not ((ROOT / page).parent / place).exists()]
+    assert missing == []
+    if page == "README.md":
+        assert len(places) > 5
 
 
-def test_every_name_of_the_map_is_in_the_code():
-    names = re.findall(r"`([a-z_]+)\.(?!py\b)([A-Za-z_.]+)", section("## Read it beside the paper"))
-    assert len([pkgutil.resolve_name(".".join(name)) for name in names]) > 20    # imports them
+def test_every_name_in_the_map_is_in_the_code():
+    names = re.findall(r"`([a-z_]+\.(?!py\b)[A-Za-z_.0-9]+)`", section("The paper in the code"))
+    assert len(names) > 30
+    for name in names:
+        pkgutil.resolve_name(name)                           # imports it
 
 
-def test_tables_are_the_ones_that_the_script_wrote():
-    """Row by row, so that no number in the README is of another base than the result it cites."""
-    rows = [line for line in section("## What the base does").splitlines() if line[:1] == "|"]
-    written = (RESULTS / "quality.md").read_text(encoding="utf-8").splitlines()
-    assert len(rows) > 10 and [row for row in rows if row not in written] == []
+# -- commands
+
+def runnable():
+    """The commands that are this repository's scripts."""
+    return [words[1:] for words in commands() if words[1] in ("train.py", "sample.py")]
 
 
-@pytest.mark.parametrize("pattern, file, written", [
-    (r"(\d+ and \d+) %", "one_shot.md", r"\| {} \|"),            # of the way to a style
-    (r"([\d,]+ images: [\d.]+)", "losses.md", r"\| {} \|"),
-    (r"among 100 in (.+?) %", "base.md", r"\| openmoji \| {} %"),
-    (r"in another style in (.+?) %", "base.md", r"openmoji in held-out styles \|[^|]+\| {} % \|")])
-def test_figures_in_the_text_are_the_ones_that_the_scripts_wrote(pattern, file, written):
-    figures = [re.escape(figure.replace(" and ", ", ").replace(" images: ", " | "))
-               for figure in re.findall(pattern, README)]
-    text = (RESULTS / file).read_text(encoding="utf-8")
-    assert figures and [f for f in figures if not re.search(written.format(f), text)] == []
+def test_the_commands_run_in_their_order(cli, weights2, picture, tmp_path):
+    """With toy weights, two steps and a small pool, in one folder, as somebody would type them."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    picture("my_picture.png")
+    (tmp_path / "my_picture.png").rename(tmp_path / "my_picture.jpg")
+    assert len(runnable()) > 5
+    for script, *arguments in runnable():
+        main = train.main
+        more = ["--weights", weights2]
+        if script == "sample.py":
+            main = sample.main
+            more += ["--steps", 2]
+        else:
+            more += ["--steps", 2, "--batch", 2]
+        if "--rounds" in arguments:
+            more += ["--pool", 1, "--pick", "1,2"]
+        code, _, err = cli(main, *arguments, *more)
+        assert code == 0, f"{script} {arguments}: {err}"
 
 
-def test_the_main_job_says_what_is_shown():
-    shown = section("## Two commands").split("```")[3].strip().splitlines()
+def test_the_stages_know_their_options(monkeypatch):
+    """The commands of "Train a base" are read without an error; nothing is trained."""
+    class Stop(Exception):
+        pass
+
+    def stop(args, **_):
+        raise Stop
+
+    found = [words[2:] for words in commands() if words[1] == "-m" and "pretrain" in words[2]]
+    assert len(found) > 6
+    for name, *arguments in found:
+        stage = STAGES[name]
+        monkeypatch.setattr(stage, "start", stop)
+        with pytest.raises(Stop):
+            stage.main(arguments)
+
+
+def test_the_python_block_runs(pipe2, monkeypatch, tmp_path):
+    """With the toy base in place of the shipped one."""
+    code, = re.findall(r"```python\n(.+?)\n```", README, re.DOTALL)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(StyleDrop, "load", lambda: pipe2)
+    names = {}
+    exec(code, names)
+    side = pipe2.resolution
+    assert names["pixels"].shape == (2, side, side, 3)
+    assert (tmp_path / "castle.pt").exists()
+
+
+# -- figures
+
+def test_the_output_shown_is_the_one_measured():
+    shown = blocks(section("Two commands"))[1].splitlines()
     said = (RESULTS / "main_job.md").read_text(encoding="utf-8").splitlines()
-    assert len(shown) == 5 and [line for line in shown if line not in said] == []
+    assert len(shown) > 4
+    assert [line for line in shown if line not in said] == []
 
 
-def test_the_map_comes_early():
-    """The length of the whole: test_budgets.py."""
-    before, after = README.split("## Read it beside the paper")
-    assert len(before.split()) < 700 and "## Your own style" in after
+def rows(text):
+    """The rows of the tables of a page, without their headings."""
+    lines = text.splitlines()
+    return [line for line, next_line in zip(lines, [*lines[1:], ""])
+            if line.startswith("|") and not line.startswith("|---")
+            and not next_line.startswith("|---")]
+
+
+@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
+def test_tables_of_results_are_the_ones_that_scripts_wrote(page):
+    """Row by row, so that no figure is of another base than the file that is cited for it."""
+    text = section("Results")
+    if page != "README.md":
+        text = (ROOT / page).read_text(encoding="utf-8")
+    cited = [RESULTS / Path(place).name for place in re.findall(r"results/[a-z_0-9]+\.md", text)]
+    written = "\n".join(path.read_text(encoding="utf-8") for path in cited).splitlines()
+    found = rows(text)
+    if page == "README.md":
+        assert len(found) > 5
+    assert [row for row in found if row not in written] == []
+
+
+def test_losses_in_the_text_are_those_of_the_logs():
+    text = section("Train a base")
+    pairs = re.findall(r"at ([\d.]+) after ([\d,]+)", text)
+    pairs += re.findall(r"harder: ([\d.]+) after ([\d,]+)", text)
+    written = (RESULTS / "losses.md").read_text(encoding="utf-8")
+    assert len(pairs) == 3
+    for loss, images in pairs:
+        assert f"| {images} | {loss} |" in written
+
+
+def test_table_s3_is_the_code():
+    """Ours before the brackets; the paper's values in them (tests/test_styledrop.py)."""
+    table = {}
+    for line in section("Ten differences from the paper").split("Table S3")[1].splitlines():
+        cells = [cell.split("[")[0].strip() for cell in line.strip("|").split("|")]
+        table[cells[0]] = cells[1:]
+    stages = (ROUND_1, ROUND_2, SUPERRES)
+    assert table["steps"] == [str(how.steps) for how in stages]
+    assert [float(rate) for rate in table["learning rate"]] == [how.lr for how in stages]
+    assert table["batch"] == [str(how.batch) for how in stages]
+    assert table["H"] == [str(how.d_prj) for how in stages]
+    assert table["views of each reference"] == [str(how.views) for how in stages]
+    shared = [{True: "yes", False: "no"}[how.is_shared] for how in stages]
+    assert table["shared across depth"] == shared
+    sampling = (SAMPLING, SAMPLING, SUPERRES_SAMPLING)
+    for name, field in (("λ_A", "lambda_a"), ("λ_B", "lambda_b"), ("decoding steps", "steps"),
+                        ("temperature", "temperature")):
+        assert [float(cell) for cell in table[name]] == [getattr(how, field) for how in sampling]
+
+
+def test_the_share_of_parameters_is_the_one_that_train_prints():
+    share, = re.findall(r"not shared: ([\d.]+%) of G", README)
+    assert f", {share} of the base's" in (RESULTS / "main_job.md").read_text(encoding="utf-8")

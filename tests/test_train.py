@@ -465,7 +465,7 @@ def test_blank_previews_are_said(tune, monkeypatch):
     monkeypatch.setattr(train, "is_one_colour", lambda image: True)
     code, _, err = tune()
     assert code == 0
-    assert "note: 6 of 6 previews show nothing" in err and "--lambda-b" in err
+    assert "note: 6 of 6 previews show nothing" in err and "--lambda-a" in err
 
 
 # -- signals and terminals
