@@ -254,7 +254,7 @@ def write_sheets(pipe, references, images):
     for reference, samples in zip(references, images):
         rows += [reference.picture[None], samples[:SHOWN]]
     sheet = grid(to_uint8(torch.cat(rows)), 1 + SHOWN, 1, 4, ["reference", *OBJECTS[:SHOWN]])
-    write_whole(RESULTS / "foreign.jpg", lambda file: sheet.save(file, "JPEG", quality=85))
+    write_whole(RESULTS / "foreign.jpg", lambda file: sheet.save(file, "JPEG", quality=50))
     first = [i for name in FIRST for i, reference in enumerate(references)
              if reference.file == name]
     rows = []

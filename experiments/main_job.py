@@ -145,7 +145,8 @@ def main():
                              f"{sampling.memory:.0f} MB"])
                 say("  ".join(rows[-1]))
                 if same is None:
-                    said = tuning.output.replace(str(run), f"runs/{run.name}").strip()
+                    said = tuning.output.replace(str(run), f"runs/{run.name}")
+                    said = said.replace(f"{ROOT}/", "").strip()
                     shutil.rmtree(run)                       # else train.py says: finished
                     _, _, made_again = one_reference(path, shown, run, more)
                     same = made == made_again

@@ -69,7 +69,8 @@ def test_examples_are_references_that_are_only_reported(rows):
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     for row in shared:
         assert (EXAMPLES / row["file"]).read_bytes() == (FOLDER / row["file"]).read_bytes()
-        assert f"| {row['file']} | {row['content']} | {row['style']} |" in text
+        line, = [line for line in text.splitlines() if line.startswith(f"| {row['file']} |")]
+        assert f"| {row['style']} |" in line
     assert set(foreign.FIRST) <= set(reported)
     assert not [row["file"] for row in rows
                 if row["used"] == "chosen" and (EXAMPLES / row["file"]).exists()]
