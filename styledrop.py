@@ -193,14 +193,13 @@ class StyleDrop:
         texts = [style_prompt(prompt, style) for prompt in prompts]
         generator = torch.Generator().manual_seed(seed)
 
-        small = F.interpolate(images, (side, side), mode="area")
         views = random_views(images, how.views, generator).flatten(0, 1)         # (R views, ...)
         seen = self.vqgan.encode(F.interpolate(views, (side, side), mode="area")).flatten(1)
         texts_of_views = [text for text in texts for _ in range(how.views)]
         first = self.fit(self.muse, seen, texts_of_views, how, generator, on_step)
         second = None
         if superres and self.superres is not None and images.shape[-1] == self.resolution:
-            low = self.vqgan.encode(small).flatten(1)                            # (R, N)
+            low = seen[::how.views]                          # (R, N): the references themselves
             high = self.vqgan.encode(images).flatten(1)                          # (R, N')
             second = self.fit(self.superres, high, texts, SUPERRES, generator, on_step, low)
         about = dict(asdict(how), base=self.base, style=style, prompts=list(prompts), seed=seed)

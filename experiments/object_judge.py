@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import data
 from checkpoint.weights import load_model, save_model
 from data import free_styles
+from experiments.classifier import Residual
 from styledrop import StyleDrop, autocast, to_tensor
 
 WEIGHTS = Path(__file__).with_name("object_judge.pt")
@@ -37,20 +38,6 @@ WEIGHTS = Path(__file__).with_name("object_judge.pt")
 class JudgeConfig:
     widths: tuple = (32, 64, 128, 256)  # channels at 32, 16, 8 and 4 pixels a side; the last is D
     names: int = 837                    # K
-
-
-class Residual(nn.Module):
-    """Two 3 x 3 convolutions beside a skip connection (He et al. 2016); the first may halve."""
-
-    def __init__(self, c_in, c_out, stride):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(),
-            nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out))
-        self.skip = nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(c_in, c_out, 1, bias=False))
-
-    def forward(self, x):
-        return F.relu(self.skip(x) + self.body(x))
 
 
 class ObjectJudge(nn.Module):

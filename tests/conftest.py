@@ -22,6 +22,7 @@ from adapter import Adapter
 from checkpoint.adapters import TunedAdapter
 from checkpoint.weights import save_model
 from clip_feedback import CLIP, Tokenizer
+from commandline import terminal
 from commandline.terminal import run_command
 from muse import SUPERRES, Muse
 from pretrain.common import train_merges
@@ -278,3 +279,27 @@ class Clock:
 
     def time(self):
         return self.now
+
+
+@pytest.fixture
+def slow_passes(monkeypatch):
+    """slow_passes() -> a Clock that every pass of G moves by a second, from now on, and a list.
+
+    The list takes the clock's time whenever a command says a line.
+    """
+    def start():
+        clock, said = Clock(), []
+        forward = Muse.forward
+
+        def slow(*arguments, **named):
+            clock.now += 1
+            return forward(*arguments, **named)
+
+        def say(words, stream=None):
+            said.append(clock.now)
+
+        monkeypatch.setattr(terminal, "time", clock)
+        monkeypatch.setattr(terminal, "say", say)
+        monkeypatch.setattr(Muse, "forward", slow)
+        return clock, said
+    return start

@@ -486,17 +486,11 @@ def test_one_plain_object_is_never_held_out():
         scenes.sample(np.random.default_rng(0), held_out=True, kind="one")
 
 
-def test_batches_show_nothing_that_is_held_out(everything, painted, monkeypatch):
+def test_batches_show_nothing_that_is_held_out(everything, painted, calls):
     """Neither scene nor style; nor a style that hides a colour that the caption names."""
-    drawn = []
-    draw = scenes.draw
-
-    def noted(scene, *arguments):
-        drawn.append(scene)
-        return draw(scene, *arguments)
-
-    monkeypatch.setattr(scenes, "draw", noted)
+    calls_of_draw = calls(scenes, "draw")
     everything.batch(300, np.random.default_rng(0), 16)
+    drawn = [positional[0] for positional, _ in calls_of_draw]
     assert not any(map(scenes.is_held_out, drawn))
     assert not any(map(styles.is_held_out, painted))
     assert len(set(painted)) > 50

@@ -14,16 +14,14 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from conftest import Clock, noise_images
+from conftest import noise_images
 from PIL import Image
 
-import muse
 import sample
 import train
 from checkpoint.adapters import load_adapter
 from checkpoint.weights import fingerprint
 from clip_feedback import style_score, text_score
-from commandline import terminal
 from human_feedback import rounds as rounds_
 from human_feedback.page import ChoicePage, Picking
 from human_feedback.rounds import (FEEDBACK, POOL_PROMPTS, choose_at_random, choose_by_clip,
@@ -453,23 +451,11 @@ def test_a_choice_is_continued_by_the_same_command(rounds, monkeypatch):
 
 # -- progress
 
-def test_a_line_at_least_about_every_five_seconds(rounds, monkeypatch):
+def test_a_line_at_least_about_every_five_seconds(rounds, slow_passes, monkeypatch):
     """From the pool to the comparison, if a pass of G takes a second."""
     rounds("--rounds", 1)
-    clock = Clock()
-    said = [clock.now]
-    monkeypatch.setattr(terminal, "time", clock)
-    forward = muse.Muse.forward
-
-    def slow(*arguments, **named):
-        clock.now += 1
-        return forward(*arguments, **named)
-
-    def say(words, stream=None):
-        said.append(clock.now)
-
-    monkeypatch.setattr(muse.Muse, "forward", slow)
-    monkeypatch.setattr(terminal, "say", say)
+    clock, said = slow_passes()
+    said.append(clock.now)
     monkeypatch.setattr(StyleDrop, "generate", partialmethod(StyleDrop.generate, steps=9))
     assert rounds(*CLIP, "--pool", 6)[0] == 0
     said.append(clock.now)

@@ -11,15 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import Clock
 from PIL import Image, ImageSequence
 
-import muse
 import sample
 import styledrop
 from checkpoint.adapters import load_adapter
 from checkpoint.files import LEAST_FREE
-from commandline import terminal
 from styledrop import StyleDrop, to_uint8
 
 CAT = ["--prompt", "a cat"]
@@ -331,22 +328,10 @@ def test_control_characters_of_a_run_do_not_reach_the_terminal(run_sample, make_
 @pytest.mark.parametrize("options", [
     ["--num", 20, "--steps", 9], ["--num", 20, "--steps", 9, "--out", "cats"],
     [*CONTENT, "--gamma-sweep"], ["--lambda-grid"]])
-def test_a_line_at_least_about_every_five_seconds(run_sample, monkeypatch, options):
+def test_a_line_at_least_about_every_five_seconds(run_sample, slow_passes, options):
     """If a pass of G takes a second. Trap: a batch of 16 images, and nothing is said meanwhile."""
-    clock = Clock()
-    said = [clock.now]
-    monkeypatch.setattr(terminal, "time", clock)
-    forward = muse.Muse.forward
-
-    def slow(*arguments, **named):
-        clock.now += 1
-        return forward(*arguments, **named)
-
-    def say(words, stream=None):
-        said.append(clock.now)
-
-    monkeypatch.setattr(muse.Muse, "forward", slow)
-    monkeypatch.setattr(terminal, "say", say)
+    clock, said = slow_passes()
+    said.append(clock.now)
     assert run_sample(*CAT, *STYLE, *options)[0] == 0
     said.append(clock.now)
     assert said[-1] - said[0] > 25

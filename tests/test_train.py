@@ -20,16 +20,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Clock, contents
+from conftest import contents
 from PIL import Image
 
 import data
-import muse
 import styledrop
 import train
 from checkpoint.adapters import load_adapter
 from checkpoint.files import LEAST_FREE, partial_prefix
-from commandline import terminal
 from styledrop import RARE_TOKEN, StyleDrop, to_uint8
 
 ROOT = Path(train.__file__).parent
@@ -438,22 +436,9 @@ def test_an_adapter_that_the_last_step_spoils_is_not_written(refused, weights, p
 
 # -- progress
 
-def test_a_line_at_least_about_every_five_seconds(tune, weights2, monkeypatch):
+def test_a_line_at_least_about_every_five_seconds(tune, weights2, slow_passes):
     """From the first step of tuning to the last preview, if a pass of G takes a second."""
-    clock = Clock()
-    said = []
-    monkeypatch.setattr(terminal, "time", clock)
-    forward = muse.Muse.forward
-
-    def slow(*arguments, **named):
-        clock.now += 1
-        return forward(*arguments, **named)
-
-    def say(words, stream=None):
-        said.append(clock.now)
-
-    monkeypatch.setattr(muse.Muse, "forward", slow)
-    monkeypatch.setattr(terminal, "say", say)
+    clock, said = slow_passes()
     began = clock.now
     assert tune("--weights", weights2, "--steps", 30)[0] == 0
     times = [began, *said, clock.now]
