@@ -7,7 +7,8 @@ Muse (arXiv 2301.00704) Sections 2.1-2.8 and MaskGIT (arXiv 2202.04200), as Styl
     logits = muse(ids, text, text_mask)                       # G(v, T(t))
     logits = muse(ids, text, text_mask, adapters=adapter())   # G^(v, T(t), theta)
 
-Shapes: B batch, N image tokens, P positions (N / patch^2), L text length, D width, V codebook size.
+Shapes: B batch, N image tokens, P positions (N / patch^2), L text length, L' = L + registers,
+D width, V codebook size.
 """
 
 import math
@@ -179,14 +180,14 @@ class TextEncoder(nn.Module):
     def forward(self, ids):
         """ids (B, L): text up to the end token, which has the highest id, then padding.
 
-        Returns states (B, L + registers, text_width) and their mask, false at the padding.
+        Returns states (B, L', text_width) and their mask, false at the padding.
         """
         B, L = ids.shape
         x = self.token(ids) + self.position[:L]
         registers = self.registers.to(x.dtype).expand(B, -1, -1)
-        x = torch.cat([x, registers], 1)                                         # (B, L + R, ..)
+        x = torch.cat([x, registers], 1)                                         # (B, L', ..)
         is_text = torch.arange(L, device=ids.device) <= ids.argmax(1, keepdim=True)
-        mask = F.pad(is_text, (0, len(self.registers)), value=True)              # (B, L + R)
+        mask = F.pad(is_text, (0, len(self.registers)), value=True)              # (B, L')
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x), mask
@@ -198,12 +199,12 @@ class Muse(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        D, P = config.width, config.grid // config.patch
+        D, side = config.width, config.grid // config.patch
         E, group = config.token_width, config.patch ** 2
         self.token = nn.Embedding(config.codebook_size + 1, E)                   # + 1: [MASK]
         self.patch_embed = nn.Linear(group * E, D)
-        self.row = nn.Parameter(torch.zeros(P, 1, D))                         # learned 2D positions
-        self.col = nn.Parameter(torch.zeros(1, P, D))
+        self.row = nn.Parameter(torch.zeros(side, 1, D))                      # learned 2D positions
+        self.col = nn.Parameter(torch.zeros(1, side, D))
         self.text_proj = nn.Linear(config.text_width, D)
         self.text_norm = nn.LayerNorm(D)
         if config.low_grid:
@@ -223,7 +224,7 @@ class Muse(nn.Module):
     def forward(self, ids, text, text_mask, adapters=None, low=None, low_states=None):
         """G, or G^ with adapters -> logits (B, N, V), so [MASK] itself is never predicted.
 
-        ids (B, N) in [0, V], V where masked; text (B, L, text_width) and text_mask (B, L) from T;
+        ids (B, N) in [0, V], V where masked; text (B, L', text_width) and text_mask (B, L') from T;
         adapters: None, or a function (h (B, P, D), layer, "cross" | "mlp") -> h; low (B,
         low_grid^2): the low-resolution tokens of the second stage, whose layers come first; or
         low_states, their result, which is the same at every step of decoding.
@@ -232,21 +233,22 @@ class Muse(nn.Module):
         a quarter of the transformer's cost, and each of the four still has its own mask and its own
         prediction. patch = 1 is Muse.
         """
-        c, P, s = self.config, self.config.grid // self.config.patch, self.config.patch
+        c, s = self.config, self.config.patch
+        side = c.grid // s
         adapters = adapters or no_adapter
         x = self.token(ids)                                                      # (B, N, E)
-        x = x.unflatten(1, (P, s, P, s)).transpose(2, 3).flatten(3)              # (B, P, P, s s E)
-        x = (self.patch_embed(x) + self.row + self.col).flatten(1, 2)            # (B, P P, D)
-        text = self.text_norm(self.text_proj(text))                              # (B, L, D)
+        x = x.unflatten(1, (side, s, side, s)).transpose(2, 3).flatten(3)   # (B, side, side, s s E)
+        x = (self.patch_embed(x) + self.row + self.col).flatten(1, 2)            # (B, P, D)
+        text = self.text_norm(self.text_proj(text))                              # (B, L', D)
         if low is not None:
             low_states = self.low_states(low, adapters)                          # (B, low, D)
         if low_states is not None:
-            text = torch.cat([text, low_states.to(text.dtype)], 1)               # (B, L + low, D)
+            text = torch.cat([text, low_states.to(text.dtype)], 1)               # (B, L' + low, D)
             text_mask = F.pad(text_mask, (0, low_states.shape[1]), value=True)
         for layer, block in enumerate(self.blocks):
             x = block(x, None, text, text_mask, adapters, c.low_layers + layer)
-        x = self.to_tokens(self.norm(x)).unflatten(-1, (s, s, -1))               # (B, P P, s, s, E)
-        x = x.unflatten(1, (P, P)).transpose(2, 3).flatten(1, 4)                 # (B, N, E)
+        x = self.to_tokens(self.norm(x)).unflatten(-1, (s, s, -1))               # (B, P, s, s, E)
+        x = x.unflatten(1, (side, side)).transpose(2, 3).flatten(1, 4)           # (B, N, E)
         x = self.token_norm(F.gelu(x))
         x = F.linear(x, self.token.weight[:c.codebook_size]) + self.bias         # (B, N, V)
         return x.float()
@@ -257,7 +259,7 @@ class Muse(nn.Module):
         Each has the position embedding of the high tokens at its place.
         """
         adapters = adapters or no_adapter
-        position = (self.row + self.col).movedim(-1, 0)[None]                    # (1, D, P, P)
+        position = (self.row + self.col).movedim(-1, 0)[None]                   # (1, D, side, side)
         position = F.interpolate(position, self.config.low_grid, mode="nearest")
         x = self.low_token(low) + position[0].flatten(1).T                       # (B, low, D)
         for layer, block in enumerate(self.low_blocks):
@@ -307,7 +309,7 @@ def uniform(generator, batch, *shape):
     return torch.stack([torch.rand(*shape, generator=g, device=g.device) for g in generator])
 
 
-def sample_tokens(logits, top_k, u):
+def draw_tokens(logits, top_k, u):
     """One token at each place, from the softmax over its `top_k` likeliest (0: over all).
 
     logits (B, N, V), u (B, N) uniform in [0, 1) -> ids (B, N) in [0, V), by the inverse of the
@@ -336,7 +338,7 @@ def decode(logits_fn, batch, tokens, mask_id, steps, temperature, generator, top
         u = uniform(generator, batch, 2, tokens).clamp(min=1e-20)                # (B, 2, N)
 
         # 1. sample every masked token; the known ones stay as they are
-        sampled = torch.where(masked, sample_tokens(log_p, top_k, u[:, 0]), ids)
+        sampled = torch.where(masked, draw_tokens(log_p, top_k, u[:, 0]), ids)
 
         # 2. the confidence in each: log p(sampled) + temperature (1 - ratio) Gumbel noise. The
         #    temperature (4.5 in Table S3) only makes it more random WHICH tokens are kept

@@ -9,6 +9,9 @@
     python sample.py --prompt "a [V] teapot" --style runs/glow --content runs/teapot --gamma 0.6
     python sample.py --prompt "a [V] teapot" --style runs/glow --content runs/teapot --gamma-sweep
     python sample.py --prompt "a cat" --lambda-grid                     # lambda_A by lambda_B
+
+This file reads the options and writes the pictures. Guidance is StyleDrop.sample_tokens in
+styledrop.py (Eq. 4 to 6), and decoding is muse.decode.
 """
 
 import signal
@@ -18,6 +21,8 @@ if __name__ == "__main__":
 
 import json
 import math
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +36,8 @@ from commandline.options import (Parser, add_base_options, filled, load_pipeline
                                  whole)
 from commandline.terminal import SamplingProgress, run_command, say
 from data.pictures import grid
-from styledrop import AT_ONCE, BASE_SAMPLING, SAMPLING, check_device, style_prompt, to_uint8
+from styledrop import (AT_ONCE, BASE_SAMPLING, SAMPLING, Sampling, check_device, style_prompt,
+                       to_uint8)
 
 SCALE = 2                               # a sampled pixel is so many pixels of the PNG a side
 MOST_ON_A_SHEET = 256                   # images; more go to a folder
@@ -56,23 +62,28 @@ def options():
     add("--style-phrase", type=text, metavar="WORDS",
         help="words for the style, in place of the run's; with --style none, for the base")
     add("--lambda-a", type=strength,
-        help=f"strength of the style (Eq. 4; default: {SAMPLING.lambda_a:g})")
+        help=f"strength of the style in the first stage (Eq. 4; default: {SAMPLING.lambda_a:g})")
     add("--lambda-b", type=strength,
-        help=f"strength of the text (Eq. 4; default: {SAMPLING.lambda_b:g}, "
+        help=f"strength of the text in the first stage (Eq. 4; default: {SAMPLING.lambda_b:g}, "
              f"without an adapter {BASE_SAMPLING.lambda_b:g})")
     add("--lambda-a-content", type=strength,
-        help=f"strength of the object (Eq. 6; default: {SAMPLING.lambda_a_content:g})")
+        help="strength of the object in the first stage (Eq. 6; default: "
+             f"{SAMPLING.lambda_a_content:g})")
     add("--gamma", type=number(float, 0, 1), default=0.5,
         help="of two adapters, 0: the style alone, 1: the object alone (default: %(default)s)")
     add("--gamma-sweep", action="store_true",
         help="a row from the style adapter alone to the content adapter alone")
     add("--lambda-grid", action="store_true",
-        help="a sheet of lambda_A by lambda_B for one prompt and seed")
+        help="a sheet of lambda_A by lambda_B for one prompt and seed, in place of --lambda-a and "
+             "--lambda-b")
     add("--steps", type=whole(1, 1000),
         help=f"decoding steps of the first stage (default: {SAMPLING.steps})")
     add("--temperature", type=number(float, 0, 1000),
         help=f"randomness in which tokens are kept first (default: {SAMPLING.temperature:g}, "
              f"without an adapter {BASE_SAMPLING.temperature:g})")
+    add("--top-k", type=whole(0, 2**31),
+        help="tokens of the first stage are sampled from this many likeliest; 0: from all "
+             f"(default: {SAMPLING.top_k})")
     add("--num", type=whole(1, 10000), default=1, help="images for each prompt (default: 1)")
     add("--seed", type=whole(0, 2**62), default=0,
         help="seed of the first image; the next ones have the next seeds")
@@ -130,21 +141,19 @@ def find_style(args):
 # --------------------------------------------------------------------------------------------------
 # Samples
 
-def fill_in(args, defaults):
-    """Give the options of sampling that were left out the values of a styledrop.Sampling."""
-    for name in ("lambda_a", "lambda_b", "lambda_a_content", "steps", "temperature"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(defaults, name))
+# `generate` is StyleDrop.generate with the adapters and settings of this command.
+
+def sampling_settings(args, defaults):
+    """A styledrop.Sampling: the defaults, changed by the options that were given."""
+    given = {}
+    for field in fields(Sampling):
+        value = getattr(args, field.name)
+        if value is not None:
+            given[field.name] = value
+    return replace(defaults, **given)
 
 
-def settings(args):
-    """Keyword arguments of StyleDrop.generate that the options set."""
-    return dict(lambda_a=args.lambda_a, lambda_b=args.lambda_b, steps=args.steps, gamma=args.gamma,
-                lambda_a_content=args.lambda_a_content, temperature=args.temperature,
-                style_phrase=args.style_phrase, superres=args.superres)
-
-
-def sample_sheet(pipe, args, style, content, trace=None):
+def sample_sheet(args, generate, trace=None):
     """One picture of all prompts and seeds, a row for each prompt where there are several.
 
     trace: a list that takes the steps of decoding.
@@ -157,8 +166,7 @@ def sample_sheet(pipe, args, style, content, trace=None):
         if trace is not None:
             trace.append((ids, kept))
 
-    images = pipe.generate(prompts, style, content, args.seed, on_step=on_step,
-                           on_batch=progress.on_batch, **settings(args))
+    images = generate(prompts, seed=args.seed, on_step=on_step, on_batch=progress.on_batch)
     columns, top, left = min(len(prompts), 8), (), ()
     if len(args.prompt) > 1:
         columns, left = args.num, args.prompt
@@ -167,29 +175,28 @@ def sample_sheet(pipe, args, style, content, trace=None):
     return grid(to_uint8(images), columns, SCALE, 4 * (len(prompts) > 1), top, left)
 
 
-def sample_files(pipe, args, style, content, folder):
-    """A PNG for each prompt and seed in a folder, written as they come."""
+def sample_files(args, generate, folder, facts):
+    """A PNG for each prompt and seed in a folder, written as they come. facts: see text_chunks."""
     prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
     progress = SamplingProgress("image", len(prompts))
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(prompts), AT_ONCE):
         part = prompts[start:start + AT_ONCE]
-        images = to_uint8(pipe.generate(part, style, content, args.seed + start,
-                                        on_step=progress.on_step, **settings(args)))
+        images = to_uint8(generate(part, seed=args.seed + start, on_step=progress.on_step))
         for i, image in enumerate(images):
-            info = text_chunks(args, pipe, [part[i]], args.seed + start + i)
+            info = text_chunks(facts, [part[i]], args.seed + start + i)
             write_png(folder / f"{start + i + 1:05d}.png", grid(image[None], 1, SCALE, 0),
                       pnginfo=info)
         progress.on_batch(start + len(part))
 
 
-def gamma_sweep(pipe, args, style, content):
+def gamma_sweep(args, generate):
     """A row for each prompt and seed: from the style alone to the object alone, one seed a row."""
     prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
     progress, columns = SamplingProgress("gamma", len(GAMMAS)), []
     for i, gamma in enumerate(GAMMAS):
-        how = settings(args) | dict(gamma=gamma, on_step=progress.on_step)
-        columns.append(to_uint8(pipe.generate(prompts, style, content, args.seed, **how)))
+        images = generate(prompts, seed=args.seed, gamma=gamma, on_step=progress.on_step)
+        columns.append(to_uint8(images))
         progress.on_batch(i + 1)
     images = np.stack(columns, 1)                            # (prompts, gammas, H, W, 3)
     images = images.reshape(-1, *images.shape[2:])
@@ -197,14 +204,13 @@ def gamma_sweep(pipe, args, style, content):
     return grid(images, len(GAMMAS), SCALE, 4, top, prompts)
 
 
-def lambda_grid(pipe, args, style, content):
+def lambda_grid(args, generate):
     """lambda_A down, lambda_B across, one prompt and one seed (the paper's Figure S4)."""
     progress, images = SamplingProgress("row", len(LAMBDAS_A)), []
     for i, lambda_a in enumerate(LAMBDAS_A):
         for lambda_b in LAMBDAS_B:
-            how = settings(args) | dict(lambda_a=lambda_a, lambda_b=lambda_b,
-                                        on_step=progress.on_step)
-            images.append(pipe.generate(args.prompt, style, content, args.seed, **how))
+            images.append(generate(args.prompt, seed=args.seed, lambda_a=lambda_a,
+                                   lambda_b=lambda_b, on_step=progress.on_step))
         progress.on_batch(i + 1)
     images = np.concatenate([to_uint8(image) for image in images])
     top = [f"lambda_B {value:g}" for value in LAMBDAS_B]
@@ -233,16 +239,16 @@ def write_trace(pipe, path, steps):
     say(path)
 
 
-def text_chunks(args, pipe, prompts, seed):
-    """The PNG's text: what it takes to sample it again. Prompts are a JSON list."""
-    facts = {name: value for name, value in settings(args).items() if value is not None}
-    facts |= dict(prompt=json.dumps(prompts, ensure_ascii=False), seed=seed, num=args.num,
-                  style=args.style, content=args.content or "none", base=pipe.base)
-    if args.gamma_sweep or args.lambda_grid:
-        facts["sweep"] = "gamma" if args.gamma_sweep else "lambda_a, lambda_b"
+def text_chunks(facts, prompts, seed):
+    """The PNG's text: what it takes to sample it again. Prompts are a JSON list.
+
+    facts: a dict of options; those that are None are left out.
+    """
+    facts = dict(facts, prompt=json.dumps(prompts, ensure_ascii=False), seed=seed)
     info = PngInfo()
     for name, value in sorted(facts.items()):
-        info.add_itxt(name, str(value))
+        if value is not None:
+            info.add_itxt(name, str(value))
     return info
 
 
@@ -260,7 +266,6 @@ def main():
     args.style = str(run or "none")
     style = None if run is None else load_run(run, "style")
     content = None if args.content is None else load_run(args.content, "content")
-    fill_in(args, BASE_SAMPLING if style is None and content is None else SAMPLING)
     for path, option in ((args.out, "--out"), (args.trace, "--trace")):
         if path is not None:
             check_place(path, option)
@@ -278,17 +283,25 @@ def main():
     phrase = style.style if args.style_phrase is None else args.style_phrase
     note_unknown(pipe, *(style_prompt(prompt, phrase) for prompt in args.prompt))
 
+    defaults = BASE_SAMPLING if style is None and content is None else SAMPLING
+    sampling = sampling_settings(args, defaults)
+    how = dict(gamma=args.gamma, style_phrase=args.style_phrase, superres=args.superres)
+    generate = partial(pipe.generate, style=style, content=content, sampling=sampling, **how)
+    facts = dict(asdict(sampling), **how, num=args.num, style=args.style,
+                 content=args.content or "none", base=pipe.base_id)
     trace = [] if args.trace else None
     if not is_sheet:
-        sample_files(pipe, args, style, content, Path(args.out))
+        sample_files(args, generate, Path(args.out), facts)
     else:
         if args.gamma_sweep:
-            picture = gamma_sweep(pipe, args, style, content)
+            facts["sweep"] = "gamma"
+            picture = gamma_sweep(args, generate)
         elif args.lambda_grid:
-            picture = lambda_grid(pipe, args, style, content)
+            facts["sweep"] = "lambda_a, lambda_b"
+            picture = lambda_grid(args, generate)
         else:
-            picture = sample_sheet(pipe, args, style, content, trace)
-        write_png(args.out, picture, pnginfo=text_chunks(args, pipe, args.prompt, args.seed))
+            picture = sample_sheet(args, generate, trace)
+        write_png(args.out, picture, pnginfo=text_chunks(facts, args.prompt, args.seed))
     last = args.seed + len(args.prompt) * args.num - 1
     seeds = f"seed {args.seed}" if last == args.seed else f"seeds {args.seed} to {last}"
     say(f"{args.out}: {seeds}")

@@ -28,8 +28,8 @@ from checkpoint.weights import fingerprint, load_model
 from clip_feedback import Tokenizer
 from vqgan import VQGAN, VQGANConfig
 
-__all__ = ["BASE_SAMPLING", "ROUND_1", "ROUND_2", "SAMPLING", "StyleDrop", "guided_logits",
-           "load_adapter", "mix_logits", "style_prompt"]
+__all__ = ["BASE_SAMPLING", "ROUND_1", "ROUND_2", "SAMPLING", "Sampling", "StyleDrop", "Tuning",
+           "guided_logits", "load_adapter", "mix_logits", "style_prompt", "to_tensor", "to_uint8"]
 
 WEIGHTS = str(Path(__file__).parent / "weights" / "tiny")      # the base that ships
 RARE_TOKEN = "[V*]"     # a style without a name (4.4.1): training captions have it for unnamed ones
@@ -161,7 +161,7 @@ class StyleDrop:
         return self._clip
 
     @cached_property
-    def base(self):
+    def base_id(self):
         """Fingerprint of both stages: what an adapter must have been tuned on."""
         tensors = dict(self.muse.state_dict())
         if self.superres is not None:
@@ -180,7 +180,7 @@ class StyleDrop:
         phrase they share. superres: tune the second stage too, where there is one, with SUPERRES.
         tuning: settings of the first stage, of which `changes` replaces some, as in steps=100.
         on_step(step, steps, loss) is called after each step. Raises ValueError where the numbers
-        of images and prompts differ, or a loss is NaN or infinite.
+        of images and prompts differ, or where a loss or the adapter becomes NaN or infinite.
         """
         how = replace(tuning, **changes)
         if len(images) != len(prompts):
@@ -202,7 +202,7 @@ class StyleDrop:
             low = seen[::how.views]                          # (R, N): the references themselves
             high = self.vqgan.encode(images).flatten(1)                          # (R, N')
             second = self.fit(self.superres, high, texts, SUPERRES, generator, on_step, low)
-        about = dict(asdict(how), base=self.base, style=style, prompts=list(prompts), seed=seed)
+        about = dict(asdict(how), base=self.base_id, style=style, prompts=list(prompts), seed=seed)
         return TunedAdapter(first, second, about).eval().requires_grad_(False)
 
     def fit(self, G, tokens, texts, how, generator, on_step=None, low=None):
@@ -213,7 +213,7 @@ class StyleDrop:
         """
         theta = self.new_adapter(G, how, generator)
         optimiser = torch.optim.Adam(theta.parameters(), how.lr)
-        text, text_mask = self.embed(G, texts)                       # (R, L, text_width), (R, L)
+        text, text_mask = self.embed(G, texts)                       # (R, L', text_width), (R, L')
         batches = shuffled(len(tokens), how.batch, generator)
         for step in range(how.steps):
             rows = next(batches).to(self.device)                                 # (B,)
@@ -233,6 +233,8 @@ class StyleDrop:
             optimiser.step()
             if on_step is not None:
                 on_step(step, how.steps, loss.item())
+        if not all(p.isfinite().all() for p in theta.parameters()):      # spoiled by the last step
+            raise ValueError("the adapter is NaN or infinite; give a lower learning rate")
         return theta
 
     def new_adapter(self, G, how, generator):
@@ -316,7 +318,10 @@ class StyleDrop:
         t, c, n = texts
 
         def forward_pass(prompts, theta=None):
-            """G(v, T(prompts)), or with theta G^(v, T(prompts), theta): a function of v."""
+            """G(v, T(prompts)), or with theta G^(v, T(prompts), theta): a function of v.
+
+            T and the low-resolution tokens are read once, since only v changes from step to step.
+            """
             text, text_mask = self.embed(G, prompts)
             adapters, states = None, None
             if theta is not None:
@@ -349,7 +354,7 @@ class StyleDrop:
 
         def logits_fn(v, step):
             with autocast(self.device.type):
-                null = 0.0
+                null = 0.0                       # without lambda_B its pass is not needed
                 if how.lambda_b:
                     null = null_pass(v)
                 if gamma == 0:
@@ -362,16 +367,16 @@ class StyleDrop:
                            how.steps, how.temperature, generators, how.top_k, on_step)
 
     def embed(self, G, prompts):
-        """T: B strings -> states (B, L, text_width) and their mask (B, L)."""
+        """T: B strings -> states (B, L', text_width) and their mask (B, L'), L' as in muse.py."""
         ids = self.tokenizer(prompts, G.config.text_length).to(self.device)
         return G.text_encoder(ids)
 
     def check_adapter(self, tuned):
         """Raise ValueError for an adapter of another base; else bring it to this device."""
         tuned_on = tuned.about.get("base")
-        if tuned_on != self.base:
+        if tuned_on != self.base_id:
             raise ValueError(f"the adapter was tuned on base {tuned_on}, but these weights are "
-                             f"{self.base}; tune it again, or give --weights of its base")
+                             f"{self.base_id}; tune it again, or give --weights of its base")
         for adapter, G in ((tuned.adapter, self.muse), (tuned.superres, self.superres)):
             if adapter is None or G is None:
                 continue

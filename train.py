@@ -6,7 +6,9 @@
     python train.py --ref house.png --rounds 2 --feedback clip          # or human, or random
     python train.py --ref 1.png 2.png --kind content --content "a [V] teapot"
 
-The base is trained by `python -m pretrain.muse` and the other scripts in pretrain/.
+This file reads the options and keeps the run folder. The training loop is StyleDrop.fit in
+styledrop.py (Eq. 3). The base is trained by `python -m pretrain.muse` and the other scripts in
+pretrain/.
 """
 
 import signal
@@ -33,7 +35,7 @@ from commandline.notes import knows_some, note_unknown
 from commandline.options import (Parser, add_base_options, filled, load_pipeline, number, text,
                                  whole)
 from commandline.terminal import Progress, note, peak_memory, run_command, say
-from commandline.tuning import tune_with_progress
+from commandline.tuning import TuningProgress, describe
 from data.pictures import grid
 from data.reading import is_one_colour
 from human_feedback import rounds
@@ -63,13 +65,13 @@ def options():
     add("--kind", choices=("style", "content"), default="style",
         help="what the pictures teach: a style, or an object (default: %(default)s)")
     add("--steps", type=whole(1, 10**6), default=ROUND_1.steps,
-        help="training steps of the first stage (default: %(default)s)")
+        help="training steps of round 1's first stage (default: %(default)s)")
     add("--lr", type=number(float, 0, 1, above=True), default=ROUND_1.lr,
-        help="learning rate of the first stage (default: %(default)s)")
+        help="learning rate of round 1's first stage (default: %(default)s)")
     add("--batch", type=whole(1, 4096), default=ROUND_1.batch,
-        help="batch of the first stage (default: %(default)s)")
+        help="batch of the first stage, in every round (default: %(default)s)")
     add("--d-prj", type=whole(1, 4096), default=ROUND_1.d_prj,
-        help="H, the adapter's width, of the first stage (default: %(default)s)")
+        help="H, the adapter's width, of round 1's first stage (default: %(default)s)")
     add("--seed", type=whole(0, 2**31), default=0,
         help="seed of all randomness (default: %(default)s)")
     add("--out", type=filled, help="run folder (default: runs/NAME OF THE FIRST REFERENCE)")
@@ -123,7 +125,7 @@ def main():
     contents, style = phrases(args, pipe)
     recipe = dict(kind=args.kind, content=contents, style=style, steps=args.steps, lr=args.lr,
                   batch=args.batch, d_prj=args.d_prj, superres=args.superres, seed=args.seed,
-                  base=pipe.base, pictures=fingerprint({"references": references}))
+                  base=pipe.base_id, pictures=fingerprint({"references": references}))
     # what else config.json says; two commands that differ in it only are the same
     config = dict(recipe, ref=paths, weights=Path(args.weights).name,
                   arithmetic=arithmetic(args.device))
@@ -213,11 +215,12 @@ def first_round(args, out, pipe, references, config):
         run = Path(temporary) / "run"
         run.mkdir()
         tuning = replace(ROUND_1, steps=args.steps, lr=args.lr, batch=args.batch, d_prj=args.d_prj)
-        adapter, log = tune_with_progress(pipe, references, contents, style, args.seed,
-                                          args.superres, tuning)
+        progress = TuningProgress()
+        adapter = pipe.tune(references, contents, style, args.seed, args.superres, tuning, progress)
+        say(describe(pipe, adapter))
         adapter.save(run / "adapter.pt")
         write_json(run / "config.json", config)
-        write_log(run / "log.jsonl", log)
+        write_log(run / "log.jsonl", progress.log)
         if args.kind == "content":
             prompts = [style_prompt(contents[0], words) for words in ("", *CONTENT_PREVIEW)]
         else:

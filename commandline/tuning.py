@@ -1,28 +1,22 @@
-"""Tuning with progress, as both the first round and later rounds of feedback do it."""
+"""Tuning on the command line, as both the first round and later rounds of feedback do it."""
 
-from .terminal import Progress, say
+from .terminal import Progress
 
 
-def tune_with_progress(pipe, images, contents, style, seed, superres, tuning):
-    """StyleDrop.tune with a line of progress about every five seconds.
+class TuningProgress:
+    """on_step of StyleDrop.tune: a line of progress about every five seconds, and a log.
 
-    Returns the TunedAdapter and a log, a list of one dict for each step. Raises ValueError where
-    the result is NaN or infinite.
+    log: a list of one dict for each step, with its stage ("first" or "second"), number and loss.
     """
-    log, name, progress = [], "base", Progress("first stage: step")
 
-    def on_step(step, steps, loss):
-        nonlocal name, progress
-        if step == 0 and log:
-            name, progress = "superres", Progress("second stage: step")
-        log.append(dict(stage=name, step=step + 1, loss=round(loss, 5)))
-        progress(step + 1, steps, f"loss {loss:.3f}")
+    def __init__(self):
+        self.log, self.stage, self.progress = [], "first", Progress("first stage: step")
 
-    adapter = pipe.tune(images, contents, style, seed, superres, tuning, on_step)
-    if not all(p.isfinite().all() for p in adapter.parameters()):        # after the last step
-        raise ValueError("the adapter is NaN or infinite; give a lower --lr")
-    say(describe(pipe, adapter))
-    return adapter, log
+    def __call__(self, step, steps, loss):
+        if step == 0 and self.log:
+            self.stage, self.progress = "second", Progress("second stage: step")
+        self.log.append(dict(stage=self.stage, step=step + 1, loss=round(loss, 5)))
+        self.progress(step + 1, steps, f"loss {loss:.3f}")
 
 
 def describe(pipe, adapter):

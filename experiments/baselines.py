@@ -221,7 +221,7 @@ def study(pipe, used, how_many, out):
 
 def read_results(pipe, path):
     """The results to continue. Raises ValueError where they have another base or settings."""
-    settings = dict(base=pipe.base, tuning=asdict(ROUND_1), sampling=asdict(SAMPLING), rank=RANK,
+    settings = dict(base=pipe.base_id, tuning=asdict(ROUND_1), sampling=asdict(SAMPLING), rank=RANK,
                     steps=STEPS)
     results = read_json(path) or dict(settings=settings, rows=[])
     if results.get("settings") != settings:

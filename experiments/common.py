@@ -92,7 +92,7 @@ def heading(title):
 
 def made_by(pipe):
     """One line that says by which base and on which machine a result was made."""
-    return f"Base {pipe.base}; {machine(pipe.device)}."
+    return f"Base {pipe.base_id}; {machine(pipe.device)}."
 
 
 def table(head, rows):

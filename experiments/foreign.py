@@ -203,7 +203,7 @@ def report(pipe):
         rows["other"].append(ruler.measure(arms["tuned"][other], objects, i))
         rows["reference"].append(ruler.measure(again[i:i + 1], objects[:1], i))
     write_json(RESULTS / "foreign.json", dict(
-        base=pipe.base, tuning=asdict(ROUND_1), sampling=asdict(SAMPLING), objects=objects,
+        base=pipe.base_id, tuning=asdict(ROUND_1), sampling=asdict(SAMPLING), objects=objects,
         references=[reference.file for reference in references],
         can_leak=[bool(shown) for shown in ruler.shown], measures=rows))
     write_report(pipe, ruler, rows)

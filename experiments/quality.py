@@ -421,7 +421,7 @@ def main():
         write_sheets(pipe, args.seed, how, out)
 
     text = "\n".join(report(found, net, pipe, args, how)) + "\n"
-    about = dict(command=command(), base=pipe.base, machine=machine(args.device),
+    about = dict(command=command(), base=pipe.base_id, machine=machine(args.device),
                  sampling=asdict(how), names=args.names, per=args.per, prompts=args.scenes,
                  seed=args.seed, seconds=round(time.time() - began), classifier=net.provenance)
     write_text(out / "quality.md", text)

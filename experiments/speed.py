@@ -302,7 +302,7 @@ def main():
     load = os.getloadavg()[0]
     pipe = StyleDrop.load(args.weights, args.device)
     rule = arithmetic(args.device)
-    found = dict(load=load, repeats=args.repeats, base=pipe.base, rule=rule)
+    found = dict(load=load, repeats=args.repeats, base=pipe.base_id, rule=rule)
     found["stages"], found["bound"] = stages(pipe, args), bounds(pipe, args)
     found["neighbours"] = neighbours(pipe, args) if args.device == "cpu" else {}
     found["growth"] = growth(pipe, args)

@@ -21,7 +21,7 @@ from checkpoint.weights import fingerprint
 from commandline.notes import note_unknown
 from commandline.options import LONGEST
 from commandline.terminal import SamplingProgress, say
-from commandline.tuning import tune_with_progress
+from commandline.tuning import TuningProgress, describe
 from data.folder import read_text
 from data.pictures import grid
 from styledrop import ROUND_2, style_prompt, to_tensor, to_uint8
@@ -262,9 +262,11 @@ def adapter_of(args, here, pipe, pool, chosen, style, recipe, turn):
     if not (was_made(here / "adapter.json", recipe) and (here / "adapter.pt").exists()):
         say(f"round {turn}: a new adapter is trained on {len(chosen)} chosen pictures")
         contents = [pool.contents[i] for i in chosen]
-        adapter, log = tune_with_progress(pipe, pool.images[chosen], contents, style, args.seed,
-                                          args.superres, replace(ROUND_2, batch=args.batch))
-        write_log(here / "log.jsonl", log)
+        progress = TuningProgress()
+        adapter = pipe.tune(pool.images[chosen], contents, style, args.seed, args.superres,
+                            replace(ROUND_2, batch=args.batch), progress)
+        say(describe(pipe, adapter))
+        write_log(here / "log.jsonl", progress.log)
         adapter.save(here / "adapter.pt")
         write_json(here / "adapter.json", recipe)
     return load_adapter(here)

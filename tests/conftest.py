@@ -194,7 +194,7 @@ def make_adapter(pipe):
         if second is not None:
             superres = Adapter(second_stage.width, 4, second_stage.depth, False)
             randomise(superres, 0.3, second)
-        about = dict(base=base or pipe.base, style=style)
+        about = dict(base=base or pipe.base_id, style=style)
         return TunedAdapter(adapter, superres, about).eval().requires_grad_(False)
     return make
 

@@ -400,7 +400,7 @@ def test_there_is_no_such_file(tmp_path, name):
 def saved_adapter(pipe2, make_adapter, tmp_path_factory):
     """The path of an adapter file of both stages."""
     path = tmp_path_factory.mktemp("run") / "adapter.pt"
-    make_adapter(base=pipe2.base, second=0).save(path)
+    make_adapter(base=pipe2.base_id, second=0).save(path)
     return path
 
 

@@ -23,8 +23,8 @@ from commandline import terminal
 from commandline.notes import knows_some, near_words, note_unknown, unknown_words
 from commandline.options import LONGEST, Parser, filled, load_pipeline, number, text, whole
 from commandline.terminal import EVERY, Progress, SamplingProgress, mistake_in, note, say
-from commandline.tuning import tune_with_progress
-from styledrop import StyleDrop, Tuning
+from commandline.tuning import TuningProgress, describe
+from styledrop import Tuning
 
 MAINS = {"train": train.main, "sample": sample.main, "pretrain.vqgan": pretrain.vqgan.main,
          "pretrain.clip": pretrain.clip.main, "pretrain.muse": pretrain.muse.main,
@@ -259,27 +259,25 @@ def test_tuning_is_logged_and_said(pipe2, clock, capsys, monkeypatch):
     tuning = Tuning(steps=7, lr=1e-3, batch=2, d_prj=2, is_shared=True, mask_power=1)
     second = replace(tuning, steps=3)
     monkeypatch.setattr("styledrop.SUPERRES", second)
-    real = StyleDrop.tune
+    progress = TuningProgress()
 
-    def slow_tune(self, images, prompts, style, seed, superres, tuning, on_step):
-        def slow_step(step, steps, loss):
-            clock.now += 2
-            on_step(step, steps, loss)
-        return real(self, images, prompts, style, seed, superres, tuning, slow_step)
+    def slow_step(step, steps, loss):
+        clock.now += 2
+        progress(step, steps, loss)
 
-    monkeypatch.setattr(StyleDrop, "tune", slow_tune)
-    adapter, log = tune_with_progress(pipe2, noise_images(1, 32), ["a cat"], "gold", 0, True,
-                                      tuning)
-    assert [line["stage"] for line in log] == ["base"] * 7 + ["superres"] * 3
+    adapter = pipe2.tune(noise_images(1, 32), ["a cat"], "gold", tuning=tuning, on_step=slow_step)
+    log = progress.log
+    assert [line["stage"] for line in log] == ["first"] * 7 + ["second"] * 3
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6, 7, 1, 2, 3]
     assert all(line["loss"] > 0 for line in log)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[:-1]] == [
+    assert [line.split("  ")[0] for line in lines] == [
         "first stage: step 3/7", "first stage: step 6/7", "first stage: step 7/7",
         "second stage: step 3/3"]
     ours = sum(p.numel() for p in adapter.adapter.parameters())
     base = sum(p.numel() for p in pipe2.muse.parameters())
-    assert f"adapter: {ours:,} parameters, {ours / base:.2%} of the base's {base:,}" in lines[-1]
+    words = f"adapter: {ours:,} parameters, {ours / base:.2%} of the base's {base:,}"
+    assert words in describe(pipe2, adapter)
 
 
 # -- notes about prompts

@@ -377,7 +377,7 @@ def test_the_report(command, tmp_path, calls, pipe2):
     assert sorted(path.name for path in folder.iterdir()) == [
         "foreign.jpg", "foreign.json", "foreign.md", "foreign_first.png"]
     found = json.loads((folder / "foreign.json").read_text())
-    assert found["base"] == pipe2.base and found["objects"] == SIX
+    assert found["base"] == pipe2.base_id and found["objects"] == SIX
     assert found["can_leak"] == [True, False]
 
     assert [(positional[2:], named) for positional, named in tuned] == [

@@ -11,7 +11,7 @@ from conftest import TOKENIZER, generator, randomise, seeded, toy_muse
 import muse as muse_
 import vqgan
 from muse import (PRESETS, SUPERRES, Muse, decode, masked_loss, no_adapter, random_mask,
-                  sample_tokens, uniform)
+                  draw_tokens, uniform)
 
 TOY = PRESETS["toy"]
 N, V, MASK = TOY.tokens, TOY.codebook_size, TOY.mask_id
@@ -342,7 +342,7 @@ def test_tokens_are_sampled_by_the_softmax(top_k, most):
     likeliest = logits.argsort(descending=True)[:top_k or 8]
     probabilities = logits[likeliest].double().softmax(0)
     u = uniform(generator(1), 1, n)
-    tokens = sample_tokens(logits.expand(1, n, 8), top_k, u)
+    tokens = draw_tokens(logits.expand(1, n, 8), top_k, u)
     counts = tokens.flatten().bincount(minlength=8)[likeliest]
     assert counts.sum() == n
     assert chi_squared(counts, probabilities) <= most
@@ -372,7 +372,7 @@ def test_the_ends_of_the_uniform_numbers(top_k):
     logits = torch.randn(8, generator=generator()) * 1.5
     likeliest = logits.argsort(descending=True)[:top_k or 8]
     ends = torch.tensor([[1e-20, 1 - 2 ** -24]])
-    tokens = sample_tokens(logits.expand(1, 2, 8), top_k, ends)[0]
+    tokens = draw_tokens(logits.expand(1, 2, 8), top_k, ends)[0]
     assert tokens.tolist() == [likeliest[0], likeliest[-1]]
 
 
@@ -380,7 +380,7 @@ def test_a_rounded_sum_gives_no_code_beyond_the_last():
     """Trap: 999 rounded probabilities add up to less than the largest uniform number."""
     logits = torch.randn(1, 99, 999, generator=generator())
     u = torch.full((1, 99), 1 - 2 ** -24)
-    assert sample_tokens(logits, 0, u).max() < 999
+    assert draw_tokens(logits, 0, u).max() < 999
 
 
 # -- T

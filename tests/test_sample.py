@@ -42,7 +42,7 @@ def run_sample(cli, weights2, pipe2, make_adapter, monkeypatch):
     for age, (name, kind, seed) in enumerate(runs):
         folder = Path("runs", name)
         style = "watercolor painting" if kind == "style" else ""
-        make_adapter(seed, style=style, base=pipe2.base).save(folder / "adapter.pt")
+        make_adapter(seed, style=style, base=pipe2.base_id).save(folder / "adapter.pt")
         (folder / "config.json").write_text(json.dumps(dict(kind=kind)))
         os.utime(folder / "adapter.pt", (1e9 - age, 1e9 - age))
 
@@ -108,7 +108,8 @@ def test_a_style_in_words_is_given_otherwise(run_sample):
 OPTIONS = [                             # of an object in a style, with both stages
     ["--prompt", "a house"], ["--style", "runs/old"], ["--content", "runs/more"], ["--gamma", 0.1],
     ["--lambda-a", 3], ["--lambda-b", 9], ["--lambda-a-content", 5], ["--gamma-sweep"],
-    ["--style-phrase", "painting"], ["--steps", 2], ["--temperature", 50], ["--no-superres"],
+    ["--style-phrase", "painting"], ["--steps", 2], ["--top-k", 1],
+    ["--temperature", 50], ["--no-superres"],
     ["--num", 2], ["--seed", 1]]
 OTHER_OPTIONS = ["--lambda-grid", "--out", "--trace", "--words", "--weights", "--device", "--help"]
 
@@ -244,7 +245,7 @@ def test_a_png_says_how_to_sample_it_again(run_sample, pipe2, monkeypatch, optio
     assert run_sample(*options)[0] == 0
     with Image.open("sample.png") as image:
         text = dict(image.text)
-    assert text.pop("base") == pipe2.base
+    assert text.pop("base") == pipe2.base_id
     command = []
     for prompt in json.loads(text.pop("prompt")):
         command += ["--prompt", prompt]

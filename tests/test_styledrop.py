@@ -269,7 +269,7 @@ def sample_both(pipe, prompts, **options):
 @pytest.fixture(scope="module")
 def many(pipe2, make_adapter):
     """Two more images than one batch holds, from seed 7 on, and the batches that were reported."""
-    style = make_adapter(base=pipe2.base, second=0)
+    style = make_adapter(base=pipe2.base_id, second=0)
     prompts = [PROMPTS[i % 2] for i in range(AT_ONCE + 2)]
     batches = []
     low, high, images = sample_both(pipe2, prompts, style=style, steps=2, seed=7,
@@ -328,7 +328,7 @@ def test_the_second_stage_has_settings_of_its_own(pipe2, make_adapter, watch, se
     the low tokens that are computed anew in every step.
     """
     assert SUPERRES_SAMPLING.lambda_a == 1 and SUPERRES_SAMPLING.lambda_b == 0
-    style = make_adapter(base=pipe2.base, second=0)
+    style = make_adapter(base=pipe2.base_id, second=0)
     low, high, images = sample_both(pipe2, PROMPTS, style=style, steps=2, lambda_a=3, lambda_b=5)
     assert watch.models == [pipe2.muse] * 2 * 3 + [pipe2.superres] * SUPERRES_SAMPLING.steps * 2
     assert len(watch.low) == 2                      # once with and once without the adapter
@@ -356,8 +356,8 @@ def test_without_the_second_stage(pipe2):
 
 def test_an_adapter_of_the_second_stage_leaves_the_first_as_it_is(pipe2, make_adapter):
     for role in ("style", "content"):
-        without = make_adapter(1, base=pipe2.base)
-        beside = make_adapter(1, base=pipe2.base, second=5)
+        without = make_adapter(1, base=pipe2.base_id)
+        beside = make_adapter(1, base=pipe2.base_id, second=5)
         low, high, _ = sample_both(pipe2, PROMPTS, steps=2, **{role: without})
         same_low, other_high, _ = sample_both(pipe2, PROMPTS, steps=2, **{role: beside})
         assert torch.equal(low, same_low)
@@ -372,8 +372,8 @@ def test_ends_of_gamma_are_single_adapters(pipe2, make_adapter, style_second, co
     Traps: a mix that is nearly at the end of the line; at gamma 1 the style still changes the
     second stage, or at gamma 0 the object does.
     """
-    style = make_adapter(1, base=pipe2.base, second=style_second)
-    content = make_adapter(2, base=pipe2.base, second=content_second)
+    style = make_adapter(1, base=pipe2.base_id, second=style_second)
+    content = make_adapter(2, base=pipe2.base_id, second=content_second)
 
     def sample(**options):
         return sample_both(pipe2, PROMPTS, steps=2, **options)[:2]
@@ -392,9 +392,9 @@ def test_ends_of_gamma_are_single_adapters(pipe2, make_adapter, style_second, co
 @pytest.mark.parametrize("role", ["style", "content"])
 def test_an_adapter_of_another_base_is_refused(pipe, pipe2, make_adapter, role):
     """Also one of the same base beside another second stage. Trap: it runs and samples noise."""
-    for pipeline, base in ((pipe, "0123456789ab"), (pipe2, pipe.base)):
+    for pipeline, base in ((pipe, "0123456789ab"), (pipe2, pipe.base_id)):
         adapter = make_adapter(base=base)
-        with pytest.raises(ValueError, match=f"tuned on base {base}, .* {pipeline.base};"):
+        with pytest.raises(ValueError, match=f"tuned on base {base}, .* {pipeline.base_id};"):
             pipeline.generate("a cat", **{role: adapter})
 
 
@@ -410,7 +410,7 @@ def test_an_adapter_of_other_sizes_is_refused(pipe2, tmp_path, role, width, dept
     base reads two in silence.
     """
     adapter = TunedAdapter(Adapter(width, 4, depth, True),
-                           Adapter(second_width, 4, second_depth, False), dict(base=pipe2.base))
+                           Adapter(second_width, 4, second_depth, False), dict(base=pipe2.base_id))
     adapter.save(tmp_path / "adapter.pt")
     with pytest.raises(ValueError, match=f"^[^\n]*{words}; tune it again$"):
         pipe2.generate("a cat", **{role: load_adapter(tmp_path)})
@@ -550,7 +550,7 @@ def test_the_loss_falls_in_both_stages(tuned):
 
 def test_an_adapter_says_how_it_was_made(pipe2, tuned):
     about = tuned.theta.about
-    assert about["base"] == pipe2.base
+    assert about["base"] == pipe2.base_id
     assert (about["style"], about["prompts"]) == (PHRASE, PROMPTS)
     assert (about["steps"], about["lr"], about["d_prj"]) == (30, 1e-2, 2)
     assert (about["batch"], about["seed"]) == (ROUND_1.batch, 0)
@@ -790,7 +790,7 @@ def test_clip_is_only_the_judge(weights, tmp_path, pipe, make_adapter):
     for name in ("vqgan.pt", "muse.pt"):
         shutil.copy(weights / name, tmp_path)
     again = StyleDrop.load(tmp_path, "cpu")
-    assert again.base == pipe.base
+    assert again.base_id == pipe.base_id
     assert again.words == set(VOCABULARY)
     assert again.tokenizer.merges == TOKENIZER.merges
     again.tune(noise_images(1), ["a cat"], PHRASE, steps=1)
@@ -812,7 +812,7 @@ def test_the_base_of_an_adapter_is_both_stages(pipe, pipe2, weights2, tmp_path):
     folder = shutil.copytree(weights2, tmp_path / "base")
     other = randomise(toy_muse(presets=SUPERRES), seed=9)
     save_model(folder / "superres.pt", "superres", other, {}, merges=MERGES)
-    assert len({pipe.base, pipe2.base, StyleDrop.load(folder, "cpu").base}) == 3
+    assert len({pipe.base_id, pipe2.base_id, StyleDrop.load(folder, "cpu").base_id}) == 3
 
 
 # -- images

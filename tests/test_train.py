@@ -77,7 +77,7 @@ def test_run_folder(tune, pipe, tmp_path):
     assert names_in("runs/ref") == RUN
     assert names_in(tmp_path) == ["ref.png", "runs"] and names_in("runs") == ["ref"]
     adapter = load_adapter("runs/ref")
-    assert adapter.about["base"] == pipe.base
+    assert adapter.about["base"] == pipe.base_id
     assert adapter.about["style"] == "flat vector"
     assert adapter.about["prompts"] == ["a house"]
     assert (adapter.about["steps"], adapter.about["seed"]) == (2, 5)
@@ -94,7 +94,7 @@ def test_the_run_says_what_it_was_made_of(tune, weights, pipe):
     assert str(weights) not in Path("runs/ref/config.json").read_text()
     assert (config["kind"], config["content"], config["style"]) == (
         "style", ["a house"], "flat vector")
-    assert config["base"] == pipe.base
+    assert config["base"] == pipe.base_id
     assert config["arithmetic"] == "fp32"
     lines = Path("runs/ref/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
@@ -104,7 +104,7 @@ def test_both_stages_are_logged(tune, weights2):
     tune("--weights", weights2)
     lines = [json.loads(line) for line in Path("runs/ref/log.jsonl").read_text().splitlines()]
     steps = [(line["stage"], line["step"]) for line in lines]
-    assert steps == [("base", 1), ("base", 2), ("superres", 1)]
+    assert steps == [("first", 1), ("first", 2), ("second", 1)]
     assert all(line["loss"] > 0 for line in lines)
 
 
@@ -421,17 +421,16 @@ def test_a_loss_that_is_not_finite_stops_at_once(refused, weights, picture, monk
 def test_an_adapter_that_the_last_step_spoils_is_not_written(refused, weights, picture,
                                                              monkeypatch):
     """The loss of that step was still finite. Trap: a run folder of NaN, which samples noise."""
-    real = StyleDrop.tune
+    real = torch.optim.Adam.step
 
-    def spoiled(*arguments, **named):
-        adapter = real(*arguments, **named)
-        torch.nn.init.constant_(next(adapter.parameters()), math.nan)
-        return adapter
+    def spoiled(optimiser, *arguments):
+        real(optimiser, *arguments)
+        torch.nn.init.constant_(optimiser.param_groups[0]["params"][0], math.nan)
 
-    monkeypatch.setattr(StyleDrop, "tune", spoiled)
+    monkeypatch.setattr(torch.optim.Adam, "step", spoiled)
     line = refused(train.main, "--ref", picture(), "--content", "a house", "--style", "blurry",
                    "--weights", weights, "--steps", 1, "--out", "a")
-    assert "the adapter is NaN or infinite; give a lower --lr" in line
+    assert "the adapter is NaN or infinite; give a lower learning rate" in line
 
 
 # -- progress
