@@ -2,8 +2,8 @@
 
     A(h) = h + gelu(h W_d) W_u          W_d: D x H, W_u: H x D, no biases, no norm
 
-There is one generator of weights for each placement, after cross-attention and after the MLP. It
-holds W_d and W_u of every layer, either independently or shared across depth up to a small offset.
+Each placement (after cross-attention, and after the MLP) has one generator of weights. It holds W_d
+and W_u of every layer, which are either independent or shared across depth up to a small offset.
 All "up" weights start at zero, so a new adapter changes nothing.
 
 Shapes: B batch, P positions, L layers (n_layer), D width (d_emb), H bottleneck (d_prj).
@@ -17,7 +17,7 @@ PLACEMENTS = ("cross", "mlp")           # after cross-attention, after the MLP (
 
 
 def apply_adapter(emb, wd, wu):
-    """emb (B, P, D), wd (D, H), wu (H, D) -> emb + gelu(emb wd) wu, with jax's tanh gelu."""
+    """emb (B, P, D), wd (D, H), wu (H, D) -> emb + gelu(emb wd) wu; gelu by tanh, as in JAX."""
     return emb + F.gelu(emb @ wd, approximate="tanh") @ wu
 
 
@@ -27,7 +27,7 @@ def zeros(*shape):
 
 
 def small_normal(generator, *shape):
-    """A parameter from a normal distribution of sd 0.02, truncated at two sd (B.1.1)."""
+    """A parameter from a normal distribution of std 0.02, truncated at two std (B.1.1)."""
     return nn.init.trunc_normal_(zeros(*shape), std=0.02, a=-0.04, b=0.04, generator=generator)
 
 
@@ -35,8 +35,8 @@ class AdapterGenerator(nn.Module):
     """The weights of one placement for all layers (Figure S1).
 
     is_shared=False: W_d[l] and W_u[l] are independent: 2 L D H parameters.
-    is_shared=True:  W_d[l] = W_d0 + 1 d_l and W_u[l] = W_u0 + 1 u_l, with the same d_l (H) added to
-                     every row of W_d0 and the same u_l (D) to every row of W_u0:
+    is_shared=True:  the layers share W_d0 and W_u0, up to an offset for each layer: d_l (H) is
+                     added to every row of W_d0, and u_l (D) to every row of W_u0:
                      L H + L D + 2 D H parameters.
     """
 
@@ -53,7 +53,7 @@ class AdapterGenerator(nn.Module):
             self.up = zeros(n_layer, d_prj, d_emb)
 
     def forward(self):
-        """-> wd (L, D, H), wu (L, H, D)."""
+        """Return wd (L, D, H) and wu (L, H, D)."""
         if not self.is_shared:
             return self.down, self.up
         return self.down + self.depth_down[:, None, :], self.up + self.depth_up[:, None, :]
@@ -62,7 +62,7 @@ class AdapterGenerator(nn.Module):
 class Adapter(nn.Module):
     """theta of Eq. 3: one generator for each placement.
 
-    `config` has the arguments that build it again.
+    `config` holds the arguments of __init__, from which checkpoint/adapters.py rebuilds it.
     """
 
     def __init__(self, d_emb, d_prj, n_layer, is_shared, generator=None):
@@ -74,7 +74,10 @@ class Adapter(nn.Module):
                                                           generator)
 
     def forward(self):
-        """-> a function (h (B, P, D), layer, placement) -> A(h), as Muse.forward takes it."""
+        """Return a function (h (B, P, D), layer, placement) -> A(h), which Muse.forward calls.
+
+        All weights are generated once for each forward pass of G, and not in each layer.
+        """
         weights = {placement: generate() for placement, generate in self.generators.items()}
 
         def adapt(h, layer, placement):

@@ -1,12 +1,13 @@
-"""CLIP: it scores images, and chooses among them (StyleDrop 3.3, 4.2.1, 4.4.3).
+"""CLIP, which scores images and selects the best (StyleDrop 3.3, 4.2.1, 4.4.3).
 
     clip = load_clip("weights/tiny/clip.pt")
     text_score(clip, images, ["a cat", "a hot air balloon"])  # (2,) cosines
     style_score(clip, images, reference)                      # images (2, 3, H, W) in [-1, 1]
 
-CLIP (Radford et al. 2021, arXiv 2103.00020) maps images and texts to one space. It only judges:
-Muse never reads it, so any other can take its place. Ours has a ResNet for images; the ViT has the
-parameter names of OpenAI's checkpoints, so that public weights load unchanged. T's BPE is here too.
+CLIP (Radford et al. 2021, arXiv 2103.00020) maps images and texts to one space. It is only used to
+score images; Muse does not depend on it, so any CLIP will do. The shipped one has a ResNet for
+images. There is a ViT too, with the parameter names of OpenAI's checkpoints, so that public weights
+load unchanged. The BPE tokenizer, which T uses as well, is also in this file.
 
 Shapes: B batch, N image tokens, L text length, D width, V vocabulary, E shared space, H heads.
 """
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 EOW = "</w>"                                      # ends the last symbol of a word
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # OpenAI's merges, which public weights need
 OPENAI_MERGES = 49152 - 256 - 2                   # the file lists more merges than the models use
-LONGEST_WORD = 1000                               # bytes; no model reads the tokens of so many
+LONGEST_WORD = 1000                               # bytes; longer than any model's context
 
 # Contractions, runs of letters, single digits, runs of other characters but spaces. Unlike in CLIP,
 # "<|endoftext|>" in a prompt is plain text: no prompt can end early.
@@ -40,14 +41,15 @@ WORD = regex.compile(r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", reg
 
 
 # {byte: visible character}, so that merges are plain text. Bytes that are visible in Latin-1 stand
-# for themselves; the others borrow characters from U+0100 on. The order is CLIP's vocabulary's.
+# for themselves; the others borrow characters from U+0100 on. The order is as in CLIP's vocabulary.
 VISIBLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 OTHERS = [byte for byte in range(256) if byte not in VISIBLE]
-BYTES = {byte: chr(byte) for byte in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
+BYTES = {byte: chr(byte) for byte in VISIBLE}
+BYTES |= {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
 
 
 def split_words(text):
-    """Clean `text` as CLIP does -> its words: tuples of byte symbols, the last one with "</w>"."""
+    """Clean `text` as CLIP does and yield its words: tuples of byte symbols that end in "</w>"."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))  # web captions are often escaped twice
     text = " ".join(text.split()).lower()
     for word in WORD.findall(text):
@@ -66,7 +68,7 @@ def merge_pair(word, pair):
 
 
 class Tokenizer:
-    """CLIP's byte-level BPE: any text -> ids; no text is unknown to it.
+    """CLIP's byte-level BPE: it encodes any text, since every byte is a symbol.
 
     merges: pairs of symbols, or strings "a b", in merge order; or the Path of OpenAI's vocabulary
     file. Raises ValueError on other content. Vocabulary: 256 byte symbols, the same 256 at the end
@@ -87,10 +89,10 @@ class Tokenizer:
         self.vocab_size = len(self.symbols)
         self.start_id, self.end_id = self.vocab_size - 2, self.vocab_size - 1
         self.ranks = {merge: rank for rank, merge in enumerate(self.merges)}
-        self.joined = {}                          # the pieces of each word that was met
+        self.joined = {}                          # cache: word -> its pieces
 
     def pieces(self, word):
-        """Join the pair that was learned first, until no neighbours are a learned pair."""
+        """A word's BPE symbols: merge the pair that was learned first, until none is left."""
         if word not in self.joined:
             pieces = word
             while len(pieces) > 1:
@@ -105,11 +107,14 @@ class Tokenizer:
     def encode(self, text):
         """text -> list of ids, without start and end.
 
-        Of a word longer than LONGEST_WORD the rest is left out, since the time of `pieces` grows
-        with the square of the length.
+        Words are cut after LONGEST_WORD bytes, since the time of `pieces` grows with the square of
+        their length.
         """
-        pieces = [piece for word in split_words(text) for piece in self.pieces(word[:LONGEST_WORD])]
-        return [self.ids[piece] for piece in pieces]
+        ids = []
+        for word in split_words(text):
+            for piece in self.pieces(word[:LONGEST_WORD]):
+                ids.append(self.ids[piece])
+        return ids
 
     def fits(self, text, context_length):
         """Does `text`, with start and end, fit into `context_length` tokens, or is its tail cut?"""
@@ -126,9 +131,14 @@ class Tokenizer:
 
 
 def as_pair(merge):
-    """"a b", or two strings -> a tuple of two symbols. TypeError or ValueError on anything else."""
+    """A merge, as a string "a b" or as two strings -> a tuple of two symbols.
+
+    Raises TypeError or ValueError for anything else.
+    """
     a, b = merge.split() if isinstance(merge, str) else merge
-    if len(a + "" + b) > 256:          # TypeError unless strings; OpenAI's longest has about 30
+    if not isinstance(a, str) or not isinstance(b, str):
+        raise TypeError("a merge must be two strings")
+    if len(a) + len(b) > 256:          # OpenAI's longest has about 30
         raise ValueError("a symbol is too long")
     return a, b
 
@@ -137,11 +147,12 @@ def read_vocabulary(path):
     """The merges in OpenAI's vocabulary file, as it is published. ValueError on any other file."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = file.read(2 ** 24).split("\n")[1:OPENAI_MERGES + 1]  # the real one has 3 MB
+            lines = file.read(2 ** 24).split("\n")           # the real file has 3 MB
+        lines = lines[1:OPENAI_MERGES + 1]                   # the first line is a version
         merges = [as_pair(line) for line in lines if line.strip()]
-        if merges:
-            return merges
-        raise EOFError
+        if not merges:
+            raise ValueError("no merges")                    # reworded below
+        return merges
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error):
         raise ValueError(f"{path} is not a CLIP vocabulary file ({VOCABULARY_FILE})") from None
 
@@ -152,7 +163,7 @@ def read_vocabulary(path):
 @dataclass
 class CLIPConfig:
     resolution: int = 64         # pixels a side that the image tower sees; others are resampled
-    vision_width: int = 64       # D of a ViT; channels of a ResNet's first stage, each next doubles
+    vision_width: int = 64       # ViT: D. ResNet: channels of the first stage; each stage doubles
     vision_layers: int | tuple = (2, 2, 2)  # ViT: its layers. ResNet: blocks of each stage
     patch: int = 8               # ViT: pixels a side of one image token
     vision_heads: int = 4        # ViT
@@ -163,7 +174,7 @@ class CLIPConfig:
     vocab_size: int = 514        # V: 514 + merges; set it from the tokenizer
     embed_dim: int = 256         # E: the shared space
     quick_gelu: bool = False     # x sigmoid(1.702 x), as OpenAI trained; False: exact GELU
-    image_mean: tuple = (0.5, 0.5, 0.5)  # of pixels in [0, 1]; these defaults give back [-1, 1]
+    image_mean: tuple = (0.5, 0.5, 0.5)  # of pixels in [0, 1]; the defaults scale to [-1, 1]
     image_std: tuple = (0.5, 0.5, 0.5)
 
 
@@ -197,7 +208,7 @@ class QuickGELU(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer layer: x + attention(norm(x)), then x + MLP(norm(x)).
 
-    Initial weights are CLIP's: each layer adds to x twice, so these outputs start small.
+    Weights are initialised as in CLIP: the two outputs that are added to x start small.
     """
 
     def __init__(self, width, heads, depth, causal, quick_gelu):
@@ -219,7 +230,7 @@ class Block(nn.Module):
     def forward(self, x):                                                # (B, N, D)
         N, device = x.shape[1], x.device
         mask = torch.ones(N, N, dtype=torch.bool, device=device).triu(1) if self.causal else None
-        bf16 = torch.is_autocast_enabled("cuda")       # a CPU's backward is 15x slower in it
+        bf16 = torch.is_autocast_enabled("cuda")       # on CPUs, attention's backward is 15x slower
         with torch.autocast(device.type, enabled=bf16):
             h = self.ln_1(x.float())
             x = x + self.attn(h, h, h, attn_mask=mask, need_weights=False)[0]
@@ -262,12 +273,12 @@ def conv_norm(c_in, c_out, kernel, stride=1):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut (He et al. 2016). New channels halve the sides."""
+    """Two 3 x 3 convolutions and a shortcut (He et al. 2016); halves the sides if c_in != c_out."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
         self.halves = c_in != c_out
-        self.conv1 = conv_norm(c_in, c_out, 3, stride=1 + self.halves)
+        self.conv1 = conv_norm(c_in, c_out, 3, stride=2 if self.halves else 1)
         self.conv2 = conv_norm(c_out, c_out, 3)
         self.shortcut = conv_norm(c_in, c_out, 1) if self.halves else nn.Identity()
 
@@ -275,15 +286,15 @@ class ResidualBlock(nn.Module):
         y = F.relu(self.conv1(x))
         y = self.conv2(y)
         if self.halves:
-            x = F.avg_pool2d(x, 2, ceil_mode=True)                       # as CLIP's: drops no pixel
+            x = F.avg_pool2d(x, 2, ceil_mode=True)                       # odd sides lose no pixel
         return F.relu(y + self.shortcut(x))                              # (B, c_out, h / 2, w / 2)
 
 
 class ResNet(nn.Module):
-    """Image tower: convolutions; the channels of all stages, averaged over the image.
+    """Image tower: a ResNet whose feature is made of the mean activations of all its stages.
 
-    CLIP's own ResNet reads the last stage only, by attention. The last stage knows the object; the
-    first ones know colours and textures, which a style score needs, wherever in the image.
+    CLIP's own ResNet uses the last stage only, with attention pooling. The last stage represents
+    the object; the early ones represent colours and textures, which a style score needs.
     """
 
     def __init__(self, config):
@@ -292,7 +303,8 @@ class ResNet(nn.Module):
         self.stem = nn.Sequential(
             conv_norm(3, widths[0] // 2, 3, stride=2), nn.ReLU(),
             conv_norm(widths[0] // 2, widths[0], 3), nn.ReLU())
-        self.stages, c = nn.ModuleList(), widths[0]
+        self.stages = nn.ModuleList()
+        c = widths[0]
         for width, blocks in zip(widths, config.vision_layers):
             rest = [ResidualBlock(width, width) for _ in range(blocks - 1)]
             self.stages.append(nn.Sequential(ResidualBlock(c, width), *rest))
@@ -310,7 +322,7 @@ class ResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers, one space. ValueError where the tokenizer or the config does not fit."""
+    """An image tower and a text tower. Raises ValueError if tokenizer and config do not fit."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -321,7 +333,9 @@ class CLIP(nn.Module):
             raise ValueError("patch must be at most resolution, and resolution at most 1024")
         if not len(config.image_mean) == len(config.image_std) == 3:
             raise ValueError("image_mean and image_std must be three numbers")
-        self.config, self.tokenizer, width = config, tokenizer, config.text_width
+        self.config = config
+        self.tokenizer = tokenizer
+        width = config.text_width
         tower = VisionTransformer if isinstance(config.vision_layers, int) else ResNet
         self.visual = tower(config)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
@@ -335,7 +349,8 @@ class CLIP(nn.Module):
 
     def prepare(self, images):
         """(B, 3, H, W) in [-1, 1] -> what the tower reads: the centre square, resized, scaled."""
-        (H, W), size = images.shape[-2:], self.config.resolution
+        H, W = images.shape[-2:]
+        size = self.config.resolution
         side = min(H, W)
         top, left = (H - side) // 2, (W - side) // 2
         images = images[..., top:top + side, left:left + side].float()
@@ -359,7 +374,7 @@ class CLIP(nn.Module):
         length = self.config.context_length
         for text in [texts] if isinstance(texts, str) else texts:
             if not self.tokenizer.fits(text, length):
-                warnings.warn(f"only the first {length - 2} tokens are read of: {text[:60]}...",
+                warnings.warn(f"only the first {length - 2} tokens are used of {text[:60]!r}...",
                               stacklevel=2)
         return self.tokenizer(texts, length).to(self.logit_scale.device)
 
@@ -378,7 +393,7 @@ class CLIP(nn.Module):
 
 def load_clip(path, merges=None, quick_gelu=None):
     """A CLIP from a file of weights: see checkpoint.clip.load_clip, which reads it."""
-    from checkpoint.clip import load_clip as load            # reading files is not this file's job
+    from checkpoint.clip import load_clip as load            # it imports this module
     return load(path, merges, quick_gelu)
 
 
@@ -412,12 +427,13 @@ def text_score(clip, images, texts):
 def style_score(clip, images, reference):
     """Style score (StyleDrop 4.2.1): cosine of each image with the style reference.
 
-    images (B, 3, H, W), reference (3, H, W) or (R, 3, H, W), in [-1, 1], sizes free. Returns (B,)
-    in [-1, 1]; with R references the mean of the R cosines. An image that copies the reference's
+    images (B, 3, H, W), reference (3, H, W) or (R, 3, H, W), in [-1, 1], of any size. Returns (B,)
+    in [-1, 1]; with R references, the mean of the R cosines. An image that copies the reference's
     content scores high too (4.4.3).
     """
     reference = reference[None] if reference.dim() == 3 else reference
-    return (image_features(clip, images) @ image_features(clip, reference).T).mean(1).clamp(-1, 1)
+    cosines = image_features(clip, images) @ image_features(clip, reference).T   # (B, R)
+    return cosines.mean(1).clamp(-1, 1)
 
 
 def select_best(scores, k=1):

@@ -1,7 +1,7 @@
-"""Muse: text encoder T, masked token transformer G, masking law, loss and parallel decoding.
+"""Muse: text encoder T, masked token transformer G, mask schedule, loss and parallel decoding.
 
 Muse (arXiv 2301.00704) Sections 2.1-2.8 and MaskGIT (arXiv 2202.04200), as StyleDrop
-(arXiv 2306.00983) Section 3.1 uses them. Adapters are an argument, so the base is never edited.
+(arXiv 2306.00983) Section 3.1 uses them. Adapters are passed to forward; G itself never changes.
 
     text, text_mask = muse.text_encoder(text_ids)             # T(t)
     logits = muse(ids, text, text_mask)                       # G(v, T(t))
@@ -21,22 +21,22 @@ import torch.nn.functional as F
 
 @dataclass
 class MuseConfig:
-    grid: int = 16              # image tokens a side; N = grid^2
+    grid: int = 16              # side of the token grid; N = grid^2
     codebook_size: int = 1024   # V; the id V stands for [MASK]
     width: int = 384            # D
     layers: int = 6
     heads: int = 6
-    patch: int = 2              # tokens a side that share one position (1: Muse). See Muse.forward
-    token_width: int = 128      # E, of a token's own embedding, which the output shares
+    patch: int = 2              # patch x patch tokens share a position (1: Muse). See Muse.forward
+    token_width: int = 128      # width of a token's embedding, which is tied to the output layer
     # T
-    vocab_size: int = 3000      # of the BPE tokenizer; set it from there
-    text_length: int = 32       # most text tokens, start and end included
-    text_width: int = 256       # of T's states
-    text_layers: int = 4        # 0: no T; states come from elsewhere
+    vocab_size: int = 3000      # of the BPE tokenizer; set it to tokenizer.vocab_size
+    text_length: int = 32       # maximum number of text tokens, start and end included
+    text_width: int = 256       # width of T's hidden states
+    text_layers: int = 4        # 0: without T; the caller supplies the hidden states
     text_heads: int = 4
-    registers: int = 16         # states of T that stand for no word. See TextEncoder
+    registers: int = 16         # hidden states that belong to no token. See TextEncoder
     # the second stage, super-resolution (Muse 2.4)
-    low_grid: int = 0           # tokens a side of the low-resolution image it reads (0: the base)
+    low_grid: int = 0           # side of the low-resolution token grid it reads (0: the base)
     low_layers: int = 0         # self-attention layers over them
 
     @property
@@ -59,11 +59,11 @@ PRESETS = {
     "small": MuseConfig(codebook_size=4096, width=640, layers=14, heads=10, patch=1,
                         token_width=640, text_length=64, text_width=512, text_layers=8,
                         text_heads=8),
-    # Muse's base (Table 4): 48 layers of width 2048, MLP 8192, T5-XXL's states. Only for counting.
+    # Muse's base (Table 4): 48 layers, width 2048, T5-XXL's states. Only to count its parameters.
     "paper": MuseConfig(codebook_size=8192, width=2048, layers=48, heads=16, patch=1,
                         token_width=2048, text_width=4096, text_layers=0),
 }
-SUPERRES = {                    # the second stage of each preset: more tokens a side
+SUPERRES = {                    # the second stage of each preset, on a larger token grid
     "toy": MuseConfig(grid=8, codebook_size=32, width=32, layers=2, heads=2, token_width=32,
                       text_length=16, text_width=24, text_layers=1, text_heads=2, registers=0,
                       low_grid=4, low_layers=1),
@@ -72,7 +72,7 @@ SUPERRES = {                    # the second stage of each preset: more tokens a
     "small": MuseConfig(grid=32, codebook_size=4096, width=512, layers=8, heads=8, patch=2,
                         token_width=512, text_length=64, text_width=256, text_layers=4, registers=0,
                         low_grid=16, low_layers=4),
-    # Table 6: 16 layers over the low tokens, 32 of width 1024 over 64 x 64. Only for counting.
+    # Table 6: 16 layers over the low tokens, 32 over 64 x 64 tokens. Only to count parameters.
     "paper": MuseConfig(grid=64, codebook_size=8192, width=1024, layers=32, heads=16, patch=4,
                         token_width=1024, text_width=4096, text_layers=0, low_grid=16,
                         low_layers=16),
@@ -83,7 +83,7 @@ SUPERRES = {                    # the second stage of each preset: more tokens a
 # The transformer
 
 class Attention(nn.Module):
-    """Multi-head attention of x over a context."""
+    """Multi-head attention: queries from x, keys and values from a context."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -99,7 +99,7 @@ class Attention(nn.Module):
     def forward(self, x, context, mask=None):
         """x (B, P, D), context (B, L, D), mask (B, L): the keys that may be seen -> (B, P, D)."""
         q, k, v = self.split(self.q(x)), self.split(self.k(context)), self.split(self.v(context))
-        if x.device.type == "cpu":                          # the backward pass in bf16 crawls there
+        if x.device.type == "cpu":                          # its backward pass in bf16 is very slow
             q, k, v = q.float(), k.float(), v.float()
         if mask is not None:
             mask = mask[:, None, None, :]                   # (B, 1, 1, L)
@@ -115,7 +115,8 @@ def no_adapter(h, layer, placement):
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, MLP; each pre-normed, each with its own skip.
 
-    cross=False: without the cross-attention, as T and the second stage's encoder have it.
+    cross=False leaves out the cross-attention: for T, and for the layers of the second stage that
+    read the low-resolution tokens.
     """
 
     def __init__(self, width, heads, cross=True):
@@ -131,7 +132,7 @@ class Block(nn.Module):
     def forward(self, x, mask=None, text=None, text_mask=None, adapters=no_adapter, layer=0):
         """x (B, P, D), mask (B, P) or None, text (B, L, D), text_mask (B, L) -> (B, P, D).
 
-        Masks are true where something may be seen.
+        Masks are true for the keys that may be attended to.
 
         An adapter works on a sub-layer's output, before the skip is added (Houlsby et al. 2019):
         after cross-attention (self-attention, where a layer has no other) and after the MLP, and
@@ -139,7 +140,7 @@ class Block(nn.Module):
         """
         h = self.norm1(x)
         h = self.attn(h, h, mask)
-        if self.cross is None:
+        if self.cross is None:                   # its adapter goes after the self-attention instead
             x = x + adapters(h, layer, "cross")
         else:
             x = x + h
@@ -148,9 +149,9 @@ class Block(nn.Module):
 
 
 def initialise(model, layers):
-    """Normals of sd 0.02, cut off at two sd (MaskGIT).
+    """Truncated normal weights with standard deviation 0.02, cut off at two of them (MaskGIT).
 
-    Weights just before a skip connection are also scaled by 1 / sqrt(3 layers).
+    The matrices just before a skip connection are also divided by sqrt(3 layers).
     """
     for name, p in model.named_parameters():
         if p.dim() > 1:
@@ -162,9 +163,9 @@ def initialise(model, layers):
 class TextEncoder(nn.Module):
     """T: BPE ids -> states, by a transformer that is learned with G and frozen afterwards.
 
-    The paper's T is a frozen T5-XXL, which needs a download. Besides one state for each token this
-    one gives `registers` more (as Darcet et al. 2023 add them to a ViT). A prompt of three words
-    would otherwise leave G's cross-attention five states, the same five for every position.
+    The paper's T is a frozen T5-XXL, which needs a download. This one returns a hidden state for
+    each token and `registers` additional ones (as Darcet et al. 2023 add to a ViT). Without them, a
+    prompt of three words, with start and end, would give G's cross-attention only five states.
     """
 
     def __init__(self, config):
@@ -186,7 +187,8 @@ class TextEncoder(nn.Module):
         x = self.token(ids) + self.position[:L]
         registers = self.registers.to(x.dtype).expand(B, -1, -1)
         x = torch.cat([x, registers], 1)                                         # (B, L', ..)
-        is_text = torch.arange(L, device=ids.device) <= ids.argmax(1, keepdim=True)
+        end = ids.argmax(1, keepdim=True)                    # the end token has the highest id
+        is_text = torch.arange(L, device=ids.device) <= end                      # (B, L)
         mask = F.pad(is_text, (0, len(self.registers)), value=True)              # (B, L')
         for block in self.blocks:
             x = block(x, mask)
@@ -194,13 +196,18 @@ class TextEncoder(nn.Module):
 
 
 class Muse(nn.Module):
-    """G of either stage; low_grid > 0: of the second. It holds T, but forward takes T's output."""
+    """G of the first stage, or of the second if low_grid > 0.
+
+    T is a part of it, but forward takes T's output.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        D, side = config.width, config.grid // config.patch
-        E, group = config.token_width, config.patch ** 2
+        D = config.width
+        side = config.grid // config.patch                                       # P = side^2
+        E = config.token_width                                                   # (not the encoder)
+        group = config.patch ** 2
         self.token = nn.Embedding(config.codebook_size + 1, E)                   # + 1: [MASK]
         self.patch_embed = nn.Linear(group * E, D)
         self.row = nn.Parameter(torch.zeros(side, 1, D))                      # learned 2D positions
@@ -222,16 +229,17 @@ class Muse(nn.Module):
             self.text_encoder = TextEncoder(config)
 
     def forward(self, ids, text, text_mask, adapters=None, low=None, low_states=None):
-        """G, or G^ with adapters -> logits (B, N, V), so [MASK] itself is never predicted.
+        """G, or G^ with adapters -> logits (B, N, V).
 
-        ids (B, N) in [0, V], V where masked; text (B, L', text_width) and text_mask (B, L') from T;
-        adapters: None, or a function (h (B, P, D), layer, "cross" | "mlp") -> h; low (B,
-        low_grid^2): the low-resolution tokens of the second stage, whose layers come first; or
-        low_states, their result, which is the same at every step of decoding.
+        There is no logit for [MASK], so it is never predicted. ids (B, N) in [0, V], with V for
+        [MASK]; text (B, L', text_width) and text_mask (B, L') from T; adapters: None, or a function
+        (h (B, P, D), layer, "cross" | "mlp") -> h. The second stage also takes low (B, low_grid^2),
+        the low-resolution tokens, or low_states, the output of `low_states` for them, which can be
+        computed once since it is the same at every decoding step.
 
-        With patch = 2, four neighbouring tokens enter through one position, as pixels do in a ViT:
-        a quarter of the transformer's cost, and each of the four still has its own mask and its own
-        prediction. patch = 1 is Muse.
+        With patch = 2, four neighbouring tokens share one position, as pixels do in a ViT. The
+        transformer then has a quarter of the positions, but each of the four tokens still has its
+        own mask and its own prediction. patch = 1 is Muse.
         """
         c, s = self.config, self.config.patch
         side = c.grid // s
@@ -256,7 +264,7 @@ class Muse(nn.Module):
     def low_states(self, low, adapters=None):
         """Low-resolution tokens (B, low_grid^2) -> their states (B, low_grid^2, D).
 
-        Each has the position embedding of the high tokens at its place.
+        A low token gets the position embedding of the high-resolution tokens at the same place.
         """
         adapters = adapters or no_adapter
         position = (self.row + self.col).movedim(-1, 0)[None]                   # (1, D, side, side)
@@ -271,20 +279,26 @@ class Muse(nn.Module):
 # Training: M and CE_m of Eq. 2
 
 def mask_ratio(u):
-    """gamma(u) = cos(pi u / 2), u in [0, 1]. With u ~ U it has Muse's density, of mean 2 / pi."""
-    return torch.cos(u * (math.pi / 2)) if torch.is_tensor(u) else math.cos(u * math.pi / 2)
+    """MaskGIT's cosine schedule: gamma(u) = cos(pi u / 2), for u in [0, 1], a number or a tensor.
+
+    (Not the gamma that mixes two adapters.) If u is uniform, the ratio has mean 2 / pi, as in Muse.
+    """
+    if torch.is_tensor(u):
+        return torch.cos(u * (math.pi / 2))
+    return math.cos(u * math.pi / 2)
 
 
 def random_mask(batch, tokens, generator, power=1):
-    """M: a bool mask (B, N), true at ceil(gamma(u^power) N) places; u ~ U for each row.
+    """M: a bool mask (B, N), true at ceil(gamma(u^power) N) random places of each row.
 
-    Muse's law has power 1. A higher one masks more: the fewer tokens are visible, the more the text
-    matters.
+    u is uniform in [0, 1] and drawn for each row. power = 1 is Muse's mask schedule. A higher power
+    masks more tokens; with fewer tokens visible, the prediction depends more on the text.
     """
     device = generator.device
     ratio = mask_ratio(torch.rand(batch, 1, generator=generator, device=device) ** power)
     count = (ratio * tokens).ceil().clamp(1, tokens)
-    rank = torch.rand(batch, tokens, generator=generator, device=device).argsort(1).argsort(1)
+    noise = torch.rand(batch, tokens, generator=generator, device=device)
+    rank = noise.argsort(1).argsort(1)                       # 0 .. N - 1 in random order, each row
     return rank < count
 
 
@@ -303,33 +317,36 @@ def masked_loss(logits, ids, mask, label_smoothing=0.0):
 # Sampling
 
 def uniform(generator, batch, *shape):
-    """Random numbers in [0, 1), (batch, *shape), from one generator or from a list of one a row."""
+    """Uniform numbers in [0, 1), (batch, *shape), from one generator or from one for each row."""
     if isinstance(generator, torch.Generator):
         return torch.rand(batch, *shape, generator=generator, device=generator.device)
     return torch.stack([torch.rand(*shape, generator=g, device=g.device) for g in generator])
 
 
 def draw_tokens(logits, top_k, u):
-    """One token at each place, from the softmax over its `top_k` likeliest (0: over all).
+    """Sample a token at each position from the softmax over the `top_k` most probable (0: all).
 
-    logits (B, N, V), u (B, N) uniform in [0, 1) -> ids (B, N) in [0, V), by the inverse of the
-    cumulative distribution.
+    logits (B, N, V), u (B, N) uniform in [0, 1) -> ids (B, N) in [0, V), by inverting the
+    cumulative distribution: the token is the first whose cumulative probability reaches u.
     """
-    values, tokens = logits.topk(top_k or logits.shape[-1], -1)                  # (B, N, k)
+    k = top_k or logits.shape[-1]
+    values, tokens = logits.topk(k, -1)                                          # (B, N, k)
     cumulative = values.softmax(-1).cumsum(-1)
-    rank = (cumulative < u[..., None] * cumulative[..., -1:]).sum(-1, keepdim=True)
+    total = cumulative[..., -1:]                             # 1, but for rounding
+    rank = (cumulative < u[..., None] * total).sum(-1, keepdim=True)             # (B, N, 1)
     return tokens.gather(-1, rank)[..., 0]
 
 
 @torch.no_grad()
 def decode(logits_fn, batch, tokens, mask_id, steps, temperature, generator, top_k=0, on_step=None):
-    """MaskGIT's parallel decoding, by the official rule. Returns ids (B, N) without a mask.
+    """MaskGIT's parallel decoding, as in the official code. Returns ids (B, N) without any [MASK].
 
-    logits_fn(ids (B, N), step) -> logits (B, N, V), guidance included. generator: one, or a list of
-    B, one for each row: then a row does not depend on the others. on_step(step, ids, kept) sees the
-    sampled ids and which of them are kept, for pictures of the process.
+    logits_fn(ids (B, N), step) -> logits (B, N, V), guidance included. generator: a single one, or
+    a list of B, one for each row, which makes each row independent of the others. on_step(step,
+    ids, kept) is called with the sampled ids and with a mask of those that are kept.
     """
-    device = (generator if isinstance(generator, torch.Generator) else generator[0]).device
+    first = generator if isinstance(generator, torch.Generator) else generator[0]
+    device = first.device
     ids = torch.full((batch, tokens), mask_id, device=device)
     for step in range(steps):
         ratio = (step + 1) / steps
@@ -340,16 +357,20 @@ def decode(logits_fn, batch, tokens, mask_id, steps, temperature, generator, top
         # 1. sample every masked token; the known ones stay as they are
         sampled = torch.where(masked, draw_tokens(log_p, top_k, u[:, 0]), ids)
 
-        # 2. the confidence in each: log p(sampled) + temperature (1 - ratio) Gumbel noise. The
-        #    temperature (4.5 in Table S3) only makes it more random WHICH tokens are kept
+        # 2. confidence in each: log p(sampled) + temperature (1 - ratio) Gumbel noise. The
+        #    temperature (4.5 in Table S3) affects only WHICH tokens are kept, not what they are
         gumbel = -(-u[:, 1].log()).log()
         noise = temperature * (1 - ratio) * gumbel
         confidence = log_p.gather(-1, sampled[..., None])[..., 0] + noise
         confidence = confidence.masked_fill(~masked, math.inf)
 
-        # 3. mask the least confident again: floor(N gamma), at least 1, always fewer than before
-        n_mask = max(1, min(int(masked[0].sum()) - 1, math.floor(tokens * mask_ratio(ratio))))
-        again = confidence.argsort(1).argsort(1) < n_mask
+        # 3. mask the least confident again: floor(N gamma) of them, but at least 1 and fewer than
+        #    before. After the last step this has no effect, since `sampled` is returned
+        before = int(masked[0].sum())                        # the same in every row
+        n_mask = min(before - 1, math.floor(tokens * mask_ratio(ratio)))
+        n_mask = max(1, n_mask)
+        rank = confidence.argsort(1).argsort(1)              # 0: the least confident
+        again = rank < n_mask
         ids = sampled.masked_fill(again, mask_id)
         if on_step is not None:
             kept = ~again if step + 1 < steps else torch.ones_like(again)

@@ -39,7 +39,7 @@ from data.pictures import grid
 from styledrop import (AT_ONCE, BASE_SAMPLING, SAMPLING, Sampling, check_device, style_prompt,
                        to_uint8)
 
-SCALE = 2                               # a sampled pixel is so many pixels of the PNG a side
+SCALE = 2                               # images are enlarged this many times in the PNG
 MOST_ON_A_SHEET = 256                   # images; more go to a folder
 GAMMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 LAMBDAS_A = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
@@ -52,7 +52,8 @@ LAMBDAS_B = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0)
 def options():
     """The command's options."""
     parser = Parser(description=__doc__)
-    add, strength = parser.add_argument, number(float, 0, 100)
+    add = parser.add_argument
+    strength = number(float, 0, 100)
     add("--prompt", action="append", type=filled, metavar="TEXT",
         help="what to sample; give it several times for several prompts")
     add("--style", type=filled, metavar="RUN",
@@ -60,7 +61,7 @@ def options():
     add("--content", type=filled, metavar="RUN",
         help="the run folder of an object: my object in my style")
     add("--style-phrase", type=text, metavar="WORDS",
-        help="words for the style, in place of the run's; with --style none, for the base")
+        help="style phrase in place of the run's own; with --style none, the base is given it")
     add("--lambda-a", type=strength,
         help=f"strength of the style in the first stage (Eq. 4; default: {SAMPLING.lambda_a:g})")
     add("--lambda-b", type=strength,
@@ -70,16 +71,17 @@ def options():
         help="strength of the object in the first stage (Eq. 6; default: "
              f"{SAMPLING.lambda_a_content:g})")
     add("--gamma", type=number(float, 0, 1), default=0.5,
-        help="of two adapters, 0: the style alone, 1: the object alone (default: %(default)s)")
+        help="mixture of two adapters: 0 is the style alone, 1 the object alone "
+             "(default: %(default)s)")
     add("--gamma-sweep", action="store_true",
-        help="a row from the style adapter alone to the content adapter alone")
+        help="sample a row of mixtures, from the style alone to the object alone")
     add("--lambda-grid", action="store_true",
-        help="a sheet of lambda_A by lambda_B for one prompt and seed, in place of --lambda-a and "
-             "--lambda-b")
+        help="sample one prompt and seed with a grid of values of lambda_A and lambda_B; "
+             "--lambda-a and --lambda-b have no effect")
     add("--steps", type=whole(1, 1000),
         help=f"decoding steps of the first stage (default: {SAMPLING.steps})")
     add("--temperature", type=number(float, 0, 1000),
-        help=f"randomness in which tokens are kept first (default: {SAMPLING.temperature:g}, "
+        help=f"randomness of the order of decoding (default: {SAMPLING.temperature:g}, "
              f"without an adapter {BASE_SAMPLING.temperature:g})")
     add("--top-k", type=whole(0, 2**31),
         help="tokens of the first stage are sampled from this many likeliest; 0: from all "
@@ -88,21 +90,22 @@ def options():
     add("--seed", type=whole(0, 2**62), default=0,
         help="seed of the first image; the next ones have the next seeds")
     add("--out", type=filled, default="sample.png",
-        help="a PNG of one image or of a row for each prompt, or a folder for single files "
-             "(default: %(default)s)")
-    add("--trace", metavar="GIF", type=filled, help="also write the decoding, step by step")
-    add("--words", action="store_true", help="only print the words that the base knows")
+        help="NAME.png: one sheet with all images, a row for each prompt; any other name: a "
+             "folder with a file for each image (default: %(default)s)")
+    add("--trace", metavar="GIF", type=filled,
+        help="also write an animation of the decoding steps")
+    add("--words", action="store_true", help="print the words that the base knows, and exit")
     add_base_options(parser)
     return parser
 
 
 def check_options(args):
-    """Raise ValueError where options contradict each other."""
+    """Raise ValueError if options contradict each other."""
     images = len(args.prompt or ()) * args.num
     if args.gamma_sweep:
         images *= len(GAMMAS)
     if not args.prompt:
-        raise ValueError('say what to sample: --prompt "a cat"')
+        raise ValueError('give at least one prompt, such as --prompt "a cat"')
     if args.gamma_sweep and not args.content:
         raise ValueError("--gamma-sweep mixes two adapters: give --content RUN too")
     if args.gamma_sweep and args.lambda_grid:
@@ -128,20 +131,18 @@ def find_style(args):
     if args.style is None:
         run = newest_run()
         if run is None:
-            say("style: none, since there is no run yet; these are samples of the base")
+            say("style: none (there is no run in runs/ yet), so the base is sampled")
         else:
             say(f"style: {run}, the newest run")
         return run
     if not Path(args.style).exists():
-        raise ValueError(f"there is no run {args.style}; train one with train.py, or ask the base "
-                         f'in words: --style none --style-phrase "{args.style}"')
+        raise ValueError(f"there is no run {args.style}; train one with train.py, or describe the "
+                         f'style to the base: --style none --style-phrase "{args.style}"')
     return Path(args.style)
 
 
 # --------------------------------------------------------------------------------------------------
-# Samples
-
-# `generate` is StyleDrop.generate with the adapters and settings of this command.
+# Samples. The parameter `generate` is StyleDrop.generate, with this command's adapters and settings
 
 def sampling_settings(args, defaults):
     """A styledrop.Sampling: the defaults, changed by the options that were given."""
@@ -154,9 +155,9 @@ def sampling_settings(args, defaults):
 
 
 def sample_sheet(args, generate, trace=None):
-    """One picture of all prompts and seeds, a row for each prompt where there are several.
+    """One sheet of all prompts and seeds; with several prompts, a row for each.
 
-    trace: a list that takes the steps of decoding.
+    trace: a list to which (ids, kept) of every decoding step is appended.
     """
     prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
     progress = SamplingProgress("image", len(prompts))
@@ -167,16 +168,18 @@ def sample_sheet(args, generate, trace=None):
             trace.append((ids, kept))
 
     images = generate(prompts, seed=args.seed, on_step=on_step, on_batch=progress.on_batch)
-    columns, top, left = min(len(prompts), 8), (), ()
+    columns = min(len(prompts), 8)
+    left = []
     if len(args.prompt) > 1:
-        columns, left = args.num, args.prompt
-        if args.num > 1:
-            top = [f"seed {args.seed + i}" for i in range(args.num)]
-    return grid(to_uint8(images), columns, SCALE, 4 * (len(prompts) > 1), top, left)
+        columns = args.num
+        for row, prompt in enumerate(args.prompt):           # the seeds go on from row to row
+            left.append(f"{prompt}, from seed {args.seed + row * args.num}")
+    gap = 4 if len(prompts) > 1 else 0
+    return grid(to_uint8(images), columns, SCALE, gap, left=left)
 
 
 def sample_files(args, generate, folder, facts):
-    """A PNG for each prompt and seed in a folder, written as they come. facts: see text_chunks."""
+    """Write a PNG for each prompt and seed into a folder, by batches. facts: see text_chunks."""
     prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
     progress = SamplingProgress("image", len(prompts))
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,9 +194,10 @@ def sample_files(args, generate, folder, facts):
 
 
 def gamma_sweep(args, generate):
-    """A row for each prompt and seed: from the style alone to the object alone, one seed a row."""
+    """A sheet with a row for each prompt and seed, from the style alone to the object alone."""
     prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
-    progress, columns = SamplingProgress("gamma", len(GAMMAS)), []
+    progress = SamplingProgress("gamma", len(GAMMAS))
+    columns = []
     for i, gamma in enumerate(GAMMAS):
         images = generate(prompts, seed=args.seed, gamma=gamma, on_step=progress.on_step)
         columns.append(to_uint8(images))
@@ -206,7 +210,8 @@ def gamma_sweep(args, generate):
 
 def lambda_grid(args, generate):
     """lambda_A down, lambda_B across, one prompt and one seed (the paper's Figure S4)."""
-    progress, images = SamplingProgress("row", len(LAMBDAS_A)), []
+    progress = SamplingProgress("row", len(LAMBDAS_A))
+    images = []
     for i, lambda_a in enumerate(LAMBDAS_A):
         for lambda_b in LAMBDAS_B:
             images.append(generate(args.prompt, seed=args.seed, lambda_a=lambda_a,
@@ -219,7 +224,7 @@ def lambda_grid(args, generate):
 
 
 def trace_frames(pipe, steps):
-    """Pillow frames of the steps [(ids, kept)] of decode's on_step; masked tokens are grey."""
+    """A Pillow image for each decoding step (ids, kept) of `on_step`; masked tokens are grey."""
     for ids, kept in steps:
         side = math.isqrt(ids.shape[1])
         images = to_uint8(pipe.vqgan.decode(ids.view(-1, side, side)))
@@ -230,7 +235,7 @@ def trace_frames(pipe, steps):
 
 
 def write_trace(pipe, path, steps):
-    """An animation of the decoding, of 128 colours a frame, which rests on its last frame."""
+    """Write a GIF of the decoding steps, with 128 colours per frame and a pause on the last."""
     first, *rest = [frame.quantize(128, dither=Image.Dither.NONE)
                     for frame in trace_frames(pipe, steps)]
     duration = [120] * len(rest) + [2000]                    # milliseconds
@@ -240,9 +245,9 @@ def write_trace(pipe, path, steps):
 
 
 def text_chunks(facts, prompts, seed):
-    """The PNG's text: what it takes to sample it again. Prompts are a JSON list.
+    """The text chunks of a PNG, from which it can be sampled again.
 
-    facts: a dict of options; those that are None are left out.
+    facts: the command's options, without those that are None; prompts: saved as a JSON list.
     """
     facts = dict(facts, prompt=json.dumps(prompts, ensure_ascii=False), seed=seed)
     info = PngInfo()
@@ -273,8 +278,8 @@ def main():
     if is_sheet and Path(args.out).is_dir():
         raise ValueError(f"{args.out} is a folder; give another name")
     if style is None and content is not None and args.style_phrase:
-        raise ValueError("--style-phrase needs a style adapter beside --content; without one, "
-                         "write the words in the prompt")
+        raise ValueError("with --content, --style-phrase also needs a style adapter; without one, "
+                         "write the words into the prompt")
     if style is None and args.gamma_sweep:
         raise ValueError("--gamma-sweep mixes two adapters: give --style RUN too")
     if args.style_phrase is None and style is None:

@@ -1,7 +1,7 @@
 """StyleDrop: the method (arXiv 2306.00983, Section 3), on a small Muse.
 
-One reference image tunes an adapter (Eq. 3). Sampling weighs the tuned model, the base and the base
-without text against each other (Eq. 4); two adapters are mixed (Eq. 5 and 6).
+An adapter is tuned on one reference image (Eq. 3). Sampling combines the logits of the tuned model,
+of the base, and of the base with an empty prompt (Eq. 4), and can mix two adapters (Eq. 5 and 6).
 
     pipe = StyleDrop.load()                                          # weights/tiny
     adapter = pipe.tune(images, ["a house"], style="watercolor painting")
@@ -31,9 +31,9 @@ from vqgan import VQGAN, VQGANConfig
 __all__ = ["BASE_SAMPLING", "ROUND_1", "ROUND_2", "SAMPLING", "Sampling", "StyleDrop", "Tuning",
            "guided_logits", "load_adapter", "mix_logits", "style_prompt", "to_tensor", "to_uint8"]
 
-WEIGHTS = str(Path(__file__).parent / "weights" / "tiny")      # the base that ships
-RARE_TOKEN = "[V*]"     # a style without a name (4.4.1): training captions have it for unnamed ones
-AT_ONCE = 16            # images in one batch, which bounds the memory
+WEIGHTS = str(Path(__file__).parent / "weights" / "tiny")      # the shipped base
+RARE_TOKEN = "[V*]"     # stands for a style without a name (4.4.1), in training captions as well
+AT_ONCE = 16            # images sampled in one batch, to limit the memory
 
 
 # --------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class Tuning:
     d_prj: int                      # H [4; round 2 and second stage 32]
     is_shared: bool                 # across depth [True; round 2 and second stage False]
     mask_power: float               # see muse.random_mask [1]
-    views: int = 1                  # of each reference: itself and random crops [not stated]
+    views: int = 1                  # the reference and views - 1 random crops of it [not stated]
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Sampling:
     lambda_a: float                 # strength of the style [0 to 2; round 2: 2; second stage 1]
     lambda_b: float                 # strength of the text [5; second stage 0]
     steps: int                      # of decoding [36; second stage 12]
-    temperature: float              # randomness in which tokens are kept [4.5]; see muse.decode
-    top_k: int                      # tokens are sampled from this many likeliest; 0: from all [0]
+    temperature: float              # noise in choosing the tokens to keep [4.5]; see muse.decode
+    top_k: int                      # sample tokens from the k most probable; 0: from all [0]
     lambda_a_content: float = 1.0   # strength of a content adapter; the paper has one lambda_A
 
 
@@ -100,25 +100,28 @@ SUPERRES_SAMPLING = Sampling(lambda_a=1.0, lambda_b=0.0, steps=12, temperature=1
 # The pipeline
 
 class StyleDrop:
-    """E, D, T and G, frozen, with what tunes and samples them.
+    """The frozen models E, D, T and G, and the methods that tune adapters and sample images.
 
     tokenizer: T's BPE; words: the vocabulary of the training captions; superres: the second stage,
-    or None; clip: the judge of feedback, a CLIP or the path of one, which is read when it is first
-    needed.
+    or None; clip: the CLIP that scores images for feedback, or the path of its file, which is read
+    when it is first needed.
     """
 
     def __init__(self, vqgan, muse, tokenizer, words=(), clip=None, superres=None, device="cpu"):
-        self.vqgan, self.muse = vqgan.to(device), muse.to(device)
+        self.vqgan = vqgan.to(device)
+        self.muse = muse.to(device)
         self.superres = None if superres is None else superres.to(device)
-        self.tokenizer, self.words, self._clip = tokenizer, set(words), clip
+        self.tokenizer = tokenizer
+        self.words = set(words)
+        self._clip = clip
         self.device = torch.device(device)
 
     @classmethod
     def load(cls, weights=WEIGHTS, device=None):
         """The base in a folder of vqgan.pt, muse.pt, clip.pt and perhaps superres.pt.
 
-        device: by default a CUDA GPU if there is one. Raises ValueError in one line where a file
-        is missing, damaged, or does not fit the others.
+        device: by default a CUDA GPU if there is one. Raises ValueError with a one-line message if
+        a file is missing, damaged, or does not fit the others.
         """
         weights = Path(weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -129,7 +132,7 @@ class StyleDrop:
             tokenizer = Tokenizer(list(saved["merges"]))
             words = {word.lower() for word in saved["words"]}
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise ValueError(f"{weights / 'muse.pt'} has no merges or words; "
+            raise ValueError(f"{weights / 'muse.pt'} has no vocabulary (merges and words); "
                              "train it again") from None
         grid, codes = base.config.grid, base.config.codebook_size
         fits = (vqgan.config.codebook_size == codes and base.config.text_layers > 0
@@ -137,9 +140,9 @@ class StyleDrop:
                 and tokenizer.vocab_size == base.config.vocab_size)
         superres = None
         if (weights / "superres.pt").exists():
-            superres, second = load_model(weights / "superres.pt", "superres", muse.MuseConfig,
-                                          muse.Muse)
-            fits = (fits and second.get("merges") == saved["merges"]
+            superres, saved_superres = load_model(weights / "superres.pt", "superres",
+                                                  muse.MuseConfig, muse.Muse)
+            fits = (fits and saved_superres.get("merges") == saved["merges"]
                     and superres.config.low_grid == grid
                     and superres.config.codebook_size == codes)
         if not fits:
@@ -149,13 +152,13 @@ class StyleDrop:
 
     @property
     def resolution(self):
-        """Pixels a side of the images it generates, and of the references it is tuned on."""
+        """Side length in pixels of the images it generates and of its references."""
         last = self.muse if self.superres is None else self.superres
         return last.config.grid * self.vqgan.config.factor
 
     @property
     def clip(self):
-        """The judge of feedback."""
+        """The CLIP that scores images for feedback; its file is read on the first use."""
         if isinstance(self._clip, (str, Path)):
             self._clip = load_clip(self._clip).requires_grad_(False).to(self.device)
         return self._clip
@@ -175,14 +178,15 @@ class StyleDrop:
              on_step=None, **changes):
         """Tune an adapter for each stage on references (Eq. 3) -> a TunedAdapter with .save(path).
 
-        images (R, 3, H, W) in [-1, 1]: the references, of the pipeline's resolution, or of the
-        first stage's, and then only that stage is tuned; prompts: R content phrases; style: the
-        phrase they share. superres: tune the second stage too, where there is one, with SUPERRES.
-        tuning: settings of the first stage, of which `changes` replaces some, as in steps=100.
-        on_step(step, steps, loss) is called after each step. Raises ValueError where the numbers
-        of images and prompts differ, or where a loss or the adapter becomes NaN or infinite.
+        images (R, 3, H, W) in [-1, 1]: the references, at the pipeline's resolution; at the first
+        stage's resolution, only that stage is tuned. prompts: R content phrases. style: the style
+        phrase that is appended to them; train.py gives RARE_TOKEN, and "" appends nothing.
+        superres: also tune the second stage, if there is one, with the settings SUPERRES. tuning:
+        settings of the first stage; `changes` overrides some of them, as in steps=100.
+        on_step(step, steps, loss) is called after each step. Raises ValueError if the numbers of
+        images and prompts differ, or if a loss or the adapter becomes NaN or infinite.
         """
-        how = replace(tuning, **changes)
+        how = replace(tuning, **changes)                     # a Tuning
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} reference images need as many content phrases, "
                              f"not {len(prompts)}")
@@ -193,13 +197,14 @@ class StyleDrop:
         texts = [style_prompt(prompt, style) for prompt in prompts]
         generator = torch.Generator().manual_seed(seed)
 
-        views = random_views(images, how.views, generator).flatten(0, 1)         # (R views, ...)
-        seen = self.vqgan.encode(F.interpolate(views, (side, side), mode="area")).flatten(1)
+        views = random_views(images, how.views, generator).flatten(0, 1)     # (R * views, 3, H, W)
+        small = F.interpolate(views, (side, side), mode="area")
+        tokens = self.vqgan.encode(small).flatten(1)                         # (R * views, N)
         texts_of_views = [text for text in texts for _ in range(how.views)]
-        first = self.fit(self.muse, seen, texts_of_views, how, generator, on_step)
+        first = self.fit(self.muse, tokens, texts_of_views, how, generator, on_step)
         second = None
         if superres and self.superres is not None and images.shape[-1] == self.resolution:
-            low = seen[::how.views]                          # (R, N): the references themselves
+            low = tokens[::how.views]        # (R, N): the first view is the reference itself
             high = self.vqgan.encode(images).flatten(1)                          # (R, N')
             second = self.fit(self.superres, high, texts, SUPERRES, generator, on_step, low)
         about = dict(asdict(how), base=self.base_id, style=style, prompts=list(prompts), seed=seed)
@@ -221,9 +226,10 @@ class StyleDrop:
             mask = muse.random_mask(how.batch, ids.shape[1], generator, how.mask_power)
             mask = mask.to(self.device)
             masked = ids.masked_fill(mask, G.config.mask_id)
+            low_rows = None if low is None else low[rows]                        # (B, N_low)
             with autocast(self.device.type):
-                logits = G(masked, text[rows], text_mask[rows], theta(),
-                           None if low is None else low[rows])                   # (B, N, V)
+                adapters = theta()               # the function that G applies after its sub-layers
+                logits = G(masked, text[rows], text_mask[rows], adapters, low_rows)  # (B, N, V)
             loss = muse.masked_loss(logits, ids, mask)
             if not math.isfinite(loss.item()):
                 raise ValueError(f"the loss is NaN or infinite at step {step + 1}; "
@@ -238,7 +244,7 @@ class StyleDrop:
         return theta
 
     def new_adapter(self, G, how, generator):
-        """A fresh theta for one of the stages, which leaves G's output as it is at first."""
+        """A new adapter theta for one of the stages; until it is trained, it changes nothing."""
         return Adapter(G.config.width, how.d_prj, G.config.depth, how.is_shared,
                        generator).to(self.device)
 
@@ -250,22 +256,23 @@ class StyleDrop:
                  **changes):
         """One image for each prompt: (B, 3, H, W) in [-1, 1].
 
-        prompts: strings. With a style adapter they are content phrases, and its style phrase, or
-        `style_phrase` (one, or one for each prompt), is appended: t. The content adapter sees them
-        as they are: c. Style only: Eq. 4. Content only: Eq. 6. Both: (1 - gamma) Eq. 5 + gamma
-        Eq. 6. Neither: Eq. 1, the base.
+        prompts: B strings. The style adapter's prompt t is the string with a style phrase appended:
+        the adapter's own, or `style_phrase` (one string, or one for each prompt). The content
+        adapter's prompt c is the string itself. Which equation is sampled depends on the adapters:
+        a style adapter alone, Eq. 4; a content adapter alone, Eq. 6; both, the mixture
+        (1 - gamma) Eq. 5 + gamma Eq. 6; none, Eq. 1, the base.
 
-        seed: image i has the seed seed + i, so it does not depend on its batch; or a list, one for
-        each. negative: the prompt n. superres: sample the second stage too, where there is one,
-        with SUPERRES_SAMPLING. sampling: settings of the first stage, by default SAMPLING, or
-        BASE_SAMPLING without an adapter; `changes` replaces some, as in lambda_a=2. on_step: see
-        muse.decode; it sees both stages of each batch. on_batch(done) is called after each batch of
-        AT_ONCE images. Raises ValueError for an adapter of another base, and where the numbers of
-        phrases, seeds and prompts differ.
+        seed: image i is sampled with seed + i, whatever batch it is in; or a list of B seeds.
+        negative: the prompt n. superres: also sample the second stage, if there is one, with
+        SUPERRES_SAMPLING. sampling: settings of the first stage, by default SAMPLING with an
+        adapter and BASE_SAMPLING without; `changes` overrides some of them, as in lambda_a=2.
+        on_step: see muse.decode; it is called in both stages of each batch. on_batch(done) is
+        called after each batch of AT_ONCE images. Raises ValueError if an adapter belongs to
+        another base, or if the numbers of phrases, seeds and prompts differ.
         """
         if sampling is None:
             sampling = BASE_SAMPLING if style is None and content is None else SAMPLING
-        how = replace(sampling, **changes)
+        how = replace(sampling, **changes)                   # a Sampling
         c = [prompts] if isinstance(prompts, str) else list(prompts)
         if style_phrase is None:
             style_phrase = "" if style is None else style.style
@@ -275,8 +282,12 @@ class StyleDrop:
         seeds = seed
         if isinstance(seed, int):
             seeds = [seed + i for i in range(len(c))]
-        if not c or how.steps < 1 or not 0 <= gamma <= 1:
-            raise ValueError("give prompts, at least one step, and gamma from 0 to 1")
+        if not c:
+            raise ValueError("give at least one prompt")
+        if how.steps < 1:
+            raise ValueError(f"steps is {how.steps}; give at least 1")
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma is {gamma}; give a number from 0 to 1")
         if len(phrases) != len(c) or len(seeds) != len(c):
             raise ValueError(f"{len(phrases)} style phrases and {len(seeds)} seeds for {len(c)} "
                              "prompts; give one, or one for each")
@@ -284,9 +295,9 @@ class StyleDrop:
         for adapter in (style, content):
             if adapter is not None:
                 self.check_adapter(adapter)
-        if content is None:
+        if content is None:                                  # Eq. 4 alone, or Eq. 1 without a style
             gamma = 0.0
-        elif style is None:
+        elif style is None:                                  # Eq. 6 alone
             gamma = 1.0
 
         images = []
@@ -295,12 +306,15 @@ class StyleDrop:
             generators = [torch.Generator(self.device).manual_seed(number)
                           for number in seeds[rows]]
             texts = t[rows], c[rows], [negative] * len(c[rows])
-            thetas = [None if tuned is None else tuned.adapter for tuned in (style, content)]
-            ids = self.sample_tokens(self.muse, texts, *thetas, gamma, how, generators, on_step)
+            theta_s = None if style is None else style.adapter
+            theta_c = None if content is None else content.adapter
+            ids = self.sample_tokens(self.muse, texts, theta_s, theta_c, gamma, how, generators,
+                                     on_step)
             if superres and self.superres is not None:
-                thetas = [None if tuned is None else tuned.superres for tuned in (style, content)]
-                ids = self.sample_tokens(self.superres, texts, *thetas, gamma, SUPERRES_SAMPLING,
-                                         generators, on_step, ids)
+                theta_s = None if style is None else style.superres
+                theta_c = None if content is None else content.superres
+                ids = self.sample_tokens(self.superres, texts, theta_s, theta_c, gamma,
+                                         SUPERRES_SAMPLING, generators, on_step, ids)
             side = math.isqrt(ids.shape[1])
             images.append(self.vqgan.decode(ids.view(-1, side, side)))
             if on_batch is not None:
@@ -332,18 +346,17 @@ class StyleDrop:
             return lambda v: G(v, text, text_mask, adapters, low_states=states)
 
         def eq4(prompts, theta, lambda_a):
-            """Eq. 4 with these prompts: a function of v and G(v, T(n))."""
-            base = forward_pass(prompts)
-            if theta is not None:
-                tuned = forward_pass(prompts, theta)
+            """Eq. 4 with these prompts, as a function of v and of the logits G(v, T(n))."""
+            base_pass = forward_pass(prompts)
+            tuned_pass = None if theta is None else forward_pass(prompts, theta)
 
-            def logits(v, null):
-                base_logits = tuned_logits = base(v)
-                if theta is not None:
-                    tuned_logits = tuned(v)
-                return guided_logits(tuned_logits, base_logits, null, lambda_a, how.lambda_b)
+            def guided(v, null):
+                base = tuned = base_pass(v)
+                if tuned_pass is not None:
+                    tuned = tuned_pass(v)
+                return guided_logits(tuned, base, null, lambda_a, how.lambda_b)
 
-            return logits
+            return guided
 
         if how.lambda_b:
             null_pass = forward_pass(n)
@@ -372,11 +385,11 @@ class StyleDrop:
         return G.text_encoder(ids)
 
     def check_adapter(self, tuned):
-        """Raise ValueError for an adapter of another base; else bring it to this device."""
+        """Raise ValueError for an adapter of another base; otherwise move it to this device."""
         tuned_on = tuned.about.get("base")
         if tuned_on != self.base_id:
             raise ValueError(f"the adapter was tuned on base {tuned_on}, but these weights are "
-                             f"{self.base_id}; tune it again, or give --weights of its base")
+                             f"base {self.base_id}; tune it again, or give its base with --weights")
         for adapter, G in ((tuned.adapter, self.muse), (tuned.superres, self.superres)):
             if adapter is None or G is None:
                 continue
@@ -389,28 +402,31 @@ class StyleDrop:
 
 
 def random_views(images, count, generator):
-    """Images (R, 3, H, W) -> (R, count, 3, H, W): each of them, and count - 1 random crops of it.
+    """Images (R, 3, H, W) -> (R, count, 3, H, W): each image, then count - 1 random crops of it.
 
-    A crop has 80 to 100 % of the side. It lies anywhere in the image and up to 6 % beyond, where
-    the image is mirrored. So fixed positions are not learned as style.
+    A crop has 80 to 100 % of the image's side. It lies anywhere in the image and may reach up to
+    6 % beyond the border, where the image is mirrored. Random positions keep the adapter from
+    learning the reference's layout as part of its style.
     """
     if count == 1:
         return images[:, None]
     shape = len(images), count - 1
-    share = 0.8 + 0.2 * torch.rand(*shape, 1, generator=generator)
-    middle, beyond = 2 * torch.rand(2, *shape, 2, generator=generator) - 1       # in [-1, 1]
-    theta = torch.zeros(*shape, 2, 3)
-    theta[..., 0, 0] = theta[..., 1, 1] = share[..., 0]
-    theta[..., 2] = middle * (1 - share) + 0.12 * beyond     # of a side of length 2
+    side = 0.8 + 0.2 * torch.rand(*shape, 1, generator=generator)                # 1: all of it
+    uniform = 2 * torch.rand(2, *shape, 2, generator=generator) - 1              # in [-1, 1]
+    inside, beyond = uniform[0], uniform[1]
+    affine = torch.zeros(*shape, 2, 3)           # maps places in the crop to places in the image
+    affine[..., 0, 0] = affine[..., 1, 1] = side[..., 0]
+    # coordinates run from -1 to 1, so 6 % of a side is 0.12
+    affine[..., 2] = inside * (1 - side) + 0.12 * beyond
     originals = images.repeat_interleave(count - 1, 0)
-    places = F.affine_grid(theta.flatten(0, 1), originals.shape, align_corners=False)
+    places = F.affine_grid(affine.flatten(0, 1), originals.shape, align_corners=False)
     crops = F.grid_sample(originals, places.to(images.device), padding_mode="reflection",
                           align_corners=False)
     return torch.cat([images[:, None], crops.unflatten(0, shape)], 1)
 
 
 def shuffled(count, batch, generator):
-    """Endless batches of indices below `count`, in shuffled passes: every one is used."""
+    """Yield batches of indices below `count` for ever, in epochs that are shuffled anew."""
     order = torch.empty(0, dtype=torch.long)
     while True:
         while len(order) < batch:
@@ -425,22 +441,24 @@ def shuffled(count, batch, generator):
 def fast_bf16(device):
     """Does this device multiply in bf16 at least as fast as in fp32?
 
-    CUDA GPUs do, and CPUs with AMX. With AVX-512 BF16 alone, AMD's take half the time of fp32 and
-    Intel's nearly twice. Everything else computes in fp32. This is
-    a rule instead of a measurement so that two runs on one machine never differ.
+    CUDA GPUs do, and so do CPUs with AMX. With AVX-512 BF16 but without AMX, bf16 takes half the
+    time of fp32 on AMD's CPUs and nearly twice the time on Intel's. All others use fp32. The answer
+    is a rule and not a measurement, so that two runs on one machine never differ.
     """
     if device == "cuda":
         return True
     if device != "cpu":
         return False
-    has = getattr(torch.cpu, "get_capabilities", dict)()     # a dict, since torch 2.9
+    if not hasattr(torch.cpu, "get_capabilities"):           # before torch 2.9: not known
+        return False
+    has = torch.cpu.get_capabilities()
     if has.get("amx_bf16", False):
         return True
     return has.get("avx512_bf16", False) and "AMD" in cpu_vendor()
 
 
 def cpu_vendor():
-    """The name of the CPU's maker as the system gives it, or ""."""
+    """A text in which the system names the CPU's vendor, or ""."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(errors="replace").splitlines():
@@ -450,18 +468,18 @@ def cpu_vendor():
 
 
 def arithmetic(device):
-    """The type in which G multiplies on a device: "bf16" or "fp32"."""
+    """The precision of G's matrix products on a device: "bf16" or "fp32"."""
     return "bf16" if fast_bf16(device) else "fp32"
 
 
 def check_device(device):
-    """Raise ValueError where there is no such device."""
+    """Raise ValueError if this machine has no such device."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no CUDA GPU here; use --device cpu")
 
 
 def autocast(device):
-    """G's products in bf16 where that is fast, elsewhere in fp32. device: "cpu", "cuda", ..."""
+    """A context for G's matrix products: bf16 where that is fast, else fp32. device: "cpu", ..."""
     return torch.autocast(device, torch.bfloat16, enabled=fast_bf16(device))
 
 
@@ -475,4 +493,5 @@ def to_tensor(images):
 
 def to_uint8(images):
     """float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()

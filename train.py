@@ -2,7 +2,7 @@
 
     python train.py --ref style.png                                     # -> runs/style
     python train.py --ref house.png --content "a house" --out runs/watercolor
-    python train.py --ref a.png b.png --content "a cat" "a house"       # every reference is used
+    python train.py --ref a.png b.png --content "a cat" "a house"       # one style, two references
     python train.py --ref house.png --rounds 2 --feedback clip          # or human, or random
     python train.py --ref 1.png 2.png --kind content --content "a [V] teapot"
 
@@ -55,50 +55,50 @@ UNKNOWN_CONTENT = "an object"            # the content phrase where --content is
 def options():
     """The command's options."""
     parser = Parser(description=__doc__)
-    add = parser.add_argument_group("a style, or an object").add_argument
+    add = parser.add_argument_group("tuning on a style or an object").add_argument
     add("--ref", nargs="+", action="extend", type=filled, metavar="IMG", required=True,
         help="the style reference; several references teach one style together")
     add("--content", nargs="+", action="extend", type=filled, metavar="PHRASE",
-        help='what each reference shows, such as "a house" (default: an object)')
+        help='what each reference shows, such as "a house" (default: "an object")')
     add("--style", type=text, default=RARE_TOKEN,
-        help="what to call the style in prompts (default: %(default)s, a name without a meaning)")
+        help="the style's name in prompts (default: %(default)s, a rare token)")
     add("--kind", choices=("style", "content"), default="style",
         help="what the pictures teach: a style, or an object (default: %(default)s)")
     add("--steps", type=whole(1, 10**6), default=ROUND_1.steps,
-        help="training steps of round 1's first stage (default: %(default)s)")
+        help="training steps of the first stage, in round 1 (default: %(default)s)")
     add("--lr", type=number(float, 0, 1, above=True), default=ROUND_1.lr,
-        help="learning rate of round 1's first stage (default: %(default)s)")
+        help="learning rate of the first stage, in round 1 (default: %(default)s)")
     add("--batch", type=whole(1, 4096), default=ROUND_1.batch,
-        help="batch of the first stage, in every round (default: %(default)s)")
+        help="batch size of the first stage, in every round (default: %(default)s)")
     add("--d-prj", type=whole(1, 4096), default=ROUND_1.d_prj,
-        help="H, the adapter's width, of round 1's first stage (default: %(default)s)")
+        help="H, the first stage's bottleneck width in round 1 (default: %(default)s)")
     add("--seed", type=whole(0, 2**31), default=0,
-        help="seed of all randomness (default: %(default)s)")
+        help="random seed (default: %(default)s)")
     add("--out", type=filled, help="run folder (default: runs/NAME OF THE FIRST REFERENCE)")
     add_base_options(parser)
     add = parser.add_argument_group("rounds of feedback").add_argument
     add("--rounds", type=whole(1, 20), default=1,
-        help="2: sample a pool, choose, train a new adapter on the choice (default: %(default)s)")
+        help="with 2, a new adapter is trained on chosen samples (default: %(default)s)")
     add("--feedback", choices=("clip", "human", "random"), default="clip",
         help="how images are chosen (default: %(default)s)")
     add("--pick", metavar="3,17,20", type=text,
-        help="with --feedback human: the last round's choice by number, instead of the page")
+        help="with --feedback human: choose these numbers instead of in the browser")
     add("--port", type=whole(0, 65535), default=0, help="port of the page (default: any free one)")
     add("--pool", type=whole(1, 1024), default=8,
-        help="images for each prompt of the pool (default: %(default)s; the paper has 64)")
+        help="images sampled for each prompt (default: %(default)s; the paper: 64)")
     add("--pool-prompts", type=filled, metavar="FILE",
-        help="content phrases, one a line (default: 30 of our own)")
+        help="file of content phrases, one per line (default: 30 built-in ones)")
     return parser
 
 
 def check_options(args):
-    """Raise ValueError where options contradict each other."""
+    """Raise ValueError if options contradict each other."""
     if args.kind == "content" and not args.content:
         raise ValueError('a content adapter needs the name of its object: --content "a [V] teapot"')
     if args.kind == "content" and args.rounds > 1:
-        raise ValueError("rounds of feedback improve a style; leave --rounds or --kind out")
-    if args.kind == "content" and len(args.content) == 1:
-        args.content = args.content * len(args.ref)
+        raise ValueError("rounds of feedback are for styles; leave out --rounds or --kind content")
+    if args.kind == "content" and len(args.content) == 1:    # one name for all of its pictures
+        args.content = args.content * len(args.ref)          # (the one option that is changed here)
     if args.content and len(args.content) != len(args.ref):
         raise ValueError(f"{len(args.ref)} references need as many --content phrases, "
                          f"not {len(args.content)}")
@@ -118,7 +118,7 @@ def main():
     rounds.check_rounds(args, out, prompts)
     pipe = load_pipeline(args)
     if args.rounds > 1:
-        pipe.clip.eval()                                     # read now: if damaged, not at the end
+        pipe.clip.eval()                 # loads CLIP now, so a damaged file is found before tuning
     paths = [find_reference(path) for path in args.ref]
     references = [data.read_reference(path, pipe.resolution) for path in paths]
     references = to_tensor(np.stack(references))             # (R, 3, H, W)
@@ -126,16 +126,16 @@ def main():
     recipe = dict(kind=args.kind, content=contents, style=style, steps=args.steps, lr=args.lr,
                   batch=args.batch, d_prj=args.d_prj, superres=args.superres, seed=args.seed,
                   base=pipe.base_id, pictures=fingerprint({"references": references}))
-    # what else config.json says; two commands that differ in it only are the same
+    # config.json also records these; commands that differ only in these count as the same
     config = dict(recipe, ref=paths, weights=Path(args.weights).name,
                   arithmetic=arithmetic(args.device))
 
     if not was_made(out / "config.json", recipe):
         first_round(args, out, pipe, references, config)
     elif is_finished(out, args.rounds):
-        say(f"{out} is finished: this very command made it; give another --out to tune anew")
+        say(f"{out} is already finished; to tune again, give another --out")
     else:
-        say(f"resuming {out}: its round 1 is there")
+        say(f"resuming {out}: round 1 is finished")
     if args.rounds > 1 and not is_finished(out, args.rounds):
         with alone(out):
             rounds.further_rounds(args, out, pipe, references, config, prompts)
@@ -149,14 +149,14 @@ def default_out(reference):
 
 
 def check_out(out):
-    """Raise ValueError where the run folder cannot be written."""
+    """Raise ValueError if the run folder cannot be written."""
     check_place(out)
     if not out.exists():
         return
     if out.is_dir() and not any(out.iterdir()):              # an empty folder will do
         return
     if not (out / "config.json").exists() or not (out / "adapter.pt").exists():
-        raise ValueError(f"{out} exists and is not a run folder; give another --out")
+        raise ValueError(f"{out} already exists, but is not a run folder; give another --out")
     try:
         read_json(out / "config.json")
     except ValueError:
@@ -165,7 +165,7 @@ def check_out(out):
 
 
 def find_reference(path):
-    """The reference's path; examples/ of this repository are found from any folder."""
+    """The reference's path; this repository's examples/ are found from any working directory."""
     if not Path(path).exists() and (ROOT / path).exists():
         return str(ROOT / path)
     return path
@@ -176,20 +176,20 @@ def phrases(args, pipe):
     contents = args.content
     if contents is None:
         contents = [UNKNOWN_CONTENT] * len(args.ref)
-        say('content: not given; say what the picture shows, as in --content "a house", and only '
-            "the rest is learned as style")
+        say('--content is not given, so the picture is called "an object". If you say what it '
+            'shows, as in --content "a house", less of its content is learned as style.')
     style = args.style.strip()
     if args.kind == "content":
         style = ""
     elif style != RARE_TOKEN and not knows_some(pipe, style):
-        note(f"the base has never read {style!r}, so this style is called {RARE_TOKEN}")
+        note(f"the base does not know the words {style!r}, so the style is called {RARE_TOKEN}")
         style = RARE_TOKEN
     note_unknown(pipe, *(style_prompt(content, style) for content in contents))
     return contents, style
 
 
 def say_what_is_next(args, out, contents, began):
-    """The last lines: what was made, in which time, and the command that uses it."""
+    """Print what was made, how long it took, and the command to try next."""
     names = []
     for path in sorted(out.iterdir()):
         names.append(f"{path.name}/" if path.is_dir() else path.name)
@@ -207,7 +207,7 @@ def say_what_is_next(args, out, contents, began):
 # Round 1
 
 def first_round(args, out, pipe, references, config):
-    """Eq. 3 on the references, and previews. The folder appears when all of it is there."""
+    """Tune on the references (Eq. 3) and draw previews. The run folder is created at the end."""
     contents, style = config["content"], config["style"]
     out.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out.parent)
@@ -234,7 +234,7 @@ def first_round(args, out, pipe, references, config):
         except OSError:
             if not out.exists():
                 raise
-            raise ValueError(f"another command made {out} meanwhile; give another --out") from None
+            raise ValueError(f"another command has just made {out}; give another --out") from None
 
 
 def previews(pipe, adapter, prompts, args):
@@ -243,11 +243,13 @@ def previews(pipe, adapter, prompts, args):
     steps = 2 * SAMPLING.steps
     if args.superres and pipe.superres is not None:
         steps += 2 * SUPERRES_SAMPLING.steps
-    progress, seen = Progress("previews: step"), []
+    progress = Progress("previews: step")
+    done = 0
 
     def on_step(step, ids, kept):
-        seen.append(step)
-        progress(len(seen), steps)
+        nonlocal done
+        done += 1
+        progress(done, steps)
 
     before = pipe.generate(prompts, on_step=on_step, **how)
     if args.kind == "content":
@@ -258,23 +260,26 @@ def previews(pipe, adapter, prompts, args):
 
 
 def before_after(references, before, after, prompts):
-    """One picture: the base's samples above, the tuned ones below, beside them the references.
+    """One sheet: samples of the base above, of the tuned model below; on the left, the reference.
+
+    With several references, the first is shown above and the last below.
 
     references, before, after: uint8 (B, H, W, 3); before and after share their prompts and seeds.
     """
     scale = references.shape[1] // before.shape[1]           # 2 with --no-superres
     before = before.repeat(scale, 1).repeat(scale, 2)
     after = after.repeat(scale, 1).repeat(scale, 2)
-    rows = np.concatenate([references[:1], before, references[-1:], after])
-    return grid(rows, 1 + len(prompts), max(1, 128 // rows.shape[1]), 8, ["reference", *prompts],
-                ["before", "after"])
+    images = np.concatenate([references[:1], before, references[-1:], after])
+    enlarged = max(1, 128 // images.shape[1])
+    return grid(images, columns=1 + len(prompts), scale=enlarged, gap=8,
+                top=["reference", *prompts], left=["before", "after"])
 
 
 def note_blank(images):
-    """Say so where previews, uint8 (B, H, W, 3), show nothing, and what to change."""
+    """Warn if any of the previews, uint8 (B, H, W, 3), is blank, and say what to do."""
     blank = sum(is_one_colour(image) for image in images)
     if blank:
-        note(f"{blank} of {len(images)} previews show nothing. Sample with less of the style, "
+        note(f"{blank} of {len(images)} previews are blank. Use less of the style: "
              f"sample.py --lambda-a {SAMPLING.lambda_a - 0.5:g}")
 
 

@@ -1,7 +1,7 @@
 """The VQGAN tokenizer: E turns pixels into tokens, D turns tokens back into pixels.
 
 StyleDrop (arXiv 2306.00983) Section 3.1, Muse (arXiv 2301.00704) Section 2.2, VQGAN (Esser et al.
-2021). It is trained in pretrain/vqgan.py: reconstruction + commitment + a patch discriminator.
+2021). pretrain/vqgan.py trains it with a reconstruction, a commitment and an adversarial loss.
 
     vqgan = VQGAN(VQGANConfig())
     ids = vqgan.encode(images)      # (B, 3, H, W) in [-1, 1]  ->  (B, h, w) in [0, V)
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 
 @dataclass
 class VQGANConfig:
-    resolution: int = 64                # pixels a side in training; E and D take any multiple of f
+    resolution: int = 64                # side in pixels, in training; E and D take multiples of f
     channels: tuple = (32, 64, 128)     # widths at full, half, quarter ... resolution
     blocks: int = 2                     # residual blocks at the token grid, in E and in D
     codebook_size: int = 1024           # V
     code_width: int = 32                # d; codes live on the unit sphere of this dimension
-    decay: float = 0.97                 # of the codebook's moving averages
-    revive_below: float = 0.03          # of an even share of uses; a code with fewer is dead
+    decay: float = 0.97                 # decay of the codebook's moving averages
+    revive_below: float = 0.03          # a code used less than this times the average use is dead
 
     @property
     def factor(self):                   # f: pixels a side for each token
@@ -37,7 +37,7 @@ PRESETS = {
                        code_width=8),
     "tiny": VQGANConfig(),
     "small": VQGANConfig(resolution=256, channels=(64, 128, 128, 256, 256), codebook_size=4096),
-    # Muse: f = 16, 8192 codes, 19 residual blocks. Only for counting.
+    # Muse: f = 16, 8192 codes, 19 residual blocks. Only used to count its parameters.
     "paper": VQGANConfig(resolution=256, channels=(128, 128, 256, 256, 512), blocks=8,
                          codebook_size=8192, code_width=256),
 }
@@ -49,8 +49,8 @@ PRESETS = {
 class Norm(nn.Module):
     """Divide the C channels of each position by their root mean square.
 
-    GroupNorm, the usual choice, takes means over the whole image. Then the token of a white patch
-    would depend on all other patches, which for G is noise.
+    GroupNorm, the usual choice, averages over the whole image. The token of a white patch would
+    then depend on all other patches, which would make tokens harder for G to predict.
     """
 
     def __init__(self, channels):
@@ -90,8 +90,9 @@ class Upsample(nn.Module):
 # E strides early and D upsamples late: convolutions at full resolution are the slow part on a CPU.
 
 def encoder(config):
-    layers, c = [], 3
-    for width in config.channels[1:]:                       # one stride-2 convolution a halving
+    layers = []
+    c = 3                                                   # channels so far
+    for width in config.channels[1:]:                       # each convolution halves the sides
         layers += [nn.Conv2d(c, width, 4, stride=2, padding=1, padding_mode="replicate"), nn.SiLU()]
         c = width
     layers += [ResBlock(c, kernel=1) for _ in range(config.blocks)]
@@ -103,7 +104,7 @@ def decoder(config):
     widths = config.channels[::-1]
     layers = [nn.Conv2d(config.code_width, widths[0], 3, padding=1)]
     layers += [ResBlock(widths[0]) for _ in range(config.blocks)]
-    for c, width in zip(widths, widths[1:-1]):
+    for c, width in zip(widths[:-2], widths[1:-1]):         # the last upsampling has no ResBlock
         layers += [Upsample(c, width), ResBlock(width)]
     layers += [nn.SiLU(), Upsample(widths[-2], widths[-1]), nn.SiLU(),
                nn.Conv2d(widths[-1], 3, 3, padding=1)]
@@ -117,9 +118,9 @@ class Quantizer(nn.Module):
     """Nearest code by cosine, learned by moving averages (van den Oord et al. 2017, App. A.1).
 
     Features and codes have length 1 (ViT-VQGAN), so the nearest code has the largest dot product.
-    Codes get no gradient: each follows the mean of the features that chose it. A code that none
-    chooses would stay dead for ever; so an unused code is moved to a feature that is far from its
-    own (update_codes in pretrain/vqgan.py).
+    Codes get no gradient: each follows the mean of the features that chose it. A code that no
+    feature chooses would stay unused for ever, so it is re-initialised at a feature that the
+    codebook represents badly (update_codes in pretrain/vqgan.py).
     """
 
     def __init__(self, config):
@@ -127,8 +128,8 @@ class Quantizer(nn.Module):
         self.config = config
         V, d = config.codebook_size, config.code_width
         self.register_buffer("codes", torch.zeros(V, d))
-        self.register_buffer("usage", torch.ones(V))        # moving average: uses / fair share
-        self.register_buffer("sums", torch.zeros(V, d))     # moving average of its features
+        self.register_buffer("usage", torch.ones(V))        # moving average; 1: as often as average
+        self.register_buffer("sums", torch.zeros(V, d))     # moving sums of each code's features
 
     def forward(self, z):
         """z (B, d, h, w) -> z_q (B, d, h, w), ids (B, h, w), commitment loss (scalar).
@@ -137,10 +138,13 @@ class Quantizer(nn.Module):
         moves features to codes, never codes to features.
         """
         z = F.normalize(z.float(), dim=1)
-        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # bf16 mixes near codes
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # bf16 is too coarse
             ids = torch.einsum("bdhw,vd->bhwv", z, self.codes).argmax(-1)
         e = self.lookup(ids)
-        return z + (e - z).detach(), ids, F.mse_loss(z, e.detach()) * z.shape[1]
+        z_q = z + (e - z).detach()                           # its gradient goes to z
+        # |z - sg(e)|^2, averaged over images and positions; mse_loss averages over d as well
+        commitment = F.mse_loss(z, e.detach()) * z.shape[1]
+        return z_q, ids, commitment
 
     def lookup(self, ids):                                  # (B, h, w) -> (B, d, h, w)
         return F.embedding(ids, self.codes).movedim(-1, 1)
@@ -166,10 +170,12 @@ class VQGAN(nn.Module):
 
         Raises ValueError unless H and W are multiples of f.
         """
-        (H, W), f = images.shape[-2:], self.config.factor
+        H, W = images.shape[-2:]
+        f = self.config.factor
         if H % f or W % f:
             raise ValueError(f"image sides {H} x {W} must be multiples of {f}")
-        return self.quantizer(self.encoder(images))[1]
+        _, ids, _ = self.quantizer(self.encoder(images))
+        return ids
 
     @torch.no_grad()
     def decode(self, ids):

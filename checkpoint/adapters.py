@@ -1,4 +1,4 @@
-"""A tuned adapter, theta of Eq. 3, with what it was tuned on, and its file."""
+"""A tuned adapter (theta of Eq. 3) with a record of how it was tuned, and its file format."""
 
 from pathlib import Path
 

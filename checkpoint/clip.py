@@ -7,16 +7,17 @@ from clip_feedback import CLIP, OPENAI_PIXELS, VOCABULARY_FILE, CLIPConfig, Toke
 
 from .weights import TorchScript, build, make_config, read_weights
 
-SIZES = ("input_resolution", "context_length", "vocab_size", "attn_mask")    # no weights
+SIZES = ("input_resolution", "context_length", "vocab_size", "attn_mask")    # are not weights
 
 
 def load_clip(path, merges=None, quick_gelu=None):
     """A CLIP from a file, in fp32 on the CPU and in eval mode, with its `.tokenizer`.
 
     path: our own file (a dict of config, weights and merges), or a state dict of OpenAI's or
-    open_clip's ViT, bare or under "state_dict". The other arguments are for these only. merges:
-    the path of OpenAI's vocabulary file, by default the one beside `path`, if any. quick_gelu: by
-    default True for OpenAI's own files. Raises FileNotFoundError, or ValueError in one line.
+    open_clip's ViT, bare or under "state_dict". The other two arguments apply only to these ViTs.
+    merges: the path of OpenAI's vocabulary file, by default the one in the folder of `path`, if
+    there is one. quick_gelu: by default True for OpenAI's own files and False for others. Raises
+    FileNotFoundError, or ValueError with a one-line message.
     """
     path = Path(path)
     content = read_clip_file(path)
@@ -37,7 +38,7 @@ def load_clip(path, merges=None, quick_gelu=None):
 
 
 def read_clip_file(path):
-    """The dict in the file; for a TorchScript archive, as OpenAI publishes, how to convert it."""
+    """The dict in the file. For a TorchScript archive, ValueError says how to convert it."""
     try:
         return read_weights(path)
     except TorchScript as error:
@@ -65,7 +66,8 @@ def read_public(content, quick_gelu=None):
         context_length = len(weights["positional_embedding"])
         embed_dim = weights["text_projection"].shape[1]
     except Exception:                    # other names, other shapes, no tensors
-        raise ValueError("it is not a ViT (image towers of other kinds must be ours)") from None
+        raise ValueError("it is not a ViT of OpenAI's or open_clip's, the only public CLIPs that "
+                         "can be read") from None
     if quick_gelu is None:
         quick_gelu = "input_resolution" in content
 

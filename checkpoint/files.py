@@ -1,4 +1,4 @@
-"""Files are written whole or not at all: nobody ever sees half a file.
+"""Files are written atomically: as a whole or not at all.
 
 Everything is first written under a temporary name in the same folder and then renamed. The
 temporary name contains the machine and the process, so that a later command can remove what a
@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-LEAST_FREE = 32 * 2 ** 20               # bytes on the disk before a long command begins
+LEAST_FREE = 32 * 2 ** 20               # bytes that must be free before a long command starts
 
 
 def partial_prefix():
@@ -65,7 +65,7 @@ def write_whole(path, write):
             write(file)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError):                  # torch.save's own, of a full disk
+        if isinstance(error, RuntimeError):                  # torch.save's error for a full disk
             cause = error.__context__
         else:
             cause = error
@@ -95,7 +95,7 @@ def write_json(path, value):
 def read_json(path):
     """The dict in a JSON file of ours, or None where there is no such file.
 
-    Raises ValueError where the file cannot be read or does not contain a dict.
+    Raises ValueError if the file cannot be read or does not contain a dict.
     """
     advice = f"move {path} away, or give another --out"
     try:
@@ -103,7 +103,7 @@ def read_json(path):
     except FileNotFoundError:
         return None
     except PermissionError:
-        raise ValueError(f"{path} may not be read; change its permissions") from None
+        raise ValueError(f"no permission to read {path}; change its permissions") from None
     except (OSError, ValueError, RecursionError):
         raise ValueError(f"{path} is damaged; {advice}") from None
     if not isinstance(value, dict):
@@ -117,7 +117,7 @@ def write_log(path, lines):
 
 
 def check_place(path, option="--out"):
-    """Raise ValueError where nothing could be written at `path`, before the work is done."""
+    """Raise ValueError if nothing could be written at `path`, before the work is done."""
     whole = Path(os.path.abspath(path))
     if whole.is_symlink() and not whole.exists():
         raise ValueError(f"{path} is a broken link; give another {option}")
@@ -126,6 +126,7 @@ def check_place(path, option="--out"):
         folder = existing
         if whole.is_file():
             folder = existing.parent
+        # try the path's new parts inside a temporary folder: their names could be too long
         with tempfile.TemporaryDirectory(dir=folder, prefix=partial_prefix()) as trial:
             Path(trial, whole.relative_to(existing)).mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < LEAST_FREE:

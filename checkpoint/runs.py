@@ -35,7 +35,7 @@ def newest_run(root="runs"):
 
 
 def load_run(run, kind):
-    """The adapter of a run folder or adapter file. Raises ValueError where it is of another kind.
+    """The adapter of a run folder or adapter file. Raises ValueError if it is of another kind.
 
     kind: "style" or "content". The kind is read from config.json in the folder.
     """
@@ -48,9 +48,9 @@ def load_run(run, kind):
 
 
 def was_made(path, recipe):
-    """Does the part that `path` describes exist, made by this very recipe? False: not yet.
+    """Was the part that `path` describes already made, and with this recipe?
 
-    Raises ValueError where it was made by another recipe.
+    Raises ValueError if it was made by another recipe.
     """
     existing = read_json(path)
     if existing is None:
@@ -60,23 +60,23 @@ def was_made(path, recipe):
     if not different:
         return True
     names = ", ".join(name.replace("_", "-") for name in different)
-    raise ValueError(f"{path.parent} was made with another {names}{who_chose(existing)}; "
-                     f"give another --out, or move {path.parent} away")
+    raise ValueError(f"{path.parent} was made with different settings ({names}"
+                     f"{who_chose(existing)}); give another --out, or move {path.parent} away")
 
 
 def who_chose(choice):
-    """" (human chose 3, 17, 20)" for the dict of a choice.json, else nothing."""
+    """For the dict of a choice.json, text such as "; human chose 3, 17, 20"; else ""."""
     chosen, feedback = choice.get("chosen"), choice.get("feedback")
     if not isinstance(chosen, list) or feedback not in ("human", "clip", "random"):
         return ""
     numbers = [str(index + 1) for index in chosen[:20] if type(index) is int and index >= 0]
-    return f" ({feedback} chose {', '.join(numbers)})"
+    return f"; {feedback} chose {', '.join(numbers)}"
 
 
 def is_finished(out, rounds):
     """Are all parts of this many rounds there, and the adapter undamaged?
 
-    Raises ValueError where the adapter or config.json is damaged.
+    Raises ValueError if the adapter or config.json is damaged.
     """
     try:
         load_adapter(out)
@@ -94,11 +94,12 @@ def is_finished(out, rounds):
 
 @contextlib.contextmanager
 def alone(out):
-    """No other command works on the run folder meanwhile. Raises ValueError where one does."""
+    """Lock the run folder against other commands. Raises ValueError if one has locked it."""
     clear_leftovers(out)
     mine = out / f"{partial_prefix()}lock"
-    mine.unlink(missing_ok=True)                             # of a dead process with our number
-    for lock in out.glob(f".partial-{platform.node()}-*-lock"):
+    mine.unlink(missing_ok=True)                 # left by a dead process that had our process id
+    lock = next(out.glob(f".partial-{platform.node()}-*-lock"), None)
+    if lock is not None:
         raise ValueError(f"another command is working on {out}; wait for it or end it. If there "
                          f"is none, remove {lock}")
     mine.touch()

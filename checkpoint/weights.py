@@ -1,7 +1,7 @@
 """Weights: written in half precision, read as tensors and never as code.
 
-Whatever a file contains, none of its code is run, and it either fits its model or is refused with
-one line that says why.
+No code in a file is ever run. A file that does not fit its model is refused with a one-line message
+that says why.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ class TorchScript(ValueError):
 def read_weights(path):
     """The dict that torch.save wrote to a file.
 
-    Raises FileNotFoundError, or ValueError in one line for any other file, TorchScript archives
-    among them: merely opening one of these runs its code (__setstate__).
+    Raises FileNotFoundError, or ValueError with a one-line message for any other file, including
+    TorchScript archives: merely opening one of these runs its code (__setstate__).
     """
     path = Path(path)
     if not path.is_file():
@@ -34,7 +34,7 @@ def read_weights(path):
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except PermissionError:
-        raise ValueError(f"{path} may not be read; change its permissions") from None
+        raise ValueError(f"no permission to read {path}; change its permissions") from None
     except Exception:                    # a damaged archive fails in a dozen ways
         raise damaged from None
     if any(entry.filename.endswith("constants.pkl") for entry in entries):
@@ -53,7 +53,7 @@ def read_weights(path):
 
 
 def read_checkpoint(path, kind):
-    """A dict of the given kind. Raises ValueError in one line for any other file."""
+    """The dict in a file whose "kind" is `kind`. Raises ValueError with one line for others."""
     if not Path(path).is_file():
         raise ValueError(f"no {kind} file at {path}")
     saved = read_weights(path)
@@ -91,9 +91,9 @@ def load_model(path, kind, config_class, model_class):
 def make_config(config_class, values):
     """A config dataclass from a dict of a file, with sizes that a model may have.
 
-    A damaged file could ask for all memory. Numbers must therefore have the declared type and lie
-    in 0..2^20, those of layers and blocks in 0..256; tuples have at most 8 entries, and the heads
-    divide their width. Raises ValueError for anything else.
+    A damaged file could make the model allocate all memory. Numbers must therefore have the
+    declared type and lie in 0..2^20, those of layers and blocks in 0..256; tuples have at most 8
+    entries, and each number of heads divides its width. Raises ValueError for anything else.
     """
     try:
         config = config_class(**values)
@@ -103,7 +103,7 @@ def make_config(config_class, values):
     for field in fields(config):
         value = getattr(config, field.name)
         if not is_size(field.name, value, types[field.name]):
-            raise ValueError(f"its {field.name} is {str(value)[:40]}, which no model has")
+            raise ValueError(f"its {field.name} is {str(value)[:40]}, which is out of range")
     for field in fields(config):
         if field.name.endswith("heads"):
             width = getattr(config, field.name.replace("heads", "width"))
@@ -115,7 +115,8 @@ def make_config(config_class, values):
 
 def is_size(name, value, declared):
     """Does a config's value have its declared type and a size in bounds?"""
-    if not isinstance(value, declared) or isinstance(value, bool) != (declared is bool):
+    is_bool, wants_bool = isinstance(value, bool), declared is bool      # a bool is an int, too
+    if not isinstance(value, declared) or is_bool != wants_bool:
         return False
     most = 2 ** 20
     if "layers" in name or "blocks" in name:
@@ -129,7 +130,10 @@ def is_size(name, value, declared):
 
 
 class SkipInitialisation(torch.overrides.TorchFunctionMode):
-    """Leaves initial weights unset: on the meta device, sampling them would import a compiler."""
+    """Skip the random initialisation of weights, which are about to be overwritten.
+
+    On the meta device it would only cost time: PyTorch would import its compiler (seconds).
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__name__", "").endswith("normal_"):
@@ -185,7 +189,7 @@ def check_weight(name, found, expected):
 
 
 def fingerprint(tensors):
-    """Twelve hexadecimal digits of a dict of tensors, by which an adapter names its base."""
+    """A hash of a dict of tensors, in 12 hexadecimal digits, by which an adapter names its base."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())

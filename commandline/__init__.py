@@ -3,5 +3,5 @@
 options.py   types of arguments, the parser
 terminal.py  lines of progress, run_command
 tuning.py    tuning an adapter with progress
-notes.py     what the base cannot read in a prompt
+notes.py     notes on what the base does not understand in a prompt
 """

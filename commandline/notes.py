@@ -1,12 +1,12 @@
-"""Notes about prompts: words that the base has never read, and text that it does not read."""
+"""Notes about prompts: words that are in no training caption, and text beyond the last token."""
 
 import difflib
 import re
 
 from .terminal import note
 
-MOST = 20                               # unknown words that are named
-TEMPLATE = {"in", "style", "[v*]", "[v]"}                    # of every prompt, and rare tokens
+MOST = 20                               # no more unknown words than this are listed
+TEMPLATE = {"in", "style", "[v*]", "[v]"}                    # words of "in S style", rare tokens
 
 
 def unknown_words(words, text):
@@ -36,13 +36,13 @@ def near_words(words, word):
 
 
 def note_unknown(pipe, *texts):
-    """Say on stderr what the base `pipe` (a StyleDrop) cannot read in some texts.
+    """Print notes on what the base of `pipe` (a StyleDrop) does not understand in some texts.
 
-    That is what follows the last token that T reads, and words that are in no training caption.
+    These are text beyond the last token that T reads, and words that are in no training caption.
     """
     length = pipe.muse.config.text_length
     if not all(pipe.tokenizer.fits(text, length) for text in texts):
-        note(f"a prompt is longer than {length} tokens; the rest of it is not read")
+        note(f"a prompt is longer than {length} tokens; its end is ignored")
     if not pipe.words:
         return
     unknown = unknown_words(pipe.words | TEMPLATE, " ".join(texts))
@@ -51,7 +51,7 @@ def note_unknown(pipe, *texts):
         suggestion = f"; similar known words: {', '.join(near)}" if near else ""
         note(f"the base has never read {shown!r}{suggestion}")
     if len(unknown) == MOST:
-        note("there may be more words that it has never read")
+        note("there may be more words that the base has never read")
 
 
 def knows_some(pipe, phrase):

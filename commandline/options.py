@@ -14,7 +14,7 @@ LONGEST = 2000                          # characters of a prompt or a name
 class Parser(argparse.ArgumentParser):
     """A wrong option is an error of one line, like every other mistake (see run_command).
 
-    Options are never abbreviated: an abbreviation could mean another option tomorrow.
+    Options cannot be abbreviated: a later version could have another option that it fits.
     """
 
     def __init__(self, **settings):
@@ -54,7 +54,7 @@ def number(kind, low, high, above=False):
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {what}") from None
         too_low = value <= low if above else value < low
-        if too_low or not value <= high:                     # NaN is not <= anything
+        if too_low or not value <= high:                     # "not <=" also catches NaN
             least = f"above {low}" if above else f"at least {low}"
             raise argparse.ArgumentTypeError(f"{text[:80]} must be {least} and at most "
                                              f"{high:,.15g}")
@@ -72,8 +72,7 @@ def text(argument):
     try:
         argument.encode()
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{ascii(argument[:80])} is not UTF-8; write it in "
-                                         "UTF-8") from None
+        raise argparse.ArgumentTypeError(f"{ascii(argument[:80])} is not valid UTF-8") from None
     if len(argument) > LONGEST:
         raise argparse.ArgumentTypeError(f"{argument[:40]!r}... has {len(argument):,} characters; "
                                          f"give at most {LONGEST:,}")
@@ -90,7 +89,7 @@ def filled(argument):
 def add_base_options(parser):
     """--weights, --device and --no-superres, which both commands have."""
     parser.add_argument("--weights", type=filled, default=WEIGHTS,
-                        help="folder of the base (default: the one that ships)")
+                        help="folder of the base's weights (default: the shipped ones)")
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where to compute (default: cuda where there is a GPU)")

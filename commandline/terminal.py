@@ -16,7 +16,10 @@ EVERY = 5                               # seconds between two lines of progress
 
 
 class LostReader:
-    """A stream whose reader may leave, as in `| head -1`, and whose disk may fill up."""
+    """A stream that goes quiet, without an error, when its reader leaves or its disk is full.
+
+    A reader leaves in `| head -1`, for example. The command then still finishes its work.
+    """
 
     def __init__(self, stream):
         self.stream = stream
@@ -28,7 +31,7 @@ class LostReader:
         try:
             self.stream.write(words)
             self.stream.flush()
-        except OSError:
+        except OSError:                                      # from now on, write to nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
@@ -38,7 +41,7 @@ def printable(line):
 
 
 def say(words, stream=None):
-    """Print one line or several, in whatever characters the terminal has."""
+    """Print one or more lines; characters that the terminal lacks are escaped."""
     stream = sys.stdout if stream is None else stream
     if stream is None:                                       # as under pythonw
         return
@@ -56,7 +59,7 @@ def note(line):
 class Progress:
     """Says how far a long job is, about every five seconds, and always at its end if asked.
 
-    on(done, total, words) is called as often as you like.
+    Call the object with (done, total, words) as often as you like.
     """
 
     def __init__(self, name):
@@ -68,7 +71,8 @@ class Progress:
         if now - self.said < EVERY and done < total:
             return
         self.said = now
-        say(f"{self.name} {done}/{total}  {words}{'  ' if words else ''}{now - self.began:.0f} s")
+        parts = [f"{self.name} {done}/{total}", words, f"{now - self.began:.0f} s"]
+        say("  ".join(part for part in parts if part))
 
 
 class SamplingProgress(Progress):
@@ -90,7 +94,7 @@ class SamplingProgress(Progress):
 
 
 def peak_memory():
-    """Peak resident memory of this process in MB, or NaN where the system does not tell."""
+    """Peak resident memory of this process in MB, or NaN if the system does not report it."""
     try:
         import resource
     except ImportError:                                      # Windows
@@ -112,7 +116,7 @@ def run_command(main):
 
 
 def mistake_in(main):
-    """Run main() -> None, or one line about what the user can mend."""
+    """Run main(). Returns None, or a one-line message about what the user can fix."""
     try:
         main()
         return None
@@ -128,7 +132,7 @@ def mistake_in(main):
         line = str(error)
     except (MemoryError, RuntimeError) as error:
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not is_memory and "can't allocate memory" not in str(error):  # torch's words for a CPU
+        if not is_memory and "can't allocate memory" not in str(error):  # PyTorch's message on CPU
             raise
         line = "out of memory; ask for less at once"
     line = " ".join(line.split())

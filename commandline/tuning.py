@@ -1,26 +1,28 @@
-"""Tuning on the command line, as both the first round and later rounds of feedback do it."""
+"""Progress, log and summary of tuning, for the first round and for later rounds of feedback."""
 
 from .terminal import Progress
 
 
 class TuningProgress:
-    """on_step of StyleDrop.tune: a line of progress about every five seconds, and a log.
+    """An on_step for StyleDrop.tune: it prints progress every five seconds and keeps a log.
 
-    log: a list of one dict for each step, with its stage ("first" or "second"), number and loss.
+    log: a dict for each step, with its stage ("first" or "second"), number and loss.
     """
 
     def __init__(self):
-        self.log, self.stage, self.progress = [], "first", Progress("first stage: step")
+        self.log = []
+        self.stage = "first"
+        self.progress = Progress("first stage: step")
 
     def __call__(self, step, steps, loss):
-        if step == 0 and self.log:
+        if step == 0 and self.log:                           # the second stage begins
             self.stage, self.progress = "second", Progress("second stage: step")
         self.log.append(dict(stage=self.stage, step=step + 1, loss=round(loss, 5)))
         self.progress(step + 1, steps, f"loss {loss:.3f}")
 
 
 def describe(pipe, adapter):
-    """How many parameters the adapter has beside the base."""
+    """How many parameters the adapter has, and what share of the base's that is."""
     ours, base = count(adapter.adapter), count(pipe.muse)
     words = f"adapter: {ours:,} parameters, {ours / base:.2%} of the base's {base:,}"
     if adapter.superres is not None:

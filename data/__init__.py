@@ -3,7 +3,7 @@
 art.py          the drawings as training pictures with captions
 scenes.py       what a picture shows, and the words for it
 drawing.py      places, shapes and colours of drawings
-styles.py       styles with words; free_styles.py: styles without; paint.py: their tools
+styles.py       styles that have words; free_styles.py: those that have none; paint.py: tools
 english.py      articles, plurals, synonyms
 folder.py       a folder of your own captioned pictures
 reading.py      any picture file as pixels; colour.py: what its values mean; metadata.py: its notes

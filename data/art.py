@@ -1,4 +1,4 @@
-"""The drawings, sprite sheets with their names, as training pictures with captions.
+"""Training pictures with captions, made from the drawings on the sprite sheets.
 
     art = Art(size=64)                                  # the training sets
     images, captions = art.batch(16, rng, 64)           # uint8 (16, 64, 64, 3), 16 strings
@@ -21,16 +21,18 @@ from .english import HERE, names, noun, plural, read_table, synonyms
 from .scenes import Scene
 
 TILE, COLUMNS = 128, 30                 # pixels a side of a tile, tiles in a row of a sheet
-MOVED = 0.5                             # share of the styled pictures whose scene is moved
-SOME_STYLE = 0.8                        # share of unnamed styles that captions call RARE_TOKEN: it
-#                                         comes to mean "some style", which an adapter narrows
+MOVED = 0.5                             # share of styled pictures whose scene is moved and scaled
+# Of the styles that a caption does not name, it calls this share RARE_TOKEN. The token thus comes
+# to mean "some style", and an adapter then makes it mean one style.
+SOME_STYLE = 0.8
 RARE = 0.03                             # share of the captions that say "a [V] cat" for "a cat"
 GENERIC = 0.02                          # share of the captions that say "an object" for "a cat"
 
 
 @functools.lru_cache(None)
 def words():
-    """All words that captions of the training sets can hold, sorted: the base's vocabulary."""
+    """All words that captions of the training sets can contain, sorted: the base's vocabulary."""
+    # phrases; they are split into words at the end
     said = ["a an the and in style with on ground", *scenes.COLOURS, *scenes.NUMBERS.values()]
     for name in names():
         for word in (noun(name), *synonyms().get(name, ())):
@@ -65,17 +67,20 @@ def kept_out_pairs():
 class Art:
     """The drawings of some sets, as uint8 (n, size, size, 4) with straight alpha, in `.drawings`.
 
-    sets: names from sets.tsv; by default all of a role ("training", "held-out"). `.names`, `.sets`
-    and `.hands` (the icon set's style phrase) go along with the drawings, and so do `.boxes` (what
-    each covers of its tile) and `.middles` (its luminance). `.index` is {set: {name: [i, ...]}}: a
-    set may have several drawings of a name, such as a woman in several colours of skin.
+    sets: names from sets.tsv; by default all of a role ("training", "held-out"). For each drawing,
+    `.names` has its name, `.sets` its icon set, `.hands` that set's style phrase, `.boxes` the box
+    that it covers of its tile, and `.middles` its median luminance. `.index` is
+    {set: {name: [i, ...]}}: a set may have several drawings of a name, such as a woman with several
+    skin colours.
     kept_out: False leaves out the drawings that are kept out of training (`kept_out_pairs`), True
-    takes them alone, None takes all.
-    compose: batches show colours, several and two objects too (scenes.py); else one as drawn.
-    smallest: single objects are this to 1 times the frame, and somewhere in it; None: as they are.
-    bare: share of the batches whose captions name no style at all, so that only what they show
-    tells their pictures apart. plain: share of pictures that keep the style of their drawings.
-    bent: how much each drawing is bent (`bend`).
+    takes only those, None takes all.
+    compose: True also makes coloured objects, several of an object, and two objects (scenes.py);
+    False makes one object as drawn.
+    smallest: a single object is scaled to between `smallest` and 1 times the frame and placed at
+    random; None leaves it as it is.
+    bare: share of batches in which no caption names a style, so that only the objects distinguish
+    them. plain: share of pictures that keep the style of their drawings.
+    bent: how strongly drawings are rotated, sheared and stretched (`drawing.bend`).
     """
 
     def __init__(self, sets=None, role="training", size=64, smallest=None, bare=0.0,
@@ -94,8 +99,10 @@ class Art:
                     if ((row["set"], row["name"]) in kept_out_pairs()) == kept_out]
         self.names, self.sets = [row["name"] for row in rows], [row["set"] for row in rows]
         self.hands = [table[s]["style"] for s in self.sets]
-        sheets = {s: Image.open(HERE / "sheets" / f"{s}.webp").convert("RGBa")      # premultiplied
-                  for s in {row["sheet"] for row in rows}}
+        sheets = {}
+        for sheet in {row["sheet"] for row in rows}:
+            picture = Image.open(HERE / "sheets" / f"{sheet}.webp")
+            sheets[sheet] = picture.convert("RGBa")          # colours multiplied by alpha
         tiles = [(sheets[row["sheet"]], int(row["tile"])) for row in rows]
         self.drawings = np.stack([self.tile(*tile, size) for tile in tiles])
         self.boxes = [drawing.inked(self.cut(*tile)) for tile in tiles]
@@ -117,7 +124,7 @@ class Art:
 
     @classmethod
     def tile(cls, sheet, index, size):
-        """Scaled while its colour is multiplied by alpha: no invisible colour can leak in."""
+        """A tile, resized with premultiplied alpha: no colour of transparent pixels leaks in."""
         how = Image.BOX if size < TILE else Image.BICUBIC
         tile = cls.cut(sheet, index).resize((size, size), how)
         return np.asarray(tile.convert("RGBA"))
@@ -136,13 +143,13 @@ class Art:
         """n scenes, each in a style of its own.
 
         rng: a numpy Generator, the only source of randomness. Returns uint8 (n, resolution,
-        resolution, 3) and n captions, more than a third without a style, more than a quarter "in
-        [V*] style".
+        resolution, 3) and n captions, of which more than a third name no style and more than a
+        quarter say "in [V*] style".
         """
         images, captions = [], []
         bare = self.bare > 0 and rng.random() < self.bare
         for _ in range(n):
-            i = int(rng.random() * len(self.names))          # the object, or only whose drawings
+            i = int(rng.random() * len(self.names))          # with compose: only its icon set
             scene = Scene((self.names[i],))
             if self.compose:
                 scene = scenes.sample(rng, names=self.names_of[self.sets[i]])
@@ -157,7 +164,8 @@ class Art:
             manner = styles.phrase(style, self.hands[i], rng)
             if self.compose and rng.random() < RARE and content.startswith("a "):
                 content = content.replace("a ", "a [V] ", 1)
-            if self.compose and rng.random() < GENERIC and scene == Scene(scene.things[:1]):
+            is_single = scene == Scene(scene.things[:1])     # one object, not coloured
+            if self.compose and rng.random() < GENERIC and is_single:
                 content = "an object"
             if self.compose and styled and not manner and rng.random() < SOME_STYLE:
                 manner = RARE_TOKEN
@@ -176,9 +184,12 @@ class Art:
         return words()
 
     def prompts(self, n):
-        """n captions to sample images for, always the same: half without, half with style words."""
+        """n prompts for sheets of samples, always the same ones; every second one names a style."""
         rng = np.random.default_rng(0)
         picks = rng.integers(len(self.names), size=n)
         manners = [styles.phrase(styles.sample(rng), self.hands[i]) for i in picks]
-        return [style_prompt(self.content(i), manner if k % 2 else "")
-                for k, (i, manner) in enumerate(zip(picks, manners))]
+        prompts = []
+        for k, i in enumerate(picks):
+            manner = manners[k] if k % 2 == 1 else ""
+            prompts.append(style_prompt(self.content(i), manner))
+        return prompts

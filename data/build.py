@@ -20,6 +20,7 @@ import argparse
 import functools
 import io
 import json
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -33,12 +34,13 @@ from .english import HERE, read_table
 
 MARGIN = 4                                  # of a tile, around drawings that are fitted into it
 SILHOUETTE = "#28282c"                      # the colour of game-icons, which have none
-PACKAGES = {"streamline-freehand": "streamline-freehand-color",     # others are called as the set
+PACKAGES = {"streamline-freehand": "streamline-freehand-color",     # others have the set's name
             "streamline-kameleon": "streamline-kameleon-color"}
 FURNITURE = {"blendswap-cc-0": "BlendSwap-CC-0", "blendswap-cc-by": "BlendSwap-CC-BY",
              "katorlegaz": "KatorLegaz", "reallusion": "Reallusion", "scopia": "Scopia"}
+# These are saved at the quality of the first release, so that their files do not change; sheets
+# that were added later are compressed more
 FIRST_SHEETS = ("noto", "noto-v1", "twemoji", "fluent-emoji", "fluent-emoji-flat", "openmoji")
-#                                           # they keep their bytes; later sheets are smaller a tile
 
 
 # ---------------------------------------------------------------------------------------------
@@ -89,7 +91,9 @@ def fit(image):
     """A Pillow image, cropped to what is visible and scaled to a tile with a margin."""
     image = image.convert("RGBA")
     visible = np.asarray(image)[..., 3] > 16
-    (top, bottom), (left, right) = (np.flatnonzero(visible.any(axis))[[0, -1]] for axis in (1, 0))
+    rows = np.flatnonzero(visible.any(1))
+    columns = np.flatnonzero(visible.any(0))
+    (top, bottom), (left, right) = rows[[0, -1]], columns[[0, -1]]
     image = image.crop((int(left), int(top), int(right) + 1, int(bottom) + 1))
     scale = (TILE - 2 * MARGIN) / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
@@ -124,7 +128,7 @@ def main():
     parser.add_argument("--npm", required=True, type=Path, help="the node_modules folder")
     parser.add_argument("--debian", required=True, type=Path,
                         help="the folder that the Debian packages were unpacked into")
-    parser.add_argument("--sheets", nargs="*", help="names of sheets (all)")
+    parser.add_argument("--sheets", nargs="*", help="sheets to build (default: all)")
     parser.add_argument("--out", type=Path, default=HERE / "sheets", help="where they go")
     args = parser.parse_args()
     Image.MAX_IMAGE_PIXELS = None           # some of the clip art is poster-sized
@@ -132,7 +136,8 @@ def main():
     rows = read_table("names.tsv")
     for name in args.sheets or dict.fromkeys(row["sheet"] for row in rows):
         tiles = [row for row in rows if row["sheet"] == name]
-        sheet = Image.new("RGBA", (COLUMNS * TILE, -(-len(tiles) // COLUMNS) * TILE))
+        sheet_rows = math.ceil(len(tiles) / COLUMNS)
+        sheet = Image.new("RGBA", (COLUMNS * TILE, sheet_rows * TILE))
         for row in tiles:
             y, x = divmod(int(row["tile"]), COLUMNS)
             tile = read_drawing(row["set"], row["drawing"], args.npm, args.debian)

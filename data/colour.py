@@ -35,7 +35,7 @@ def in_bands(function, array):
 def deep_samples(image, file, path, always):
     """Read the samples of a loaded frame that has more than 8 bits for each of them.
 
-    always: read them also where the upper 8 bits of a colour would do.
+    always: read them even if the upper 8 bits of a colour would be enough.
 
     Returns three things: the samples, uint16 (height, width, channels) with 65,535 for white, or
     None where Pillow's 8 bits are good enough; alpha as a Pillow image ("L"), or None; and a list
@@ -139,9 +139,9 @@ def both_bytes(image, file):
 def find_white(values, image, path):
     """Find which value of an image is white. values: (height, width, channels) of any type.
 
-    It is what the file states, or else the largest value of so many bits, or 1 for floats. A
-    16-bit picture of several values, none above 4,095, is taken for one of 12 bits, as scanners
-    and cameras write them without saying so: as 16 bits it would be all but black.
+    It is the value that the file states, or else the largest value of its number of bits, or 1 for
+    floats. If a 16-bit picture has several values but none above 4,095, it is read as 12 bits:
+    scanners and cameras write such files without saying so; as 16 bits it would be almost black.
 
     Returns that value and a list of notes. Raises Refused if no white is stated where one must be
     (integers of 32 bits, floats not from 0 to 1), or if there are NaN or infinite values.
@@ -283,7 +283,7 @@ def described_colours(image, path):
         return SRGB
     if image.format == "PNG" and ("gamma" in info or "chromaticity" in info):
         return measured_colours(info.get("gamma"), info.get("chromaticity"))
-    if exif_value(image, 1, directory=0xA005) == "R03":      # so say cameras, without a profile
+    if exif_value(image, 1, directory=0xA005) == "R03":      # cameras' mark for Adobe RGB
         return ADOBE_RGB
     return None
 

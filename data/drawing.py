@@ -1,7 +1,7 @@
 """What scenes do with a drawing: place it, bend it, paint it in one colour.
 
-Drawings are uint8 (h, h, 4) with straight alpha. Places and sizes are whole 64ths of the side, and
-no number taken from a generator depends on the size.
+Drawings are uint8 (h, h, 4) with straight alpha. Places and sizes are multiples of 1/64 of the
+side, and the random numbers do not depend on the size in pixels.
 """
 
 import functools
@@ -34,14 +34,16 @@ def inked(image):
     ink = np.asarray(image.getchannel(3)) > 23
     if not ink.any():
         return 0.0, 0.0, 1.0, 1.0
-    (top, bottom), (left, right) = (np.flatnonzero(ink.any(axis))[[0, -1]] for axis in (1, 0))
+    rows = np.flatnonzero(ink.any(1))
+    columns = np.flatnonzero(ink.any(0))
+    (top, bottom), (left, right) = rows[[0, -1]], columns[[0, -1]]
     return tuple(float(v) / len(ink) for v in (left, top, right + 1, bottom + 1))
 
 
 def place_one(rgba, size, rng, smallest=None):
-    """The drawing at `smallest` to 1 times a transparent frame (size, size, 4), somewhere in it.
+    """The drawing, scaled to `smallest` to 1 times a frame (size, size, 4) and placed at random.
 
-    smallest None: as it is.
+    smallest=None: it fills the frame.
     """
     if not smallest:
         return rgba if len(rgba) == size else scaled(rgba, (size, size))
@@ -54,7 +56,7 @@ def place_one(rgba, size, rng, smallest=None):
 
 
 def place_anywhere(rgba, rng, smallest=0.5, largest=1.2):
-    """The frame at `smallest` to `largest` times its size, somewhere in it; a large one is cut."""
+    """The drawing, scaled by `smallest` to `largest` and placed at random; overhang is cut off."""
     size = len(rgba)
     side = round(64 * (smallest + (largest - smallest) * rng.random()))
     x, y = (round((64 - side) * rng.random()) for _ in range(2))         # negative: cut there
@@ -122,8 +124,8 @@ def bend(rgba, rng, amount):
 def ramp(colour, middle):
     """A colour for each luminance from 0 to 255: uint8 (256, 3).
 
-    `middle`, the drawing's own, becomes the hue itself or nearly; what is darker goes to black and
-    what is lighter to a tint, so that white walls take colour too.
+    `middle`, the drawing's median luminance, is mapped to (nearly) the colour itself, darker values
+    towards black, and lighter ones to a tint of it, so that white walls are coloured too.
     """
     hue = np.float32(COLOURS[colour])
     own = hue @ LUMINANCE
@@ -142,9 +144,9 @@ def ramp(colour, middle):
 
 
 def middle(rgba):
-    """The luminance, 30 to 235, that half of a drawing is darker than.
+    """The median luminance of a drawing, clipped to 30 .. 235.
 
-    Black lines have no say in it, unless black is most of what is drawn.
+    Black lines are not counted, unless most of the drawing is black.
     """
     grey = np.asarray(Image.fromarray(rgba).convert("L"))[rgba[..., 3] > 128]
     light = grey[grey > 50]
@@ -156,7 +158,7 @@ def middle(rgba):
 
 
 def recolour(rgba, colour, middle):
-    """The drawing in shades of one colour, its lights and darks kept. middle: of `middle(rgba)`."""
+    """The drawing in shades of one colour. middle: its median luminance, from `middle(rgba)`."""
     painted = np.empty_like(rgba)
     painted[..., :3] = ramp(colour, middle)[np.asarray(Image.fromarray(rgba).convert("L"))]
     painted[..., 3] = rgba[..., 3]

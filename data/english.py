@@ -58,8 +58,9 @@ def content_phrase(name):
     main = head(words)
     if main.replace(" ", "-") in NO_ARTICLE or (main.endswith("s") and not main.endswith(SINGULAR)):
         return words
-    vowel = words[0] in "aeiou" or words == "suv"
-    vowel &= not words.startswith(("uni", "us", "one ", "ufo", "eu", "ewe"))
+    starts_with_vowel = words[0] in "aeiou" or words == "suv"
+    sounds_like_consonant = words.startswith(("uni", "us", "one ", "ufo", "eu", "ewe"))
+    vowel = starts_with_vowel and not sounds_like_consonant
     return f"{'an' if vowel else 'a'} {words}"
 
 
@@ -96,7 +97,7 @@ def read_table(name):
 
 @functools.lru_cache(None)
 def names():
-    """All names the base may have met, sorted."""
+    """The names of all drawings of the training sets, sorted."""
     held_out = {row["set"] for row in read_table("sets.tsv") if row["role"] != "training"}
     return sorted({row["name"] for row in read_table("names.tsv") if row["set"] not in held_out})
 
@@ -109,7 +110,7 @@ def synonyms():
 
 @functools.lru_cache(None)
 def meanings():
-    """noun -> all names that it can mean, "book" for one: a synonym may belong to several."""
+    """{noun: all names that it can mean}: a word such as "book" is a synonym of several names."""
     found = {}
     for name in names():
         for word in (name, *synonyms().get(name, ())):

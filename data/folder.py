@@ -62,7 +62,7 @@ def read_captions(table):
     pairs = []
     for line in read_text(table).splitlines():
         file, _, words = line.partition("\t")
-        if line.strip() and file.strip() != "file":          # the head of the table
+        if line.strip() and file.strip() != "file":          # skip the header row
             pairs.append((table.parent / file.strip(), " ".join(words.split())))
     return pairs
 

@@ -2,9 +2,9 @@
 
 Real references rarely fit words such as "navy and gold watercolor". Half of the styled training
 pictures therefore take a style from this file, and their captions call it "[V*]" or nothing. A
-style is a point: all that is characteristic of it is taken from the generator `point`, which two
-pictures of one style share. What differs between them, such as where the noise lies, is taken from
-`rng`.
+style is determined by a seed. What is characteristic of it is drawn from `point`, a generator with
+that seed, so that two pictures of one style share it. What differs between two pictures of a style,
+such as where the noise lies, is drawn from `rng`.
 
     picture = paint(rgba, point=np.random.default_rng(7), rng=np.random.default_rng(0))
 
@@ -20,10 +20,11 @@ from .paint import (blur, cells, coordinates, edges, light_of, look_up, mix, noi
 
 
 def choose(point, weights):
-    """One key of a dict of weights."""
+    """A random key of {key: weight}, with probability in proportion to its weight."""
     keys = list(weights)
     chances = np.array(list(weights.values()), np.float64)
-    return keys[int(np.searchsorted(chances.cumsum(), point.random() * chances.sum(), "right"))]
+    threshold = point.random() * chances.sum()
+    return keys[int(np.searchsorted(chances.cumsum(), threshold, "right"))]
 
 
 def paint(rgba, point, rng):
@@ -49,7 +50,7 @@ def paint(rgba, point, rng):
 
 
 def set_apart(p, a, ground, least=0.22):
-    """The background, darker or lighter where the object would not stand out from it."""
+    """The background, made darker or lighter if the object would not stand out from it."""
     object_light = float((light_of(p) * a).sum() / max(a.sum(), 1))
     ground_light = float(light_of(ground).mean())
     if abs(object_light - ground_light) >= least:
@@ -227,7 +228,8 @@ def clouds(size, colours, point, rng):
 def patches(size, colours, point, rng):
     """Cells of a few colours, sharp as in a collage or out of focus as behind a photograph."""
     x, y, _, _ = cells(size, point.uniform(8, 26), rng)
-    picture = colours[(np.abs(np.sin(x * 12.9 + y * 78.2)) * 2.999).astype(int)[..., 0]]
+    shuffle = np.abs(np.sin(x * 12.9 + y * 78.2))            # a hash of each cell's seed, 0 to 1
+    picture = colours[(shuffle * 2.999).astype(int)[..., 0]]
     if point.random() < 0.6:
         picture = blur(picture, point.uniform(1.5, 6))
     return picture
@@ -236,7 +238,7 @@ def patches(size, colours, point, rng):
 def lights_out_of_focus(size, colours, point, rng):
     """Discs of light on a dark or coloured background."""
     x, y, distance, _ = cells(size, point.uniform(9, 18), rng)
-    lit = (np.abs(np.sin(x * 3.1 + y * 7.7)) < point.uniform(0.2, 0.7))
+    lit = np.abs(np.sin(x * 3.1 + y * 7.7)) < point.uniform(0.2, 0.7)    # a hash picks some cells
     inside = np.clip((point.uniform(2, 6) - distance) / 1.5, 0, 1) * lit
     return mix(linear_gradient(size, colours, point, rng), colours[2],
                inside * np.float32(point.uniform(0.3, 0.9)))
@@ -328,7 +330,7 @@ def metal_body(p, a, ground, colours, point, rng):
     angle = point.uniform(0, 2 * np.pi)
     facing = n[..., :1] * np.cos(angle) + n[..., 1:2] * np.sin(angle)
     bands = point.uniform(0.5, 1.6)
-    t = np.abs((facing * bands + 0.5 + 0.25 * light_of(p)) % 2 - 1)
+    t = np.abs((facing * bands + 0.5 + 0.25 * light_of(p)) % 2 - 1)      # a triangle wave
     tones = [colours[0] * 0.3, colours[1], colours[3], mix(colours[4], 1, 0.8), colours[2]]
     if point.random() < 0.3:
         tones = [tones[i] for i in point.permutation(5)]
@@ -353,7 +355,7 @@ def glass_body(p, a, ground, colours, point, rng):
 
 
 def glow_body(p, a, ground, colours, point, rng):
-    """Light of its own, of the whole object or of its contours, in any tint on any dark."""
+    """The object, or its contours, glows in some tint on a dark background."""
     tint = hsv(point.random(), point.uniform(0.3, 1), 1)
     if point.random() < 0.4:
         lamp = edges(p, a, point.uniform(3, 7)) + 0.25 * light_of(p) * a

@@ -34,7 +34,7 @@ def from_image(image):
 
 
 def mix(p, q, t):
-    """p where t is 0, q where t is 1."""
+    """Linear interpolation: p where t is 0, q where t is 1."""
     return p + (q - p) * t
 
 
@@ -88,7 +88,7 @@ def shifted(a, right, down):
 
 
 def slopes(x, reach=1):
-    """How steep x (H, W, C) is across and down, over `reach` pixels each way; 0 at the rim."""
+    """The horizontal and vertical gradient of x (H, W, C), over `reach` pixels; 0 at the border."""
     across, down = np.zeros_like(x), np.zeros_like(x)
     across[:, reach:-reach] = (x[:, 2 * reach:] - x[:, :-2 * reach]) / 2
     down[reach:-reach] = (x[2 * reach:] - x[:-2 * reach]) / 2
@@ -146,10 +146,10 @@ def smear(x, direction, length, steps=4):
 
 
 def cells(size, width, rng):
-    """Voronoi cells about `width` wide -> their seeds' x, y for each pixel, and who is near.
+    """Voronoi cells that are about `width` wide, with one seed in each square of a jittered grid.
 
-    Returns x, y of the nearest seed (size, size, 1), its distance, and how much farther the second
-    nearest is (0 on borders), all in 64ths. One seed lies in each square of a grid.
+    Returns for each pixel, each (size, size, 1) and in 64ths: x and y of the nearest seed, its
+    distance, and how much farther the second nearest is (0 on the border of two cells).
     """
     count = max(2, round(64 / width)) + 2
     step = np.float32(64 / (count - 2))

@@ -3,6 +3,7 @@
     python -m data.pictures     # draws data/contact_sheet.png and the PNGs of examples/
 """
 
+import math
 import textwrap
 import unicodedata
 from pathlib import Path
@@ -20,7 +21,7 @@ EXAMPLES = [                            # file, name, set, style: none of these 
     ("cat_stained_glass", "cat", "fluent-emoji-flat", Style("", "", "stained glass", "navy")),
     ("rocket_sticker", "rocket", "twemoji", Style("", "", "", "teal", "sticker")),
 ]
-# An object from four icon sets, each on another background, so that the object is all they share
+# One object from four icon sets on four different backgrounds: only the object is the same
 OBJECT = "teapot", {"noto": "cream", "twemoji": "teal", "fluent-emoji": "gold",
                     "fluent-emoji-flat": "grey"}
 
@@ -31,12 +32,14 @@ def grid(images, columns, scale=1, gap=2, top=(), left=(), captions=(), lines=1)
     top: words above the columns, in as many lines as the longest of them needs; left: words beside
     the rows; captions: words above each image, in `lines` lines.
     """
-    (_, h, w, _), rows = images.shape, -(-len(images) // columns)
-    band = (12 * lines + 4) * bool(captions)                 # pixels above each image
+    _, h, w, _ = images.shape
+    rows = math.ceil(len(images) / columns)
+    band = 12 * lines + 4 if captions else 0                 # pixels above each image
     width, height = w * scale + gap, h * scale + gap + band
     titles = [textwrap.wrap(readable(words), width // 6) for words in top]
-    deepest = max(map(len, titles), default=0)
-    x0, y0 = gap + 96 * bool(left), gap + (12 * deepest + 4) * bool(deepest)
+    deepest = max(map(len, titles), default=0)               # lines of the longest title
+    x0 = gap + 96 if left else gap
+    y0 = gap + 12 * deepest + 4 if deepest else gap
     sheet = Image.new("RGB", (x0 + columns * width, y0 + rows * height), "white")
     pen = ImageDraw.Draw(sheet)
 
@@ -56,7 +59,7 @@ def grid(images, columns, scale=1, gap=2, top=(), left=(), captions=(), lines=1)
 
 
 def readable(words):
-    """Words in ASCII, all that Pillow's font has: without accents, other letters as \\u0643."""
+    """Words in ASCII, since Pillow's font has no more: accents go, other letters become \\u0643."""
     letters = unicodedata.normalize("NFKD", words)
     plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return plain.encode("ascii", "backslashreplace").decode()

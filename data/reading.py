@@ -5,7 +5,7 @@
 
 The picture is turned upright, its colours are converted to sRGB, samples of more than 8 bits are
 scaled by the value that stands for white, and transparent parts are laid on a background. Metadata
-that cannot be read is ignored: a good picture is never refused for a damaged note in it.
+that cannot be read is ignored: an intact picture is never refused because of damaged metadata.
 
 Contents: reading, paths, files, frames, transparency, files that are not pictures. What the colour
 values of a file mean is the matter of colour.py.
@@ -30,8 +30,8 @@ from .colour import (SRGB, apply_profile, convert_colours, deep_samples, describ
 from .metadata import (BITS, PNG_SIGNATURE, Refused, exif_value, is_intact, is_planar, png_chunks,
                        shown, tiff_tag)
 
-MAX_PIXELS = 64_000_000                 # in one frame; the search for content ends after as many
-MAX_FRAMES = 1000                       # that are searched for content
+MAX_PIXELS = 64_000_000                 # in one frame, and in all frames that are searched
+MAX_FRAMES = 1000                       # that are searched for the first that is not blank
 MAX_SCANS = 100                         # in a progressive JPEG; an ordinary one has about ten
 FAINT = 16                              # of 255: smaller differences are not visible
 WHITE, DARK = (255, 255, 255), (48, 48, 48)                  # backgrounds of transparent pictures
@@ -118,14 +118,14 @@ def check_path(path, what):
     if kind != wanted:
         raise ValueError(f"{name} is a {kind}, not a {what}")
     if not os.access(path, os.R_OK):
-        raise ValueError(f"{name} may not be read; change its permissions")
+        raise ValueError(f"no permission to read {name}; change its permissions")
 
 
 # ---------------------------------------------------------------------------------------------
 # Files
 
 COLOUR_CHUNKS = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"eXIf")           # and the orientation
-LEFT_ALONE = ("EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR",  # Pillow needs other programs for these
+LEFT_ALONE = ("EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR",  # not read, since Pillow needs programs
               "FITS", "MCIDAS")                              # or does not scale their values
 
 
@@ -142,7 +142,7 @@ def open_picture(path):
     except Refused:
         raise
     except PermissionError:                                  # a network disk may say so only now
-        raise Refused(f"{name} may not be read; change its permissions") from None
+        raise Refused(f"no permission to read {name}; change its permissions") from None
     except Image.DecompressionBombError:                     # Pillow's own limit, above ours
         raise Refused(f"{name} has too many pixels; "
                       f"scale it below {MAX_PIXELS:,} in all") from None
@@ -185,10 +185,10 @@ def is_png(path):
 
 
 def without_metadata(path, kept):
-    """A PNG as a file in memory: its pixels, and of the other chunks those both kept and intact."""
+    """A PNG in memory without its metadata, except for intact chunks of the kinds in `kept`."""
     parts = [PNG_SIGNATURE]
     for kind, body, check in png_chunks(path):
-        is_needed = kind[:1].isupper() or kind == b"tRNS"    # a capital says that pixels need it
+        is_needed = kind[:1].isupper() or kind == b"tRNS"    # critical chunks begin with a capital
         is_kept = kind in kept and is_intact(kind, body, check)
         if is_needed or is_kept:
             parts.append(struct.pack(">I", len(body)) + kind + body + check)
@@ -291,7 +291,7 @@ def sample_pixels(image, side):
 
 
 def upright(rgb, image):
-    """Turn `rgb` as the EXIF or XMP data of the open image say. TIFF was turned when loaded."""
+    """Rotate `rgb` as the image's EXIF or XMP data say. (Pillow rotates TIFF when loading.)"""
     turn = Image.Transpose
     turns = {2: turn.FLIP_LEFT_RIGHT, 3: turn.ROTATE_180, 4: turn.FLIP_TOP_BOTTOM,
              5: turn.TRANSPOSE, 6: turn.ROTATE_270, 7: turn.TRANSVERSE, 8: turn.ROTATE_90}
@@ -329,7 +329,7 @@ def to_rgb(image, file, path):
     if alpha is not None and alpha.getextrema()[0] < 255:
         image, is_dark = lay_on_background(image, alpha)
         if is_dark:
-            notes.append("is a light drawing on nothing; it gets a dark background")
+            notes.append("is a light drawing on a transparent background; a dark one is used")
     return image, notes
 
 

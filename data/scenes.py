@@ -26,11 +26,11 @@ HUES = tuple(COLOURS)
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 KINDS = {"one": 0.47, "coloured": 0.17, "several": 0.22, "two": 0.14}   # shares of the pictures
 ALSO_COLOURED = {"several": 0.35, "two": 0.2}   # chance of a colour in these (two: for each)
-UNNUMBERED = 0.35            # share of the captions of several that do not say how many
+UNNUMBERED = 0.35            # share of captions of several objects that do not say how many
 ARTICLES = {"a": 0.8, "the": 0.1, "": 0.1}
 SYNONYM = 0.4                # chance of another word for an object that has some
 
-# Whole views and signs: no colour of their own, no plural, no place beside something else
+# Views and signs: they are not recoloured, have no plural, and do not stand beside other objects
 VIEWS = set("""airplane-arrival airplane-departure beach-with-umbrella bridge-at-night camping
     cityscape cityscape-at-dusk desert desert-island elevator fireworks flower-playing-cards fog
     foggy houses landslide map-of-japan milky-way moon-viewing-ceremony motorway mountain-cableway
@@ -43,7 +43,7 @@ UNCOUNTED = set("""building-construction canned-food chart-decreasing chart-incr
 ONE_COLOUR = set("""rainbow tangerine artist-palette horizontal-traffic-light
     vertical-traffic-light zebra""".split())
 COLOUR_WORDS = {*COLOURS, "gold", "golden", "silver", "cream", "teal", "navy"}
-# On the sheets of people, but nobody: these take colours
+# On the sheets of people, but not people: these can be recoloured
 NOT_PEOPLE = set("""alien alien-monster anatomical-heart bone brain broken-heart footprints ghost
     lungs robot skull skull-and-crossbones tooth""".split())
 
@@ -61,7 +61,7 @@ class Scene:
 
 @functools.lru_cache(None)
 def pools(names):
-    """Which of some names may be what: {kind: names}."""
+    """{kind of scene: those of `names` that it can show}."""
     apart = [n for n in names if n not in VIEWS and "-and-" not in n]
     return {"one": names, "two": apart, "coloured": [n for n in apart if takes_colour(n)],
             "several": [n for n in apart if takes_number(n)]}
@@ -75,7 +75,7 @@ def takes_number(name):
 
 @functools.lru_cache(None)
 def people():
-    """The names of people, their faces and hands: "a red man" would not be one in red paint."""
+    """The names of people, their faces and hands, which are never recoloured ("a red man")."""
     sheets = {row["name"] for row in english.read_table("names.tsv")
               if row["sheet"].endswith("-people")}
     return (sheets | {"man-sitting", "woman-sitting"}) - NOT_PEOPLE
@@ -83,7 +83,7 @@ def people():
 
 @functools.lru_cache(None)
 def takes_colour(name):
-    """Whether it can be painted: not a person or a view, nor what is called by a colour already."""
+    """Can it be recoloured? Not a person, not a view, and nothing whose name contains a colour."""
     if name in VIEWS | ONE_COLOUR | people():
         return False
     return not COLOUR_WORDS & set(name.split("-"))
@@ -95,7 +95,7 @@ def is_pair_held_out(a, b):
 
 
 def is_held_out(scene):
-    """True for what the base never sees: a fifth of all pairs of colour and object, or two objects.
+    """Is a scene held out of training? A fifth of colour-object pairs and object pairs are.
 
     A pair is held out where the CRC-32 of its words is divisible by 5, as in styles.py; two objects
     in either order. Objects go by the names of their tiles, whatever a caption calls them.
@@ -167,7 +167,7 @@ def pick(rng, shares):
 # Its words
 
 def phrase(scene, rng=None):
-    """The content phrase. With rng, as captions have it: synonyms, "the", "cats" for "two cats"."""
+    """The content phrase. With rng it varies: synonyms, "the", "cats" for "two cats"."""
     words = [english.noun(name) for name in scene.things]
     article, numbered = "a", True
     if rng is not None:
@@ -226,7 +226,7 @@ def other_word(name, scene, rng):
 
 
 def keeps_the_rule(scene, words):
-    """False where the words may also mean a scene on the other side of the held-out line.
+    """Could the words not also mean a scene of the other kind, held out or trained?
 
     If a red train is held out and a red bullet train is not, the latter is never called "a red
     train".
@@ -260,7 +260,7 @@ def draw(scene, art, rng, size, set_name=None):
     """The scene from drawings of one set of `art` -> uint8 (size, size, 4), straight alpha.
 
     set_name: whose drawings; by default a random set that has all of it. `art.smallest` and
-    `art.bent` hold. Raises ValueError where no set has all of it.
+    `art.bent` hold. Raises ValueError if no set has all of it.
     """
     sets = [s for s in art.index if all(name in art.index[s] for name in scene.things)]
     if set_name is None and sets:
@@ -285,7 +285,9 @@ def draw(scene, art, rng, size, set_name=None):
     if len(drawings) == 1 and scene.count == 1:
         return place_one(drawings[0], size, rng, art.smallest)
 
-    shown = [0, 1] if scene.count == 1 else [0] * scene.count
+    shown = [0] * scene.count                                # indices of drawings, one per place
+    if len(drawings) == 2:
+        shown = [0, 1]
     frame = np.zeros((size, size, 4), np.uint8)
     places = layout([boxes[k] for k in shown], rng)
     for k, (x, y, width, height) in zip(shown, places):

@@ -37,18 +37,19 @@ HUES = {name: np.array(rgb, np.float32) / 255 for name, rgb in {
 DARK = ("black", "navy", "purple", "brown", "green", "teal", "red", "blue")
 LIGHT = ("white", "cream", "gold", "pink", "orange", "grey")
 GROUND_HUES = tuple(HUES)[2:]           # of backgrounds, besides white and black
+HUE_PAIRS = tuple(zip(GROUND_HUES, GROUND_HUES[5:] + GROUND_HUES[:5]))    # and the fifth next
 
 ATTRIBUTES = {
     "palette": [f"{dark} and {light}" for dark in DARK for light in LIGHT]
                + ["pastel", "neon", "sepia", "grey"],
-    "line": [f"{w} {h} outline" for w in ("thin", "thick")
-             for h in ("black", "white", "red", "blue", "brown")] + ["line drawing"],
+    "line": [f"{width} {hue} outline" for width in ("thin", "thick")
+             for hue in ("black", "white", "red", "blue", "brown")] + ["line drawing"],
     "medium": ["flat", "watercolor", "oil painting", "kid crayon", "pencil hatching", "halftone",
                "mosaic", "stained glass", "pixel art", "woodcut", "embroidery", "chalk", "wooden",
                "golden", "glowing"],
     "ground": ["white", "black", "paper"] + list(GROUND_HUES)
               + [f"{a} and {b} {kind}" for kind in ("gradient", "stripes", "dots")
-                 for a, b in zip(GROUND_HUES, GROUND_HUES[5:] + GROUND_HUES[:5])],
+                 for a, b in HUE_PAIRS],
     "light": ["bevelled 3d", "drop shadow", "sticker"],
 }
 HELD_OUT = {"medium": ("stained glass", "glowing"), "light": ("sticker",)}
@@ -70,7 +71,7 @@ UNNAMED = ("", "white")      # no attribute, and the background that goes withou
 
 
 def named(style):
-    """{attribute: value} of what the style names."""
+    """{attribute: value} for the attributes that the style's phrase names."""
     values = {attribute: getattr(style, attribute) for attribute in ATTRIBUTES}
     return {attribute: value for attribute, value in values.items() if value not in UNNAMED}
 
@@ -86,12 +87,12 @@ def has_new_words(style):
 
 
 def is_held_out(style):
-    """True for what the base never sees: two media, one light, a fifth of all attribute pairs, and
-    a fifth of the styles without words.
+    """Is a style held out of training?
 
-    Two named values are a held-out pair where the CRC-32 of their words is divisible by 5,
-    whatever the other attributes are. A white background is everywhere and counts in no pair. Of
-    the free styles it is the CRC-32 of the point.
+    Held out are two media, one light, a fifth of all pairs of attribute values, and a fifth of the
+    styles without words. A pair is held out if the CRC-32 of its words is divisible by 5, whatever
+    the other attributes are (a white background is in no pair); a style without words, if the
+    CRC-32 of its point is.
     """
     if style.free:
         return zlib.crc32(f"free {style.point}".encode()) % 5 == 0
@@ -111,7 +112,7 @@ PLAIN = 0.3                  # share of the drawings that stay as they are, on w
 FREE = 0.5                   # share of the others whose style has no words
 SILENT = 0.8, 0.25           # chance that no style is named: of a drawing as it is, of the others
 CHANCE = {"palette": 0.45, "line": 0.25, "medium": 0.45, "ground": 0.6, "light": 0.2}    # of each
-POINTS = 2 ** 31
+POINTS = 2 ** 31             # number of seeds
 
 
 def sample(rng, held_out=False, plain=PLAIN, free=FREE):
@@ -129,9 +130,11 @@ def sample(rng, held_out=False, plain=PLAIN, free=FREE):
                 return style
     while True:
         chosen = [k for k in ATTRIBUTES if rng.random() < CHANCE[k]]
-        for _ in range(50):             # other values, not other attributes: rejecting the whole
+        # sample new values for the same attributes: sampling the attributes anew as well would
+        # favour styles with few of them
+        for _ in range(50):
             values = {k: ATTRIBUTES[k][int(rng.random() * len(ATTRIBUTES[k]))] for k in chosen}
-            style = Style(**values)     # style would favour those with few attributes
+            style = Style(**values)
             if is_held_out(style) == held_out:
                 return replace(style, point=int(rng.integers(POINTS)))
 
@@ -139,8 +142,8 @@ def sample(rng, held_out=False, plain=PLAIN, free=FREE):
 def keep_colours(style, colours=()):
     """The style without what hides the colours of a drawing.
 
-    Palettes go, and line drawings, woodcut, wood and gold, free styles, and a background in one of
-    the `colours`, on which the drawing would not be seen.
+    These are palettes, line drawings, the media woodcut, wooden and golden, free styles, and a
+    background in one of the `colours`, on which the drawing would not be visible.
     """
     colours = {"gold" if colour == "yellow" else colour for colour in colours}
     line, medium, ground = style.line, style.medium, style.ground
@@ -162,7 +165,8 @@ def phrase(style, icon_style="", rng=None):
     """
     if style.free:
         return ""
-    if rng is not None and rng.random() < SILENT[not is_plain(style)]:
+    silent = SILENT[0] if is_plain(style) else SILENT[1]
+    if rng is not None and rng.random() < silent:
         return ""
 
     def said(words):
@@ -190,7 +194,7 @@ def phrase(style, icon_style="", rng=None):
 # Colours
 
 def near(name, point):
-    """A colour of the region that a hue's name means: float32 (3,)."""
+    """A random colour near the one that `name` stands for: float32 (3,)."""
     hue, saturation, value = colorsys.rgb_to_hsv(*HUES[name])
     if name == "black":
         return np.float32(point.choice([0, point.uniform(0, 0.14)]) * np.ones(3))

@@ -1,10 +1,10 @@
 """Does an adapter learn a style better than other ways to tune? StyleDrop's Section 4.2.
 
-    python -m experiments.baselines --choose    # first: learning rates, on the half that chooses
-    python -m experiments.baselines             # then: the other half
+    python -m experiments.baselines --choose    # first: choose learning rates (validation pictures)
+    python -m experiments.baselines             # then: report (test pictures)
 
-Both write results/baselines.md and baselines.json after each reference; what the latter contains is
-not computed again.
+Both write results/baselines.md and baselines.json after each reference. What is already in
+baselines.json is not computed again.
 
 The paper compares StyleDrop on Muse with DreamBooth, LoRA and textual inversion on other bases.
 Here all tune one base, on the foreign references of foreign.py, with the same prompts and loss:
@@ -220,7 +220,7 @@ def study(pipe, used, how_many, out):
 
 
 def read_results(pipe, path):
-    """The results to continue. Raises ValueError where they have another base or settings."""
+    """The results to continue. Raises ValueError if they have another base or settings."""
     settings = dict(base=pipe.base_id, tuning=asdict(ROUND_1), sampling=asdict(SAMPLING), rank=RANK,
                     steps=STEPS)
     results = read_json(path) or dict(settings=settings, rows=[])
@@ -231,7 +231,7 @@ def read_results(pipe, path):
 
 
 def try_out(pipe, ruler, i, method, rate):
-    """Tune on reference i of the ruler's and sample OBJECTS -> a dict for each lambda_A."""
+    """Tune on the ruler's reference i and sample OBJECTS -> a row of results for each lambda_A."""
     reference, side = ruler.references[i], pipe.vqgan.config.resolution
     picture = reference.picture[None].to(pipe.device)                            # (1, 3, H, W)
     objects = list(OBJECTS)

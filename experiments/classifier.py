@@ -2,9 +2,10 @@
 
     python -m experiments.classifier        # experiments/quality.pt; 2 hours, 4 minutes on a GPU
 
-It consists of convolutions on pixels and shares nothing with what it judges: not CLIP, not the
-tokenizer. It is trained on the emoji sets' objects alone. A tenth of their drawings it never sees
-(`is_new`): what it names of those is how far it can be trusted, and it stands in every report.
+It is a convolutional network on pixels and uses no part of what it judges: neither CLIP nor the
+tokenizer. It is trained on the emoji sets' objects only. A tenth of their drawings are kept out of
+its training (`is_new`). Its accuracy on those says how far it can be trusted, and every report
+states it.
 
 Shapes: B images (B, 3, 64, 64) in [-1, 1], D features, K names.
 """
@@ -99,7 +100,7 @@ def load_classifier(path=FILE, device="cpu"):
 
 @torch.no_grad()
 def look(net, images):
-    """What the classifier sees in images: the dict of `forward`, on the CPU."""
+    """The classifier's predictions for images: the dict of `forward`, on the CPU."""
     device = next(net.parameters()).device
     parts = [net(part.to(device)) for part in images.split(256)]
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
@@ -163,7 +164,7 @@ def paint(art, scene, rng, in_style, set_name=None):
 
 
 def labels_of(scene, names):
-    """[name, name of the second object or the same again, colour, count - 1]; -1 is not asked.
+    """[name, name of the second object or the same again, colour, count - 1]; -1: no label.
 
     Only scenes of one class of object have a colour and a count that can be asked for.
     """
@@ -222,7 +223,7 @@ def vary(images, generator):
 
 
 def loss_of(seen, labels):
-    """Half of the names' cross-entropy for each of two objects; colour and count where asked."""
+    """Cross-entropy of names (half for each of two objects), of colour and count if labelled."""
     first, second, colour, count = labels.unbind(1)
     names = seen["names"].float()
     loss = F.cross_entropy(names, first, label_smoothing=0.05) / 2
@@ -270,7 +271,7 @@ def train(net, art, names, args):
 # How far it can be trusted
 
 def own_figures(net, count, seed):
-    """A table: what it names of real drawings that it was trained on, never saw, or nobody knows.
+    """A table of its accuracy on drawings that it was trained on, on held-out ones, on OpenMoji's.
 
     count: images of each kind. The base was trained on all of them but OpenMoji's.
     """
@@ -291,7 +292,7 @@ def own_figures(net, count, seed):
 
 
 def named(seen, wanted):
-    """For each image, is the wanted class (B,) named first of all, and how likely first of 100?"""
+    """Is the wanted class (B,) ranked first of all, and with what chance first of 100? Two (B,)."""
     return (seen["names"].argmax(1) == wanted).double(), among(seen["names"], wanted)
 
 
@@ -310,7 +311,7 @@ def options():
     add("--batch", type=whole(2, 65536), default=256)
     add("--lr", type=number(float, 0, 1, above=True), default=2e-3, help="peak learning rate")
     add("--workers", type=whole(0, 256), default=1, help="processes that paint images")
-    add("--scenes", type=whole(2, 10**6), default=256, help="images a row of its own figures")
+    add("--scenes", type=whole(2, 10**6), default=256, help="images per row of the accuracy table")
     add("--seed", type=whole(0, 2**31), default=0)
     return parser
 

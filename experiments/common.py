@@ -1,4 +1,4 @@
-"""What the experiments share: means with their errors, tables, and where a result was made."""
+"""Shared by the experiments: means with standard errors, tables, and provenance of results."""
 
 import math
 import shlex
@@ -9,7 +9,7 @@ import torch
 
 from pretrain.common import machine
 
-AMONG = 100                             # an object is named among this many names
+AMONG = 100                             # classes in the easier task "named of 100"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Does a base copy its training drawings? The audit of quality.py.
 
-A tenth of the drawings is kept out of every training (data.kept_out_pairs). Samples of "a cat" by a
-base that has memorised its training drawings are nearer to one of those cats than to the cats that
-were kept out. How often that is by chance follows from the number of either.
+A tenth of the drawings are kept out of all training (data.kept_out_pairs). If a base has memorised
+its training drawings, its samples of "a cat" are nearer to one of those cats than to the cats that
+were kept out. How often this would happen by chance follows from how many cats there are of each
+kind.
 
 Shapes: B images (B, 3, 64, 64) in [-1, 1].
 """
@@ -29,8 +30,8 @@ COPY = 5                                # percentile of the distances between tw
 def framed(images, margin=0.06, threshold=0.15):
     """What differs from the background of images (B, 3, H, W), centred and enlarged to 64 pixels.
 
-    The background is the median colour of an image's border. margin: the background around, in
-    sides of the object.
+    The background is the median colour of an image's border. margin: how much background is left
+    around the object, as a share of its side.
     """
     found = []
     for image in images:
@@ -78,11 +79,11 @@ def all_drawings():
 
 
 def audit(net, pipe, art, other, names, samples, seed):
-    """Samples, and beside them what copies score and what drawings score that G has never seen.
+    """Audit samples, and for comparison known copies and drawings that G has never seen.
 
-    art: of `all_drawings`; other: an Art of the one icon set that is no part of it; names: of the
-    samples (B, 3, 64, 64). Only names with drawings of both kinds are asked. Returns {row: {column:
-    (mean, standard error) in percent}} and the number of these names.
+    art: from `all_drawings`; other: an Art of the one icon set that is not in it; names: the names
+    of the samples (B, 3, 64, 64). Only names that have both training and kept-out drawings are
+    used. Returns {row: {column: (mean, standard error) in percent}} and the number of such names.
     """
     is_kept = np.array([pair in data.kept_out_pairs() for pair in zip(art.sets, art.names)])
     rows_of = {}
@@ -115,12 +116,14 @@ def audit(net, pipe, art, other, names, samples, seed):
     for title, (own_names, images) in subjects.items():
         for measure, vectors in vectors_of(net, images).items():
             drawings = {name: drawn[name][measure] for name in both}
-            row = {"copies": percents(are_copies(vectors, own_names, drawings, kept_of), own_names)}
-            if title != KEPT:                                # to which these themselves are nearest
+            row = {}
+            if title != KEPT:            # a kept-out drawing is nearest to itself
                 nearer = are_nearer(vectors, own_names, drawings, kept_of)
-                row = {"a training drawing is nearer": percents(nearer, own_names),
-                       "by chance": percents([chance[name] for name in own_names], own_names),
-                       **row}
+                row["a training drawing is nearer"] = percents(nearer, own_names)
+                by_chance = [chance[name] for name in own_names]
+                row["by chance"] = percents(by_chance, own_names)
+            copies = are_copies(vectors, own_names, drawings, kept_of)
+            row["copies"] = percents(copies, own_names)
             found[f"{title}, by {measure}"] = row
     return found, len(both)
 
@@ -146,8 +149,8 @@ def are_nearer(vectors, names, drawings, is_kept):
 def are_copies(vectors, names, drawings, is_kept):
     """Is each vector a copy of a training drawing of its name? 0 or 1.
 
-    It is where it is nearer to one than all but COPY percent of the pairs of different drawings of
-    one name are to each other.
+    It is a copy if its distance to the nearest one is below the COPY-th percentile of the distances
+    between different drawings of one name.
     """
     limit = np.percentile(torch.cat([torch.pdist(of_name) for of_name in drawings.values()]), COPY)
     return [float(nearest(vector, drawings[name], is_kept[name])[0] < limit)
@@ -155,10 +158,10 @@ def are_copies(vectors, names, drawings, is_kept):
 
 
 def training_share(art, rows, is_kept):
-    """The share of the icon sets with drawings in `rows` whose drawings are trained on.
+    """Of the icon sets that have one of the drawings `rows`, the share that is trained on.
 
-    Were samples independent of which drawings were trained on, the nearest one would be a training
-    drawing as often as this.
+    If samples did not depend on which drawings were trained on, the nearest drawing would be a
+    training drawing with this probability.
     """
     kept = {art.sets[i] for i in rows if is_kept[i]}
     return 1 - len(kept) / len({art.sets[i] for i in rows})

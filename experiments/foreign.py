@@ -4,22 +4,22 @@
     python -m experiments.foreign --sweep       # results/foreign_sweep.md: settings, an hour
     python -m experiments.foreign --sweep lambda_a lambda_b --references 6      # only these
 
-experiments/foreign/ has 64 references of plain licence: paintings, prints, photographs, renders and
-so on. A lot has put each into one of two halves. Settings are chosen on the one, by --sweep; the
-other is only reported, by the first command.
+experiments/foreign/ has 64 openly licensed references: paintings, prints, photographs, renders and
+so on, split at random (lot.py) into validation pictures ("chosen"), on which --sweep compares
+settings, and test pictures ("reported"), on which the first command only reports.
 
-For each reference the default command's adapter is tuned, and a dozen objects are sampled with
-their first seeds. There is no known truth, so each sample is asked four questions:
+For each reference, an adapter is tuned as by the default command, and a dozen objects are sampled
+with the first seeds. There is no ground truth, so each sample is measured by four questions:
 
-    object kept   does a judge that is blind to style (object_judge.py) name the object first?
-    palette       are its colours nearer to those of its own reference than to 19 others?
-    texture       the same of its small patches (style_measures.py)
-    blank         is there nothing on it?
+    object kept   does a classifier that ignores style (object_judge.py) rank the object first?
+    palette       are its colours nearer to those of its own reference than to 19 others'?
+    texture       are its small patches (style_measures.py)?
+    blank         is the image empty?
 
-and two that tell whether it copies: which share of its tokens equals the reference's at their
-places, and does the judge name what the reference shows instead of what was asked for? CLIP's style
-score stands beside them. The controls are in the same table: the base without a style; the style in
-a person's words; the samples of another reference's adapter, held against this reference; and the
+and by two that detect copying: which share of its tokens equals the reference's token at the same
+position, and does the classifier name what the reference shows instead of what was asked for? The
+table also has CLIP's style score, and these controls: the base without a style; the style described
+in words; the samples of another reference's adapter, compared with this reference; and the
 reference itself.
 """
 
@@ -74,7 +74,7 @@ class Reference:
     content: str                # what it shows, in the words of a person
     style: str                  # its style, in the words of a person
     kind: str                   # oil, watercolor, ink, ...
-    used: str                   # "chosen" or "reported"
+    used: str                   # "chosen" (validation) or "reported" (test)
     picture: torch.Tensor       # (3, H, W) in [-1, 1], of the pipeline's resolution
 
 
@@ -106,7 +106,7 @@ def nouns():
 def columns_of(phrase, names):
     """The judge's classes that a content phrase may mean: "a car" is an automobile, too.
 
-    Where none is called like the whole phrase, its head counts: "a cat in an umbrella" is a cat.
+    If no class has the name of the whole phrase, its head noun counts: "a cat in an umbrella".
     """
     article, _, rest = phrase.partition(" ")
     whole = rest if article in ("a", "an", "the", "two") else phrase
@@ -121,7 +121,7 @@ def columns_of(phrase, names):
 
 
 class Ruler:
-    """Everything that a sample is measured with.
+    """The evaluator: everything that is needed to measure a sample.
 
     references: those of one half; pipe: whose tokenizer and CLIP are used.
     """
@@ -138,10 +138,10 @@ class Ruler:
             others = [k for k in range(len(references)) if k != i]
             others = rng.choice(others, min(RIVALS, len(others)), replace=False)
             self.rivals.append([i, *others])
-        self.described = {}             # side -> (palettes, textures) of the reconstructed ones
+        self.described = {}             # cache of at_side
 
     def at_side(self, side):
-        """Reconstructed references (R, 3, side, side), their palettes and their textures."""
+        """Reconstructed references (R, 3, side, side), their tokens, palettes and textures."""
         if side not in self.described:
             small = F.interpolate(self.pictures, (side, side), mode="area")
             tokens = self.pipe.vqgan.encode(small.to(self.pipe.device))
@@ -221,24 +221,27 @@ def write_report(pipe, ruler, rows):
     A reference can only leak where the judge has a name for what it shows; others are left out.
     """
     references, can_leak = ruler.references, [bool(shown) for shown in ruler.shown]
-    lines = heading("Tuning on foreign pictures: the reported half")
+    lines = heading("Tuning on foreign pictures: the test half")
     lines += [made_by(pipe), "", f"{len(references)} references, {len(OBJECTS)} objects of each, "
               "first seeds, default settings. Errors are standard errors over references.", ""]
     titles = ["", "object kept", "nearest palette", "nearest texture", "blank", "copied tokens",
               "reference's object", "CLIP style score"]
     body = []
     for name, words in ARMS.items():
-        of = {key: [np.mean(row[key]) for row in rows[name]] for key in rows[name][0]}
-        of["leak"] = [leak if can else math.nan for leak, can in zip(of["leak"], can_leak)]
-        cells = [percent(of[key]) for key in ("object kept", "palette", "texture", "blank",
-                                              "copied tokens", "leak")]
+        means = {}                                           # measure -> a mean for each reference
+        for key in rows[name][0]:
+            means[key] = [np.mean(row[key]) for row in rows[name]]
+        means["leak"] = np.where(can_leak, means["leak"], math.nan)
+        cells = [percent(means[key]) for key in ("object kept", "palette", "texture", "blank",
+                                                 "copied tokens", "leak")]
         if name == "reference":                              # it shows something else
             cells[0] = cells[5] = "-"
-        body.append([words, *cells, with_error(of["style score"], digits=3)])
+        body.append([words, *cells, with_error(means["style score"], digits=3)])
     lines += table(titles, body)
-    lines += [f"Nearest: of its own reference and {RIVALS} others; by chance "
-              f"{1 / (RIVALS + 1):.0%}. Reference's object: of the {sum(can_leak)} references that "
-              "show something the judge has a name for.", "", "## Each reference", ""]
+    lines += [f"Nearest: the sample is nearer to its own reference than to {RIVALS} others (by "
+              f"chance {1 / (RIVALS + 1):.0%}). Reference's object (below: leak) is measured on "
+              f"the {sum(can_leak)} references that show something the judge has a name for.", "",
+              "## Each reference", ""]
     body = []
     for i, reference in enumerate(references):
         cells = [f"{100 * np.mean(rows['tuned'][i][key]):.0f} %" for key in YES_OR_NO]
@@ -283,7 +286,7 @@ def sweep(pipe, settings, count):
     references = load_references("chosen", pipe.resolution)
     ruler, objects, adapters = Ruler(pipe, references), list(OBJECTS), {}
     some = range(0, len(references), max(1, len(references) // count))[:count]
-    lines = heading("Settings, on the half of the foreign pictures that chooses")
+    lines = heading("Settings compared on the validation half of the foreign pictures")
     lines += [made_by(pipe), "", f"{len(some)} references, {len(OBJECTS)} objects of each, "
               "first seeds, the first stage alone. One setting differs from the defaults in each "
               "row. Errors are standard errors over references.", ""]
@@ -333,9 +336,9 @@ def tuned_with(pipe, reference, changes, adapters):
 def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--sweep", nargs="*", metavar="SETTING",
-                        help="compare settings on the chosen half: all, or those that are named")
+                        help="compare these settings (if none is named, all) on validation data")
     parser.add_argument("--references", type=whole(1, 1000), default=12,
-                        help="how many of them --sweep uses (default: %(default)s)")
+                        help="how many validation pictures --sweep uses (default: %(default)s)")
     add_base_options(parser)
     args = parser.parse_args()
     pipe = load_pipeline(args)

@@ -23,9 +23,9 @@ NOTES = {                               # what a model scores that has learned n
     "muse": f"guessing among 1,024 tokens: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001; "
             "always the most frequent token, white: accuracy 0.14; label smoothing alone keeps the "
             "loss above 1.02",
-    "muse_wide": "from those weights on, on the wide space of styles and twice as many drawings, "
-                 "whose images are harder to guess: --init weights/tiny/muse.pt --lr 3e-4; the "
-                 "first 36,672 images are without the new drawings",
+    "muse_wide": "continued from those weights, on a larger space of styles, which is harder to "
+                 "predict, and from image 36,673 on with twice as many drawings, where the loss "
+                 "rises: --init weights/tiny/muse.pt --lr 3e-4",
     "superres": "as for muse, with the tokens of the small image given",
     "superres_wide": "from those weights on, likewise: --init weights/tiny/superres.pt --lr 3e-4",
 }

@@ -160,10 +160,10 @@ def main():
         *table(["reference", "--content", "train.py", "peak memory", "sample.py", "peak memory"],
                rows),
         f"What the seconds go into, medians of {len(examples)} references. Sampling in train.py is "
-        f"that of its previews.  {where}", "",
+        f"that of its previews. {where}", "",
         *parts_table("train.py", tuned, TUNING), *parts_table("sample.py", sampled, SAMPLING),
-        "The same commands again gave the same adapter and the same image, byte for byte: "
-        f"{'yes' if same else 'NO'}. What the first one said:", "", "```", said, "```"]) + "\n"
+        "Did the same commands, run again, give the same adapter and image, byte for byte? "
+        f"{'Yes' if same else 'NO'}. The first command printed:", "", "```", said, "```"]) + "\n"
     write_text(Path(args.out) / "main_job.md", text)
     say(text)
 

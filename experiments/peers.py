@@ -4,8 +4,8 @@
     python -m experiments.peers                     # results/peers.md; 6 minutes of one thread
 
 All have random weights and sample 4 images of 256 tokens with guidance, which takes two forward
-passes a step. T, E and D are in no time. Each library's own sampling loop is used, with its
-defaults. A library that is not installed is named as such.
+passes per step. The times exclude T, E and D. Each library's own sampling loop is used, with its
+default settings. If a library is not installed, its row says so.
 """
 
 from pathlib import Path

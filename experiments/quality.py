@@ -1,17 +1,18 @@
 """How good are a base's samples, and do they show what the prompts say?
 
-    python -m experiments.quality --scenes 96 --grids
+    python -m experiments.quality --names 128 --per 2 --scenes 48 --grids
 
-It writes results/quality.md, quality.json and four sheets of samples, in about 55 minutes of two
-cores or four of a GPU.
+It writes results/quality.md, quality.json and four sheets of samples, in about 20 minutes on two
+cores. With the defaults it takes about an hour, or four minutes on a GPU.
 
-A classifier that shares nothing with what it judges (classifier.py) names the objects of samples.
-A model that names objects is easily satisfied: the mean of an object's drawings, or an image that
-guidance has torn to pieces, is named as surely as a drawing. So beside every share of names stand a
-Fréchet distance (Heusel et al. 2017, with this classifier's features instead of Inception's) and
-two controls: those means, and a single decoding step.
+A separate classifier (classifier.py) names the objects in the samples. Its accuracy alone would say
+too little: the mean of an object's drawings, or an image that guidance has distorted, is recognised
+as reliably as a drawing. So the accuracy is reported together with a Fréchet distance (Heusel et
+al. 2017, with this classifier's features instead of Inception's) and for two controls: the mean of
+an object's drawings, and samples with a single decoding step.
 
-Neither would notice a base that copies its training drawings: that is the audit's part (copies.py).
+Neither the accuracy nor the distance would show that a base copies its training drawings; the audit
+in copies.py does.
 
 Shapes: B images (B, 3, 64, 64) in [-1, 1], D features, K names, n names in a table.
 """
@@ -63,11 +64,10 @@ def frechet(x, y):
 def distances(x, y):
     """Three Fréchet distances of features x and y (n, per, D), with `per` images of each name.
 
-    n per     of all images
-    infinite  extrapolated to infinitely many images of these names. The distance grows in
-              proportion to 1 / images (Chong & Forsyth 2020), so a line is fitted to subsets
-    quarter   the mean over quarters of the images, half of the names and half of their images. With
-              256 names and 4 images of each, earlier reports had as many images
+    1. of all n per images;
+    2. extrapolated to infinitely many images of these names: the distance has a bias in proportion
+       to 1 / images (Chong & Forsyth 2020), so a line is fitted to subsets;
+    3. the mean over quarters of the images (half of the names, half of their images).
     """
     n, per, _ = x.shape
     inverse, means = [], []
@@ -108,7 +108,7 @@ def real(art, chosen, rng, sets=None):
 
 
 def class_means(art, names, rng):
-    """Control: the mean of each name's drawings, placed as drawings are; no model at all."""
+    """Control without a model: the mean of each name's drawings, placed like the drawings."""
     found = {}
     for name, rgba in zip(art.names, art.drawings):
         if name in names:
@@ -136,7 +136,7 @@ def share(values):
 
 
 def plain_prompts(net, pipe, art, names, per, seed, how):
-    """Samples of "a cat" and the like, between real drawings and controls.
+    """Results for samples of "a cat" and so on, for real drawings, and for controls.
 
     Returns {row: {column: value}} and the samples, `per` of each name.
     """
@@ -231,9 +231,9 @@ def one_thing(seen, chosen, title, names):
 
 
 def more_than_one_word(net, pipe, art, count, seed, how):
-    """{question: {whose images: share in percent}}.
+    """{question: {source of the images: (mean, standard error) in percent}}.
 
-    Control: the sample of the next prompt, which shows by chance some of what this one asks for.
+    Control: the sample of the next prompt, which may show what this one asks for by chance.
     """
     rows, new = {}, part(art, is_new(art))
     for i, title in enumerate(QUESTIONS):
@@ -336,11 +336,11 @@ def report(found, net, pipe, args, how):
         *heading("Quality"),
         f"{made_by(pipe)} Sampled with {settings}. ± is one standard error, over names or prompts.",
         "", "## Plain prompts", "",
-        f"{args.names} names, {args.per} different images of each in every row. A Fréchet distance "
-        "is to as many real drawings that the classifier was trained on, as drawn, and the first "
-        "row, other images of the same drawings, is its floor. Extrapolated: to infinitely many "
-        f"images of these names, linearly in 1 / images. {quarter}: as reports on earlier bases "
-        "counted.",
+        f"{args.names} names, with {args.per} different images of each in every row. The Fréchet "
+        "distance is to the same number of real drawings, without a style, that the classifier was "
+        "trained on. The first row, other images of the same drawings, is the lowest that can be "
+        "expected. Extrapolated: an estimate for infinitely many images of these names, linear in "
+        f"1 / images; near 0 it may be negative. {quarter}: the mean over quarters of the images.",
         *table_of(plain),
         f"Samples are farther from real drawings than the tokenizer's reconstructions by "
         f"{excess(plain, infinite):.1f} extrapolated, {excess(plain, full):.1f} with all images, "
@@ -355,10 +355,11 @@ def report(found, net, pipe, args, how):
         f"{found['audited']} of the names have drawings of both kinds: those that the base was "
         "trained on and those kept out of its training (if it was trained with them kept out). "
         "Were samples independent of which is which, a training drawing would be nearer as often "
-        "as by chance. Copies: nearer to a training drawing than all but "
-        f"{COPY} % of the pairs of different drawings of one name are to each other. Distances by "
-        "the classifier's features and by pixels, both after centring. The other set is "
-        "OpenMoji, on which no part of this was trained: its first two columns must be alike.",
+        "as by chance. Copies: images that are nearer to a training drawing than "
+        f"{100 - COPY} % of the pairs of different drawings of one name are to each other. "
+        "Distances are measured by the classifier's features and by pixels, both after centring. "
+        "The other set is OpenMoji, on which nothing here was trained: where its first two columns "
+        "differ, the measure is biased by as much.",
         *table_of(copies), "## The classifier itself", "",
         f"{args.scenes} real drawings a row. Trained by `{net.provenance['command']}` in "
         f"{net.provenance['seconds']} s. The base was trained on all sets but OpenMoji.",
@@ -366,9 +367,9 @@ def report(found, net, pipe, args, how):
 
 
 def names_to_sample(net, art, count, seed):
-    """Names with a drawing that the classifier has never seen, in a random order.
+    """`count` random names that have a drawing which the classifier has never seen.
 
-    Earlier reports sampled every second one, so these come first.
+    (Every second one comes first, so that results can be compared with older reports.)
     """
     names = sorted(set(part(art, is_new(art)).names))
     rng = np.random.default_rng(seed)
@@ -384,7 +385,8 @@ def options():
     add("--weights", default=WEIGHTS, help="folder of the base to measure")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", default=str(RESULTS), help="folder of the results")
-    add("--names", type=whole(4, 300), default=256, help="of plain prompts (default: %(default)s)")
+    add("--names", type=whole(4, 300), default=256,
+        help="how many objects plain prompts name (default: %(default)s)")
     add("--per", type=whole(2, 64), default=4, help="images of each name (default: %(default)s)")
     add("--scenes", type=whole(2, 10**5), default=256,
         help="prompts for each other question (default: %(default)s)")

@@ -3,9 +3,9 @@
     python -m experiments.score --images DIR --ref style.png --prompts prompts.txt
     python -m experiments.score ... --clip ViT-L-14.pt --merges bpe_simple_vocab_16e6.txt.gz
 
-The text score is the cosine by CLIP of an image and its prompt, the style score that of an image
-and the reference. Images are taken in the order of their names, numbers counted as numbers (1, 2,
-10), and each is printed beside its prompt.
+The text score is the cosine of CLIP's features of an image and of its prompt; the style score is
+that of an image and of the reference. Images are taken in natural order of their names (1, 2, 10),
+and each is printed with its prompt.
 """
 
 import re

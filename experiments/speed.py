@@ -1,9 +1,9 @@
-"""How fast this machine tunes and samples, and how near that is to what it could reach.
+"""How fast this machine tunes and samples, and how near that is to its peak throughput.
 
     python -m experiments.speed                     # results/speed.md and speed.json; 8 minutes
-    python -m experiments.speed --quick --out DIR   # everything once, too small to mean much
+    python -m experiments.speed --quick --out DIR   # a quick check that it runs; not meaningful
 
-Let nothing else run meanwhile. A time is the median of five runs, after one that is not counted.
+Run nothing else at the same time. A time is the median of five runs, after a warm-up run.
 Other libraries: peers.py.
 """
 
@@ -164,7 +164,7 @@ def fastest_product(dtype, device, sizes, repeats):
 
 
 def stages(pipe, args):
-    """{work: seconds of a part in either arithmetic, operations of a part, parts of a whole job}.
+    """{work: {precision: seconds per part, "operations": per part, "whole": parts in a job}}.
 
     A part is one forward pass of sampling, or one step of tuning. A whole job has the default
     number of steps.

@@ -1,11 +1,11 @@
-"""How near a picture is to a style reference, without knowing what is right: colours and texture.
+"""Distances of a picture's colours and texture to a style reference; no ground truth is needed.
 
 Both measures are sliced Wasserstein distances (Rabin et al. 2011): along many random directions,
 the mean difference between the sorted projections of two sets of points.
 
     palette   the points are the pixels' colours in Lab
-    texture   the points are patches around each pixel, 7 x 7 of lightness and 5 x 5 of colour, from
-              which their means are taken off, so that the palette does not count again
+    texture   the points are patches around each pixel, 7 x 7 of lightness and 5 x 5 of colour, with
+              their means subtracted, so that the palette is not measured again
 
 A distance alone says little: a blank picture in the right colours has a small one. `is_nearest`
 asks instead whether a picture is nearer to its own reference than to others.
@@ -73,8 +73,8 @@ def is_nearest(images_described, references_described):
 
 
 def is_blank(images, least=0.03, faint=0.12):
-    """Does a picture show nothing? (B,) bool: fewer than `least` of its parts, of 4 x 4 pixels,
-    differ by more than `faint` (in [-1, 1]) from its median colour."""
+    """Is a picture blank? (B,) bool: less than a share `least` of its 4 x 4 pixel blocks differ
+    from its median colour by more than `faint` (on a scale from -1 to 1)."""
     parts = F.avg_pool2d(images, 4)
     median = parts.flatten(2).median(-1).values[..., None, None]
     away = ((parts - median).abs().amax(1) > faint).flatten(1).float().mean(1)

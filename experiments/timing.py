@@ -2,9 +2,9 @@
 
     python -m experiments.timing REPORT BEGAN train.py --ref style.png
 
-It runs the script as `python train.py --ref style.png` does, but a few functions (PARTS) add up
-their seconds. REPORT is the JSON file to write, BEGAN is time.time() before the process started.
-Nothing heavy is imported here before the script would import it.
+It runs the script as `python train.py --ref style.png` does, but measures how long a few functions
+(PARTS) take in total. REPORT is the JSON file to write; BEGAN is time.time() before the process was
+started. Heavy modules are imported only when the script itself would import them.
 """
 
 import functools

@@ -33,7 +33,7 @@ MOST_BYTES = 1024                       # of a request's body
 class Picking:
     """The choice so far, on disk after every change.
 
-    Raises ValueError where the file is damaged or contains a choice from another pool.
+    Raises ValueError if the file is damaged or contains a choice from another pool.
     """
 
     def __init__(self, images, prompts, path):
@@ -49,7 +49,7 @@ class Picking:
             if pool == self.pool:
                 chosen = check_choice(chosen, self.count)
         except PermissionError:
-            raise ValueError(f"{path} may not be read; change its permissions") from None
+            raise ValueError(f"no permission to read {path}; change its permissions") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path} is damaged; move it away to choose anew") from None
         if pool != self.pool and chosen:
@@ -57,7 +57,7 @@ class Picking:
         self.chosen = chosen
 
     def change(self, number, chosen):
-        """Choose one picture, or not any more. Other tabs may have made other changes."""
+        """Select or deselect one picture. Other tabs may have made other changes."""
         with self.lock:
             numbers = set(self.chosen)
             if chosen:
@@ -82,11 +82,11 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address):
-        """A closed tab does not matter to the training in the terminal."""
+        """Ignore errors such as a closed tab; they must not disturb the training."""
 
 
 def listen(port, handler=BaseHTTPRequestHandler):
-    """A server on 127.0.0.1. Raises ValueError, in one line, where the port cannot be had."""
+    """A server on 127.0.0.1. Raises ValueError with one line if the port is not available."""
     try:
         return Server(("127.0.0.1", port), handler)
     except OSError as error:
@@ -95,7 +95,7 @@ def listen(port, handler=BaseHTTPRequestHandler):
 
 
 def check_port(port):
-    """Raise ValueError where the page could not be served on this port."""
+    """Raise ValueError if the page could not be served on this port."""
     listen(port).server_close()
 
 
@@ -122,7 +122,7 @@ def handler(token, picking, png, references, goal):
             self.answer(200, json.dumps(state).encode(), "application/json")
 
         def place(self):
-            """The path after the token; None, and an answer, for whoever does not know it."""
+            """The path after the token; None, after answering 403 or 302, if it is missing."""
             try:
                 name = self.headers.get("Host", "")
                 host = urlsplit(f"//{name}").hostname        # a tunnel may change the port
@@ -188,7 +188,7 @@ def handler(token, picking, png, references, goal):
                 picking.done.set()
 
         def log_message(self, *_):
-            """The terminal belongs to the training."""
+            """Print nothing: the terminal shows the training."""
 
     return Handler
 
@@ -210,7 +210,7 @@ class ChoicePage:
     def __init__(self, images, prompts, references, path, goal=10, port=0):
         """images: uint8 (B, H, W, 3), the pool; prompts: the B phrases that made them; references:
         uint8 (R, H, W, 3); path: where the choice is kept while it grows; goal: how many the page
-        asks for (the paper took ten). Raises ValueError where the port cannot be used.
+        asks for (the paper took ten). Raises ValueError if the port cannot be used.
         """
         self.picking = Picking(images, prompts, path)
         token = secrets.token_urlsafe(16)
@@ -226,7 +226,7 @@ class ChoicePage:
         threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True).start()
 
     def wait(self, open_browser=True, announce=print):
-        """Tell the address and wait for the person's Done -> sorted indices, at least one."""
+        """Announce the address, wait until the user clicks Done, and return the sorted indices."""
         announce(f"choose on this page: {self.address}")
         if open_browser and has_desktop():
             webbrowser.open(self.address)

@@ -92,7 +92,7 @@ FEEDBACK = {"clip": choose_by_clip, "random": choose_at_random}      # and a per
 
 
 def measure(pipe, images, contents, references, reference_contents):
-    """What the paper reports, and what it warns of -> {"text", "style", "leakage"}: tensors (B,).
+    """The paper's two scores and a check for content leakage -> {name: tensor (B,)}.
 
     text: cosine of image and content phrase; style: cosine of image and reference; leakage: 1 where
     CLIP sees the reference's content in an image of something else, NaN where it was asked for.
@@ -106,7 +106,7 @@ def measure(pipe, images, contents, references, reference_contents):
 
 
 # --------------------------------------------------------------------------------------------------
-# Before the work: what would be found late
+# Checks of options and folders, before the long work begins
 
 def read_prompts(path):
     """One content phrase a line; POOL_PROMPTS without a file."""
@@ -131,9 +131,9 @@ def recipes(args, prompts):
 
 
 def check_rounds(args, out, prompts):
-    """Raise ValueError where later rounds in `out` were made by other recipes: no choice is lost.
+    """Raise ValueError if later rounds in `out` were made with another recipe; no choice is lost.
 
-    Also for what would be found late: a wrong --pick, a port in use, a pool that is too large.
+    Also check early for a wrong --pick, a port in use, and a pool that is too large.
     """
     if (out / f"round{args.rounds + 1}").exists():
         raise ValueError(f"{out} has more rounds of feedback; give --rounds to resume them, "
@@ -160,7 +160,7 @@ def check_rounds(args, out, prompts):
             continue
         clicks = read_json(here / "picking.json") or {}
         if clicks.get("chosen") and args.feedback != "human":
-            raise ValueError(f"{here / 'picking.json'} is a person's choice that has not ended; "
+            raise ValueError(f"{here / 'picking.json'} is a person's unfinished choice; "
                              "give --feedback human, or another --out")
         if args.feedback == "human" and not has_picks:
             check_port(args.port)
@@ -195,8 +195,9 @@ def further_rounds(args, out, pipe, references, config, prompts):
         for turn in range(2, args.rounds + 1):
             here = out / f"round{turn}"
             made_by = dict(adapter=fingerprint(adapters[-1].state_dict()))
-            for_pool, for_choice, for_adapter = (dict(made_by, **recipe)
-                                                 for recipe in recipes(args, prompts))
+            for_pool, for_choice, for_adapter = recipes(args, prompts)
+            for_pool, for_choice = dict(made_by, **for_pool), dict(made_by, **for_choice)
+            for_adapter = dict(made_by, **for_adapter)
             pool = pool_of(pipe, here, adapters[-1], for_pool)
             pick = args.pick if turn == args.rounds else None        # earlier rounds are chosen
             chosen = choose(args, here, pipe, pool, references, for_choice, pick, pages)
@@ -243,15 +244,16 @@ def choose(args, here, pipe, pool, references, recipe, pick, pages):
     else:
         for i, sheet in enumerate(contact_sheets(images, pool.contents)):
             write_png(here / f"sheet{i + 1}.png", sheet)
-        say(f"choose the best pictures: in the browser at the address below, or look at "
-            f"{here}/sheet*.png and run this command again with --pick 3,17,20")
-        pages.close()                                        # the page of an earlier round
+        say(f"choose the best images in the browser, at the address below; or look at "
+            f"{here}/sheet*.png, stop this command and run it again with --pick 3,17,20")
+        pages.close()                                        # closes an earlier round's page
         page = ChoicePage(images, pool.contents, to_uint8(references), here / "picking.json",
                           port=args.port)
         pages.callback(page.close)
         chosen = page.wait(announce=say)
     write_png(here / "chosen.png", grid(images[chosen], 10, 2))
-    was_made(here / "choice.json", dict(recipe, chosen=chosen))      # nobody else chose meanwhile
+    # raises ValueError if another command has written a different choice in the meantime
+    was_made(here / "choice.json", dict(recipe, chosen=chosen))
     write_json(here / "choice.json", dict(recipe, chosen=chosen))
     return chosen
 
@@ -260,7 +262,7 @@ def adapter_of(args, here, pipe, pool, chosen, style, recipe, turn):
     """The new adapter of a round, trained on the chosen pictures unless it is there."""
     recipe = dict(recipe, chosen=chosen)
     if not (was_made(here / "adapter.json", recipe) and (here / "adapter.pt").exists()):
-        say(f"round {turn}: a new adapter is trained on {len(chosen)} chosen pictures")
+        say(f"round {turn}: training a new adapter on the {len(chosen)} chosen images")
         contents = [pool.contents[i] for i in chosen]
         progress = TuningProgress()
         adapter = pipe.tune(pool.images[chosen], contents, style, args.seed, args.superres,

@@ -56,11 +56,11 @@ class StyleWords:
 
 
 def augment(images, generator):
-    """Augment images (B, 3, H, W) in [-1, 1], so that a reused image is another one.
+    """Augment images (B, 3, H, W) in [-1, 1], so that a reused image differs each time.
 
-    They are turned, sheared, scaled and shifted a little, with the edge continued; mirrored half
-    the time; and made lighter or darker by less than a colour's name allows. Three in ten are only
-    mirrored or not: their texture is as sharp as in the images that will be judged.
+    They are rotated, sheared, scaled and shifted a little (the border is repeated), mirrored half
+    of the time, and made slightly lighter or darker, but not so much that another colour word would
+    fit. Three in ten are at most mirrored, so that some have the sharpness of images to be scored.
     """
     B, device = len(images), images.device
 
@@ -84,13 +84,13 @@ def augment(images, generator):
 def contrastive_loss(image_features, text_features, logit_scale, same=None):
     """Symmetric InfoNCE (CLIP Figure 3): find each image's caption, and each caption's image.
 
-    image_features, text_features (B, E), of any length. logit_scale: the model's parameter, the log
-    of the factor of the cosines, read no higher than ln 100. same (B, B) bool: text j is right for
-    image i too; None: only i = j is. Returns a scalar.
+    image_features, text_features (B, E), not normalised. logit_scale: the model's parameter, the
+    logarithm of the factor by which cosines are multiplied, clamped to at most ln 100. same (B, B)
+    bool: whether text j is also correct for image i; None: only i = j. Returns a scalar.
 
-    Plain CLIP counts every other caption of the batch as wrong. Here "a cat" comes twice in many
-    batches, so the target is spread evenly over all right captions. The least loss is then the mean
-    log of their number, not 0.
+    In CLIP, every other caption of the batch counts as wrong. Here, "a cat" often occurs twice in a
+    batch, so the target is spread evenly over all correct captions. The lowest possible loss is
+    then not 0 but the mean logarithm of their number.
     """
     image_features = F.normalize(image_features.float(), dim=-1)
     text_features = F.normalize(text_features.float(), dim=-1)
@@ -110,7 +110,8 @@ def main(argv=None):
     # data and models
     size = PRESETS[args.preset].resolution
     how = dict(compose=False, smallest=0.75, bent=0.13)
-    styled, bare = (image_source(args, size, bare=share, **how) for share in (0.0, 1.0))
+    styled = image_source(args, size, bare=0.0, **how)
+    bare = image_source(args, size, bare=1.0, **how)         # no caption names a style
     tokenizer = Tokenizer(train_merges(styled.words(), 2000))
     config = replace(PRESETS[args.preset], vocab_size=tokenizer.vocab_size)
     model = CLIP(config, tokenizer).to(args.device)
@@ -119,15 +120,16 @@ def main(argv=None):
     muon, adamw = optimisers_for(model, model.transformer.resblocks, args.lr)
     run = Run("clip", args, model=model, muon=muon, adamw=adamw)
     kinds = styled, bare, StyleWords(styled), bare
-    window = Replay.WINDOW // len(kinds)                     # they share the steps of `batches`
+    window = Replay.WINDOW // len(kinds)                     # each kind has every fourth step
     replays = [Replay(args.batch, args.reuse, window) for _ in kinds]
-    steps = InTurn(*(Steps([source], [size], replays[0].fresh, args.seed, tokenizer,
-                           config.context_length) for source in kinds))
+    each = [Steps([source], [size], replays[0].fresh, args.seed, tokenizer, config.context_length)
+            for source in kinds]
+    steps = InTurn(*each)
 
     for step, item, generator in batches(args, steps, run.step):
         # the batch: images, some new, some seen before, and their captions
         images, ids = replays[step % len(kinds)](item, generator)  # (B, H, W, 3), (B, L)
-        if step < run.step:                                  # only to fill them
+        if step < run.step:                                  # resumed: this only fills the replays
             continue
         images = augment(to_float(images), generator)        # (B, 3, H, W)
         same = (ids[:, None] == ids[None]).all(-1)           # (B, B): one caption
@@ -166,10 +168,11 @@ def main(argv=None):
 
 @torch.no_grad()
 def measure(clip, count=400, among=100):
-    """How well it judges drawings of the held-out set, in random styles of the training ones.
+    """Accuracy of a CLIP on drawings of the held-out set, in random styles of the training set.
 
-    top1, top5: the drawing's name is the nearest, or one of five, among it and 99 random others.
-    style: another drawing in the same style is nearer than that drawing in another style.
+    top1, top5: how often the drawing's name is the nearest text, or among the five nearest, of it
+    and 99 random other names. style: how often another drawing in the same style is nearer than the
+    same other drawing in another style.
     """
     art, rng = data.Art(role="held-out", size=clip.config.resolution), np.random.default_rng(0)
     picks, others = rng.integers(len(art.names), size=(2, count))
@@ -192,7 +195,7 @@ def measure(clip, count=400, among=100):
     scores = shown @ F.normalize(texts.float(), dim=-1).T    # (count, names)
     wanted = torch.tensor([names.index(art.names[i]) for i in picks])[:, None]
     order = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
-    order = order.scatter(1, wanted, 2.0)                    # the right name always takes part
+    order = order.scatter(1, wanted, 2.0)        # 2.0 puts the right name among the `asked` ones
     asked = order.topk(min(among, len(names)), dim=1).indices                # (count, among)
     rank = (scores.gather(1, asked) > scores.gather(1, wanted)).sum(1)
     return dict(top1=(rank < 1).float().mean().item(), top5=(rank < 5).float().mean().item(),

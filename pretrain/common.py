@@ -1,6 +1,6 @@
 """What the stages share: options, batches, optimisers, the schedule, log and checkpoint.
 
-A stage is a script that reads from top to bottom; this file has what would distract from its step.
+Each stage is a script of its own; this file has the code that is not specific to one of them.
 All randomness of a step follows from (seed, step), so a resumed run equals an uninterrupted one.
 """
 
@@ -42,15 +42,15 @@ def stage_parser(stage, description, steps, batch, lr):
     add("--data", type=filled,
         help="folder of images with captions (default: the drawings in data/)")
     add("--steps", type=whole(1, 10**8), default=steps,
-        help="training steps (default: %(default)s)")
+        help="training steps, which also set the schedule (default: %(default)s)")
     add("--batch", type=whole(1, 65536), default=batch,
-        help="images a step (default: %(default)s)")
+        help="batch size (default: %(default)s)")
     add("--reuse", type=whole(1, 64), default=1,
-        help="how often each painted image is used; more where a GPU is faster than the painting")
+        help="training steps in which each image is used; raise it if the GPU waits for images")
     add("--lr", type=number(float, 0, 1, above=True), default=lr,
         help="peak learning rate (default: %(default)s)")
-    add("--seed", type=whole(0, 2**31), default=0, help="of all randomness (default: %(default)s)")
-    add("--workers", type=whole(0, 256), default=1, help="processes that paint images")
+    add("--seed", type=whole(0, 2**31), default=0, help="random seed (default: %(default)s)")
+    add("--workers", type=whole(0, 256), default=1, help="processes that draw training images")
     add("--warmup", type=whole(1, 10**8), default=100,
         help="steps until the learning rate is at its peak (default: %(default)s)")
     add("--weights", type=filled, default=WEIGHTS, help="folder of the base's other parts")
@@ -68,9 +68,10 @@ def stage_parser(stage, description, steps, batch, lr):
 def start(args, together=False):
     """Check the device, seed the initial weights, and join the other processes of torchrun.
 
-    together: may several processes share a batch? Raises ValueError where they may not.
+    together: whether the stage can split a batch among several processes. Raises ValueError if it
+    cannot and is started by torchrun.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # write_whole removes its half file
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so write_whole can clean up
     check_device(args.device)
     check_place(args.out)
     world = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
@@ -81,17 +82,20 @@ def start(args, together=False):
     if args.batch % world:
         raise ValueError(f"--batch {args.batch} must be a multiple of the {world} processes")
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.allow_tf32 = False                 # a GPU's tokens are a CPU's
+    torch.backends.cudnn.allow_tf32 = False                 # so a GPU gives the tokens of a CPU
     if "LOCAL_RANK" in os.environ:                          # torchrun started us
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        from torch.distributed import nn  # noqa: F401      imported later, it keeps the group alive
+        # unused, but if torch imported it after the group was made, the group would never be freed
+        from torch.distributed import nn  # noqa: F401
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
 
 def processes():
     """This process's number and how many there are: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def machine(device):
@@ -116,7 +120,7 @@ def machine(device):
 # The vocabulary
 
 def train_merges(texts, n_merges, earlier=()):
-    """Learn BPE merges (Sennrich et al. 2016): again and again, join the most frequent pair.
+    """Learn BPE merges (Sennrich et al. 2016) by repeatedly joining the most frequent pair.
 
     Ties go to the lexicographically first pair, so the same texts give the same merges everywhere.
     earlier: merges that come first, of a vocabulary that is to grow. Returns pairs of symbols in
@@ -151,14 +155,14 @@ def train_merges(texts, n_merges, earlier=()):
     return [*before.merges, *merges]
 
 
-MERGES = 10_000                         # at most so many, which makes every word one token
+MERGES = 10_000                         # an upper limit that lets every word become one token
 
 
 def initial_muse(init, kind, config, words):
     """The model of a stage and its tokenizer: new, or from the file `init` of an earlier run.
 
-    Words that the earlier vocabulary lacks are appended to it: old tokens keep their rows in T, and
-    new ones start small. Raises ValueError where the file has other sizes.
+    Words that the earlier vocabulary lacks are appended to it: old tokens keep their embeddings in
+    T, and new ones are initialised at random. Raises ValueError if the file has other sizes.
     """
     if init is None:
         tokenizer = Tokenizer(train_merges(words, MERGES))
@@ -169,7 +173,7 @@ def initial_muse(init, kind, config, words):
     except (KeyError, ValueError):
         fits = False
     if not fits:
-        raise ValueError(f"{init} has other merges than its model has tokens; train it again")
+        raise ValueError(f"the merges in {init} do not fit its model's vocabulary; train it again")
     tokenizer = Tokenizer(train_merges(words, MERGES, saved["merges"]))
     config = replace(config, vocab_size=tokenizer.vocab_size)
     if replace(earlier.config, vocab_size=config.vocab_size) != config:
@@ -193,7 +197,7 @@ def image_source(args, size, **how):
     if not args.data:
         return data.Art(size=size, **how)
     folder = data.Folder(args.data, size)
-    is_first = not hasattr(args, "data_fingerprint")         # a stage may read it at two sizes
+    is_first = not hasattr(args, "data_fingerprint")         # superres reads the folder twice
     if folder.skipped and is_first:
         count = len(folder.skipped)
         names = ", ".join(folder.skipped[:5])
@@ -230,8 +234,8 @@ class Steps(torch.utils.data.Dataset):
 class Replay:
     """Batches of which one in `reuse` images is new; the others are from the last steps.
 
-    On a GPU, painting an image takes longer than a step on it. With another mask, an old image is
-    as good as a new one.
+    With a GPU, drawing an image on the CPU takes longer than a training step on it. Masked anew, an
+    old image is nearly as useful as a new one.
     """
 
     WINDOW = 256                        # steps whose images are kept
@@ -251,16 +255,17 @@ class Replay:
             kept[place:place + self.fresh] = x
         self.count += 1
         n = min(self.count, self.window) * self.fresh
+        # rows are counted back from the newest, so that a resumed run draws the same images
         ago = torch.randint(n, (self.batch - self.fresh,), generator=generator,
-                            device=generator.device)        # 0: the newest; so it is when resumed
+                            device=generator.device)
         rows = (place + self.fresh - 1 - ago) % len(self.kept[0])
         return [torch.cat([x, kept[rows]]) for kept, x in zip(self.kept, new)]
 
 
 def batches(args, steps, first):
-    """(step, item on the device, that step's generator) from `first` on, for steps (a Steps).
+    """Yield (step, item on the device, generator of the step), from step `first` on.
 
-    Where images are reused, the ones before `first` come too: see `Replay`.
+    steps: a Steps. If images are reused, it starts earlier, so that `Replay` can be filled.
     """
     if first >= args.steps:
         return
@@ -285,8 +290,8 @@ def to_float(images):
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal: for the matrices of hidden layers (Jordan et al. 2024).
 
-    torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but all matrices of one shape at once,
-    which a GPU needs, and in bf16 only where that is fast, which a CPU needs.
+    Like torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but it updates all matrices of a
+    shape together, which is faster on a GPU, and uses bf16 only where that is fast (see fast_bf16).
     """
 
     def __init__(self, parameters, lr, weight_decay=0.05, momentum=0.95):
@@ -337,7 +342,7 @@ def optimisers_for(model, blocks, lr):
 
 
 def set_rate(optimisers, step, args):
-    """Warm up, then fall to 2 % of the peak along a squared cosine. A group may have a `share`."""
+    """Warm up, then decay to 2 % of the peak along a squared cosine, times a group's `share`."""
     rate = 0.02 + 0.98 * math.cos(math.pi / 2 * step / args.steps) ** 2
     for optimiser in optimisers:
         for group in optimiser.param_groups:
@@ -346,7 +351,7 @@ def set_rate(optimisers, step, args):
 
 @torch.no_grad()
 def update_average(average, model, step, decay=0.999):
-    """The exponential moving average of the weights, over fewer steps in the beginning."""
+    """Update the exponential moving average of the weights; it is shorter in the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
@@ -361,7 +366,7 @@ class Run:
     take. Raises ValueError in one line where the folder holds another run.
     """
 
-    FREE = ("out", "device", "workers", "log_seconds", "keep_minutes")      # may differ on resuming
+    FREE = ("out", "device", "workers", "log_seconds", "keep_minutes")      # may differ on a resume
 
     def __init__(self, stage, args, **parts):
         self.stage, self.args, self.parts = stage, args, parts
@@ -372,7 +377,8 @@ class Run:
             self.resume(read_checkpoint(self.out / "checkpoint.pt", f"{stage} checkpoint"))
         self.out.mkdir(parents=True, exist_ok=True)
         self.began = self.logged_at = self.kept_at = time.time()
-        self.logged, self.sums = self.step, {}
+        self.logged = self.step              # the step of the last line of the log
+        self.sums = {}                       # {figure: its sum since then}
 
     def resume(self, saved):
         path = self.out / "checkpoint.pt"
@@ -400,7 +406,7 @@ class Run:
     def log(self, done, **figures):
         """Add a step's figures; every --log-seconds print their means.
 
-        Tensors are read only then, since each reading makes a GPU wait. Raises ValueError where the
+        Tensors are read only then, since each reading makes a GPU wait. Raises ValueError if the
         loss is NaN or infinite.
         """
         for name, value in figures.items():
@@ -424,13 +430,13 @@ class Run:
         self.logged_at, self.logged, self.sums = now, done, {}
 
     def check(self, done, *values):
-        """Raise ValueError where a tensor is NaN or infinite, before anything is overwritten."""
+        """Raise ValueError if a tensor is NaN or infinite, before anything is overwritten."""
         if not all(value.isfinite().all() for value in values):
             raise ValueError(f"the loss is NaN or infinite at step {done}; the last checkpoint "
                              "is kept. Give a lower --lr, and another --out")
 
     def due(self, done):
-        """Is it time to save after `done` steps? ValueError if a weight is too large for fp16."""
+        """Is it time to save after `done` steps? If so, check the weights first (see `check`)."""
         late = time.time() - self.kept_at > self.args.keep_minutes * 60
         if self.rank > 0 or not (late or done == self.args.steps):
             return False
@@ -441,13 +447,14 @@ class Run:
 
     def provenance(self, done):
         """A dict that says how the weights were made."""
-        a, minutes = self.args, self.minutes + (time.time() - self.began) / 60
+        a = self.args
+        minutes = self.minutes + (time.time() - self.began) / 60
         return dict(stage=self.stage, steps=done, batch=a.batch, reuse=a.reuse,
                     images=done * a.batch, painted=done * a.batch // a.reuse, lr=a.lr, seed=a.seed,
                     data=a.data or "data/", minutes=round(minutes, 1), machine=machine(a.device))
 
     def keep(self, done):
-        """Write the checkpoint. Call it last: where it is, the other files are complete."""
+        """Write the checkpoint. Call this last: it says that the other files are complete."""
         minutes = self.minutes + (time.time() - self.began) / 60
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         saved = dict(kind=f"{self.stage} checkpoint", step=done, minutes=minutes,
@@ -459,7 +466,7 @@ class Run:
 
 
 def step_of(line):
-    """The step of a line of the log; infinity for a line that a kill has cut."""
+    """The step in a line of the log; infinity if the line is incomplete (the run was killed)."""
     try:
         return json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):
@@ -470,7 +477,7 @@ def step_of(line):
 # Parts that were trained before
 
 def load_vqgan(args, grid):
-    """The frozen E and D, whose tokens G learns: `grid` a side. ValueError for other sizes."""
+    """The frozen tokenizer. Raises ValueError unless its token grid has `grid` rows and columns."""
     path = Path(args.weights) / "vqgan.pt"
     model = load_model(path, "vqgan", VQGANConfig, VQGAN)[0].to(args.device)
     side = model.config.resolution // model.config.factor

@@ -29,10 +29,11 @@ def main(argv=None):
     parser = stage_parser("muse", __doc__, steps=20000, batch=64, lr=2e-3)
     add = parser.add_argument
     add("--mask-power", type=number(float, 0, 10, above=True), default=2,
-        help="1: Muse's law of masking; more masks more (default %(default)s)")
+        help="exponent of the mask schedule; 1 is Muse's, above 1 masks more (default %(default)s)")
     add("--init", metavar="FILE",
         help="start from the weights of an earlier run; new words are added to its vocabulary")
-    add("--compile", action="store_true", help="torch.compile the step, which takes a minute")
+    add("--compile", action="store_true",
+        help="use torch.compile: faster steps, after a minute of compilation")
     args = parser.parse_args(argv)
     start(args, together=True)
     rank, world = processes()
@@ -70,7 +71,7 @@ def main(argv=None):
         text_ids = torch.where(dropped, empty, text_ids)
         mask = random_mask(len(ids), config.tokens, generator, args.mask_power)  # (B, N)
 
-        # its loss; under torchrun each process has every world-th row
+        # its loss; under torchrun, process `rank` of `world` computes rows rank, rank + world, ...
         mine = slice(rank, None, world)
         with autocast(args.device):
             loss, accuracy = step_on(ids[mine], text_ids[mine], mask[mine])
@@ -100,7 +101,7 @@ def main(argv=None):
 
 
 def samples(muse, vqgan, tokenizer, prompts, args):
-    """One image of each prompt by Eq. 1 (lambda 3), on a sheet."""
+    """A sheet with one image for each prompt, sampled by Eq. 1 with lambda = 3."""
     c = muse.config
     with torch.no_grad():
         text_ids = tokenizer([*prompts, *[""] * len(prompts)], c.text_length).to(args.device)

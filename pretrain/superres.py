@@ -29,10 +29,11 @@ def main(argv=None):
     parser = stage_parser("superres", __doc__, steps=10000, batch=16, lr=2e-3)
     add = parser.add_argument
     add("--mask-power", type=number(float, 0, 10, above=True), default=1,
-        help="1: Muse's law of masking; more masks more (default %(default)s)")
+        help="exponent of the mask schedule; 1 is Muse's, above 1 masks more (default %(default)s)")
     add("--init", metavar="FILE",
         help="start from the weights of an earlier run; new words are added to its vocabulary")
-    add("--compile", action="store_true", help="torch.compile the step, which takes a minute")
+    add("--compile", action="store_true",
+        help="use torch.compile: faster steps, after a minute of compilation")
     args = parser.parse_args(argv)
     start(args)
 
@@ -62,14 +63,16 @@ def main(argv=None):
     step_on = torch.compile(loss_and_accuracy) if args.compile else loss_and_accuracy
     for step, (low, high, text_ids), generator in batches(args, steps, run.step):
         # the batch: the same images at both sizes; one text in ten is left out
-        low, high = (vqgan.encode(to_float(images)).flatten(1) for images in (low, high))
+        low = vqgan.encode(to_float(low)).flatten(1)                             # (B, low_grid^2)
+        high = vqgan.encode(to_float(high)).flatten(1)                           # (B, N)
         low, ids, text_ids = replay([low, high, text_ids], generator)
         if step < run.step:                                                  # only to fill `replay`
             continue
         draw = torch.rand(3, len(ids), 1, generator=generator, device=ids.device)
-        text_ids = torch.where(draw[0] < 0.1, empty, text_ids)
-        # half of the images have some low tokens wrong, as samples of the base have
-        share = NOISE * draw[1] * (draw[2] < 0.5)                                # (B, 1)
+        for_text, for_share, for_half = draw                                     # (B, 1) each
+        text_ids = torch.where(for_text < 0.1, empty, text_ids)
+        # in half of the images, some low tokens are wrong, as they are in samples of the base
+        share = NOISE * for_share * (for_half < 0.5)                             # (B, 1)
         noise = torch.rand(low.shape, generator=generator, device=low.device) < share
         wrong = torch.randint(config.codebook_size, low.shape, generator=generator,
                               device=low.device)
@@ -98,7 +101,7 @@ def main(argv=None):
 
 @torch.no_grad()
 def samples(model, vqgan, tokenizer, sources, sizes, args):
-    """Rows: images at the low size; drawn from their low tokens; the same images at full size."""
+    """A sheet of three rows: low-resolution images, samples from their tokens, the originals."""
     c = model.config
     steps = Steps(sources, sizes, 8, args.seed + 1, tokenizer, c.text_length)
     low, high, text_ids = (x.to(args.device) for x in steps[0])

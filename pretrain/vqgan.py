@@ -44,8 +44,8 @@ class Discriminator(nn.Module):
 def reconstruction_loss(x, y):
     """L1 + L2 + the difference of image gradients at three scales. x, y (B, 3, H, W) in [-1, 1].
 
-    The gradient term stands where VQGAN has LPIPS, which needs a downloaded network. Gradients are
-    the edges and textures that a token must hold.
+    The gradient term replaces VQGAN's LPIPS, which needs a downloaded network. It penalises errors
+    at edges and in textures, which a token must preserve.
     """
     loss = F.l1_loss(x, y) + F.mse_loss(x, y)
     for _ in range(3):
@@ -62,25 +62,25 @@ def discriminator_loss(real, fake):
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
     """|grad L_rec| / (|grad L_gan| + 1e-4) at D's last layer, at most 1e4 (VQGAN's code, Eq. 7)."""
-    of_reconstruction, of_adversarial = (
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
-        for loss in (reconstruction, adversarial))
-    return (of_reconstruction / (of_adversarial + 1e-4)).clamp(0, 1e4).detach()
+    rec_grad, = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+    gan_grad, = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (rec_grad.norm() / (gan_grad.norm() + 1e-4)).clamp(0, 1e4).detach()
 
 
 @torch.no_grad()
 def update_codes(q, z, ids, generator):
-    """One step of a Quantizer's averages: features z (B, d, h, w) and their ids (B, h, w)."""
+    """Update a Quantizer's codebook by one batch: features z (B, d, h, w), their ids (B, h, w)."""
     V, decay = len(q.codes), q.config.decay
     z = F.normalize(z.float(), dim=1).movedim(1, -1).flatten(0, -2)          # (B h w, d)
     ids = ids.flatten()
+    # candidates for dead codes: features, the likelier the worse the codebook represents them
     error = (z - q.codes[ids]).square().sum(1) + 1e-6
     fresh = z[torch.multinomial(error, V, replacement=True, generator=generator)]
     if not q.codes.any():                            # first batch: start at its features
         q.codes.copy_(fresh)
         q.sums.copy_(fresh)
         return
-    fair = len(ids) / V                                 # uses of each code, if all were alike
+    fair = len(ids) / V                                 # uses of each code if all were used equally
     counts = torch.bincount(ids, minlength=V) / fair
     sums = torch.zeros_like(q.sums).index_add_(0, ids, z) / fair
     q.usage.lerp_(counts, 1 - decay)
@@ -110,7 +110,7 @@ def main(argv=None):
     add("--gan-start", type=number(float, 0, 1), default=0.6,
         help="share of the steps before the discriminator starts (default %(default)s)")
     add("--gan-weight", type=number(float, 0, 100), default=0.3,
-        help="of the discriminator, beside the reconstruction (default %(default)s)")
+        help="weight of the discriminator's loss (default %(default)s)")
     args = parser.parse_args(argv)
     if args.reuse > 1:
         raise ValueError("--reuse is for muse, superres and clip; leave it out")

@@ -1,4 +1,8 @@
-"""Shared by all tests: a random base of toy size, its files, its adapters, and the commands."""
+"""Shared by all tests: a random base of toy size, its files, its adapters, and the commands.
+
+"Trap:" in the docstring of a test names the mistake that the test would catch. A name in brackets
+after it is the public repository in which that mistake was found, by its owner on GitHub.
+"""
 
 import functools
 import inspect

@@ -93,8 +93,8 @@ def test_numbers_out_of_bounds(kind, low, high, above, argument, words):
 
 
 @pytest.mark.parametrize("check, argument, words", [
-    (filled, "", "is empty"), (filled, " ", "is empty"), (filled, "\udcff", "not UTF-8"),
-    (text, "\udcff", "not UTF-8"), (text, "x" * (LONGEST + 1), "give at most 2,000"),
+    (filled, "", "is empty"), (filled, " ", "is empty"), (filled, "\udcff", "not valid UTF-8"),
+    (text, "\udcff", "not valid UTF-8"), (text, "x" * (LONGEST + 1), "give at most 2,000"),
     (text, "x" * 100_000, "100,000 characters")])
 def test_text_that_is_refused(check, argument, words):
     with pytest.raises(argparse.ArgumentTypeError, match=words):
@@ -128,7 +128,7 @@ def test_wrong_options(parser, arguments, words):
 
 
 def test_values_that_begin_with_a_dash(parser):
-    """As the refusal above advises; numbers and words need nothing."""
+    """Written --option=-value, as the error message advises; numbers and words work as they are."""
     args = parser.parse_args(["--ref", "a.png", "--ref=-x.png", "--seed", "-1"])
     assert args.ref == ["a.png", "-x.png"]
     assert args.seed == -1

@@ -474,7 +474,7 @@ def test_no_scene_of_training_is_held_out(trained, tested):
 
 
 def test_no_caption_of_training_means_a_held_out_scene(trained, tested):
-    """Trap: a synonym says what the rule keeps."""
+    """Trap: a synonym makes a caption mean a pair that is held out."""
     rng = np.random.default_rng(3)
     in_training = {scenes.phrase(scene, rng) for scene in trained}
     in_tests = {scenes.phrase(scene, rng) for scene in tested}

@@ -163,7 +163,7 @@ def test_timed_functions_add_up_their_seconds(monkeypatch):
 
 
 def test_the_main_job_is_reported(cli, tmp_path, weights2, monkeypatch):
-    """The whole command, with commands that only pretend."""
+    """The whole command, with train.py and sample.py replaced by fakes."""
     commands = []
 
     def measure(script, *arguments):
@@ -190,7 +190,7 @@ def test_the_main_job_is_reported(cli, tmp_path, weights2, monkeypatch):
     assert ["a.png", "a cat", "21 s", "100 MB", "21.0 s", "100 MB"] in rows
     assert ["b.png", "-", "21 s", "100 MB", "21.0 s", "100 MB"] in rows
     assert ["tuning, stage 2", "2.0 s", "2.0 s"] in rows and ["the rest", "3.0 s", "3.0 s"] in rows
-    assert "byte for byte: yes" in text and "train.py has run" in text
+    assert "byte for byte? Yes" in text and "train.py has run" in text
     assert ["--content" in one for one in commands if one[0] == "train.py"] == [
         True, True, True, False, False]                      # the first one twice
     for sheet in ("before_after.png", "before_after_without.png"):

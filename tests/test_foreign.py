@@ -53,7 +53,7 @@ def test_every_reference_has_a_file_words_and_a_licence(rows):
 
 
 def test_the_lot_has_made_the_halves(rows):
-    """Nobody chose which are reported: half of each kind, as lot.py draws them again."""
+    """The split is random: lot.py draws the same halves again, half of each kind."""
     drawn = runpy.run_path(str(FOLDER / "lot.py"))["draw"](rows)
     assert {row["file"]: row["used"] for row in rows} == drawn
     for kind in {row["kind"] for row in rows}:
@@ -221,7 +221,7 @@ def test_the_names_that_a_phrase_may_mean(phrase, found):
 
 
 def test_the_judge_can_be_asked_for_every_object():
-    """No object's names are another's, or a mistake would count as right."""
+    """No two objects share a class, or the wrong one would count as right."""
     columns = [set(columns_of(phrase, data.names())) for phrase in OBJECTS]
     assert all(columns) and sum(map(len, columns)) == len(set.union(*columns))
 

@@ -303,7 +303,7 @@ def test_a_damaged_choice_is_one_line(tmp_path, whole, read):
 
 
 def test_an_empty_choice():
-    """It can be continued, and it cannot be learned."""
+    """It can be continued, but no adapter can be trained on it."""
     assert check_choice([], 12) == []
     assert check_choice([2, 2, 0], 12) == [0, 2]
 
@@ -324,7 +324,7 @@ def test_an_unreadable_choice_is_not_called_damaged(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(io, "open", denied)
-    with pytest.raises(ValueError, match="picking.json may not be read; change its permissions"):
+    with pytest.raises(ValueError, match="no permission to read .*picking.json; change"):
         read_picking(path)
 
 
@@ -467,7 +467,7 @@ def test_a_lost_server_is_said(browser, session):
     open_page(browser, one.address)
     one.page.close()
     cards(browser)[0].click()
-    until(lambda: "Not kept" in text_of(browser, "trouble"))
+    until(lambda: "Is the command" in text_of(browser, "trouble"))
     assert not is_checked(cards(browser)[0])
 
 

@@ -166,7 +166,7 @@ def test_a_low_token_has_the_position_of_what_lies_over_it(patch):
             torch.testing.assert_close(states[side * y + x], muse.low_norm(above))
 
 
-# -- the law of masking
+# -- the mask schedule
 
 @pytest.mark.parametrize("power, mean, above_9, above_99", [
     (1, 2 / math.pi, 0.287, 0.090), (2, 0.7799, 0.536, 0.300)])

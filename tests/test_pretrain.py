@@ -211,7 +211,7 @@ def test_the_rate_warms_up_and_falls(steps, warmup):
 
 
 def test_the_average_follows_the_weights():
-    """It is near them at first and a thousand steps long in the end."""
+    """Its decay is short at first, and of about a thousand steps in the end."""
     model, average = seeded(lambda: torch.nn.Linear(1, 1)), seeded(lambda: torch.nn.Linear(1, 1), 1)
     expected = average.weight.item()
     for step in [0, 1, 2, 10, 100_000]:

@@ -1,4 +1,4 @@
-"""experiments/quality.py and classifier.py: a wrong ruler measures nothing."""
+"""Tests of experiments/quality.py and classifier.py: are the measures correct?"""
 
 import json
 import math
@@ -30,7 +30,7 @@ def art():
 class NoisePipe:
     """A base that samples coarse noise, and a tokenizer that changes nothing."""
 
-    device, base = torch.device("cpu"), "noise"
+    device, base_id = torch.device("cpu"), "noise"
     vqgan = SimpleNamespace(encode=lambda x: x, decode=lambda x: x)
 
     def generate(self, prompts, seed=0, sampling=None, superres=True):
@@ -177,7 +177,7 @@ def test_what_counts_as_right():
 
 
 def test_two_things_are_named_in_halves(monkeypatch):
-    """Trap: the two likeliest names of the whole image, of which one object takes all."""
+    """Trap: the two best names of the whole image, which may both be names of one object."""
     def look(net, images):                                   # red is a cat, all else an owl
         is_red = images[:, 0, 32, 32] > images[:, 2, 32, 32]
         rows = [NAMES.index("cat") if red else NAMES.index("owl") for red in is_red]

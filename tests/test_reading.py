@@ -619,7 +619,7 @@ def test_a_background_that_shows_the_drawing(tmp_path, colour, background, mode,
     image = data.read_reference(path, 32)
     assert (image[:, 20:] == background).all()
     assert np.abs(image[:, :12].astype(int) - colour).max() < 3
-    assert ("dark background" in capsys.readouterr().err) == (background == 48)
+    assert ("a dark one is used" in capsys.readouterr().err) == (background == 48)
     drawing.paste((255, 255, 255, 255), (0, 0, 16, 32))      # a snowman with a black hat:
     drawing.paste((0, 0, 0, 255), (0, 0, 16, 4))             # seen on white
     assert (data.read_image(save(tmp_path / "b.png", drawing), 32)[10, 30] == 255).all()

@@ -219,7 +219,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(rounds, part):
         assert rounds(*CLIP)[0] == 130
     before = stamps()
     code, out, _ = rounds(*CLIP)
-    assert code == 0 and "resuming runs/a: its round 1 is there" in out
+    assert code == 0 and "resuming runs/a: round 1 is finished" in out
     resumed = stamps()
     for name in before:
         if name not in ("adapter.pt", "config.json"):        # they are of the newest round
@@ -234,8 +234,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(rounds, part):
 
 @pytest.mark.parametrize("first, who", [(CLIP, "clip chose"), (PICK, "human chose 1, 5, 9")])
 @pytest.mark.parametrize("options, words", [
-    (["--feedback", "random"], "feedback ("), ([*PERSON, "--pick", 2], "chosen ("),
-    (["--pool-prompts", "other.txt", "--pool", 5, "--seed", 1], "prompts, pool, seed (")])
+    (["--feedback", "random"], "feedback; "), ([*PERSON, "--pick", 2], "chosen; "),
+    (["--pool-prompts", "other.txt", "--pool", 5, "--seed", 1], "prompts, pool, seed; ")])
 def test_no_choice_is_ever_replaced(finished, refused_round, first, who, options, words):
     """Neither CLIP's nor a person's. The line says what is there, and what to do."""
     finished(*first)
@@ -267,7 +267,7 @@ def test_clicks_before_done_are_not_lost(rounds, refused_round, monkeypatch):
     assert rounds(*PERSON)[0] == 130
     (RUN / "round2/sheet_mine.png").write_text("mine")
     before = stamps()
-    assert "picking.json is a person's choice that has not ended" in refused_round(*CLIP)
+    assert "picking.json is a person's unfinished choice" in refused_round(*CLIP)
     assert rounds(*PICK)[0] == 0
     for name in ("round2/picking.json", "round2/sheet_mine.png"):
         assert stamps()[name] == before[name]
@@ -277,7 +277,7 @@ def test_clicks_before_done_are_not_lost(rounds, refused_round, monkeypatch):
     (["--pick", "99"], "from 1 to 12"), (["--pick", ""], "from 1 to 12"),
     (["--port", "PORT"], "port PORT cannot be used"),
     (["--pool", 1024, "--pool-prompts", "many.txt"], "ask for 5,000 at most")])
-def test_what_would_be_found_late_is_found_first(refused_round, monkeypatch, options, words):
+def test_mistakes_are_found_before_the_work(refused_round, monkeypatch, options, words):
     """A wrong --pick, a port in use, a pool too large: before the base is even read."""
     Path("many.txt").write_text("a cat\n" * 50)
     monkeypatch.setattr(StyleDrop, "load", lambda *_: pytest.fail("too late"))
@@ -355,7 +355,7 @@ def test_a_finished_run_is_left_alone(rounds, finished):
     before = stamps()
     Path("ref.png").rename("other.png")
     code, out, _ = rounds(*PERSON, "--ref", "other.png")
-    assert code == 0 and "runs/a is finished" in out
+    assert code == 0 and "runs/a is already finished" in out
     assert stamps() == before
 
 
@@ -381,7 +381,7 @@ def test_numbers_are_of_the_last_round(rounds, finished):
 
 @pytest.mark.parametrize("fewer", [1, 2])
 def test_fewer_rounds_than_there_are_is_refused(rounds, finished, refused_round, fewer):
-    """Trap: a fresh round 1, or 2, in place of the folder with every choice of a person's."""
+    """Trap: round 1 or 2 is made anew and replaces a folder that contains a person's choices."""
     finished(*PICK)
     rounds(*PERSON, "--pick", "1,2,6", "--rounds", 3)
     assert "give --rounds" in refused_round(*PERSON, "--rounds", fewer)

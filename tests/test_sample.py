@@ -92,7 +92,7 @@ def test_the_style_that_is_asked_for(run_sample, pipe2, style):
 
 def test_without_any_run_the_base_is_sampled(run_sample, pipe2):
     shutil.rmtree("runs")
-    assert "style: none, since there is no run yet" in run_sample(*CAT)[1]
+    assert "style: none (there is no run in runs/ yet)" in run_sample(*CAT)[1]
     assert np.array_equal(pixels_of(), expected_cat(pipe2, "none"))
 
 
@@ -100,7 +100,7 @@ def test_a_style_in_words_is_given_otherwise(run_sample):
     """Trap: `--style watercolor` is a natural thing to try, and "no such file" does not help."""
     code, _, err = run_sample(*CAT, "--style", "watercolor")
     assert code == 2 and err.count("\n") == 1
-    assert 'ask the base in words: --style none --style-phrase "watercolor"' in err
+    assert 'describe the style to the base: --style none --style-phrase "watercolor"' in err
     advice = ["--style", "none", "--style-phrase", "watercolor"]
     assert run_sample(*CAT, *advice)[0] == 0
 
@@ -139,7 +139,7 @@ def test_words(run_sample, pipe2, options):
 # -- what is sampled
 
 @pytest.mark.parametrize("prompts, num, rows, columns, left, top", [
-    (1, 3, 1, 3, 0, 0), (2, 2, 2, 2, LEFT, TOP), (9, 1, 9, 1, LEFT, 0), (1, 18, 3, 8, 0, 0)])
+    (1, 3, 1, 3, 0, 0), (2, 2, 2, 2, LEFT, 0), (9, 1, 9, 1, LEFT, 0), (1, 18, 3, 8, 0, 0)])
 def test_sheets(run_sample, prompts, num, rows, columns, left, top):
     """One prompt in rows of eight; several in a row each, with words beside them.
 
@@ -347,7 +347,7 @@ REFUSALS = [                            # options beside a prompt, and words of 
     (["--style", "runs/\udcff"], "UTF-8"), (["--prompt", "x" * 100_000], "100,000 characters"),
     (["--prompt", "-x"], "write --prompt=-x"), (["--gamma-sweep"], "--content"),
     (["--style", "none", *CONTENT, "--gamma-sweep"], "--style"),
-    (["--style", "none", *CONTENT, "--style-phrase", "gold"], "write the words in the prompt"),
+    (["--style", "none", *CONTENT, "--style-phrase", "gold"], "write the words into the prompt"),
     (["--lambda-grid", "--num", 2], "one seed"), (["--lambda-grid", "--prompt", "b"], "one prompt"),
     (["--lambda-grid", "--gamma-sweep", *CONTENT], "not both"),
     (["--lambda-grid", "--trace", "a.gif"], "no sweep"),
@@ -372,7 +372,7 @@ def test_refusals(run_sample, refused, weights, make_adapter, options, words):
 
 
 def test_without_a_prompt(refused):
-    assert 'say what to sample: --prompt "a cat"' in refused(sample.main)
+    assert 'give at least one prompt, such as --prompt "a cat"' in refused(sample.main)
 
 
 def test_a_full_disk_is_noticed_before_sampling(run_sample, refused, monkeypatch):

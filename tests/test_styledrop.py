@@ -128,7 +128,7 @@ def test_eq1_samples_the_base(pipe, passes, watch):
 
 
 def test_without_an_adapter_eq1_has_a_strength_of_its_own(pipe, passes):
-    """Trap: Eq. 4's lambda_B, which tears what no adapter has tuned."""
+    """Trap: Eq. 4's lambda_B, with which samples of the untuned base fall apart."""
     b = BASE_SAMPLING.lambda_b
     assert b < SAMPLING.lambda_b
     assert_close(logits_of(pipe), (1 + b) * passes.c - b * passes.null)
@@ -711,10 +711,10 @@ def test_references_that_do_not_fit(pipe, images, prompts, words):
 
 @pytest.mark.parametrize("prompts, options, words", [
     (PROMPTS, dict(seed=[1, 2, 3]), "3 seeds for 2 prompts"),
-    (PROMPTS, dict(style_phrase=[PHRASE]), "1 style phrases"), ([], {}, "give prompts"),
-    ("a cat", dict(steps=0), "at least one step"),
-    ("a cat", dict(gamma=math.nan), "gamma from 0 to 1"),
-    ("a cat", dict(gamma=1.1), "gamma from 0 to 1")])
+    (PROMPTS, dict(style_phrase=[PHRASE]), "1 style phrases"), ([], {}, "at least one prompt"),
+    ("a cat", dict(steps=0), "give at least 1"),
+    ("a cat", dict(gamma=math.nan), "a number from 0 to 1"),
+    ("a cat", dict(gamma=1.1), "a number from 0 to 1")])
 def test_calls_that_do_not_fit(pipe, prompts, options, words):
     """Trap: zip() drops the second prompt in silence."""
     with pytest.raises(ValueError, match=words):

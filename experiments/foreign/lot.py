@@ -1,10 +1,10 @@
-"""Which foreign pictures choose the tuning recipe, and which are only reported: by lot.
+"""Split the foreign pictures at random into validation ("chosen") and test ("reported") pictures.
 
     python experiments/foreign/lot.py           # fills the column `used` of table.tsv
 
-Within each kind the file names, sorted, are shuffled with a fixed seed; the first is reported, the
-second chooses, and so on in turn. Each kind has its own generator: a picture more in one kind
-changes nothing in the others.
+Within each kind, the sorted file names are shuffled with a fixed seed and assigned to test and
+validation in turn. Each kind has its own generator, so that a new picture of one kind does not
+change the split of the others.
 """
 
 import csv
@@ -14,7 +14,7 @@ import numpy as np
 
 TABLE = Path(__file__).resolve().parent / "table.tsv"
 SEED = 2306
-PARTS = "reported", "chosen"
+PARTS = "reported", "chosen"            # test; validation, on which settings are chosen
 
 
 def draw(rows):
