@@ -42,7 +42,7 @@ from commandline.options import Parser, add_base_options, load_pipeline, whole
 from commandline.terminal import Progress, run_command, say
 from data.english import head, meanings, plural
 from data.pictures import grid
-from experiments.common import heading, made_by, percent, table, with_error
+from experiments.common import decided, heading, made_by, percent, table, with_error
 from experiments.object_judge import load_judge, name_scores
 from experiments.style_measures import is_blank, is_nearest, palette, texture
 from styledrop import RARE_TOKEN, ROUND_1, SAMPLING, to_tensor, to_uint8
@@ -241,7 +241,19 @@ def write_report(pipe, ruler, rows):
     lines += [f"Nearest: the sample is nearer to its own reference than to {RIVALS} others (by "
               f"chance {1 / (RIVALS + 1):.0%}). Reference's object (below: leak) is measured on "
               f"the {sum(can_leak)} references that show something the judge has a name for.", "",
-              "## Each reference", ""]
+              "## Tuned minus control", "",
+              "Percentage points with a 95 % interval, paired over references. More, less: the "
+              "interval excludes zero; equal: it lies within 5 points of zero.", ""]
+    compared = ("object kept", "palette", "texture")
+    body = []
+    for name in ("words", "other", "base"):
+        cells = []
+        for key in compared:
+            cells.append(decided([np.mean(tuned[key]) - np.mean(control[key])
+                                  for tuned, control in zip(rows["tuned"], rows[name])]))
+        body.append([ARMS[name], *cells])
+    lines += table(["", *compared], body)
+    lines += ["## Each reference", ""]
     body = []
     for i, reference in enumerate(references):
         cells = [f"{100 * np.mean(rows['tuned'][i][key]):.0f} %" for key in YES_OR_NO]
