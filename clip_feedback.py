@@ -59,7 +59,8 @@ def split_words(text):
 
 def merge_pair(word, pair):
     """Join every occurrence of `pair` in a tuple of symbols, from left to right."""
-    merged, i = [], 0
+    merged = []
+    i = 0
     while i < len(word):
         step = 2 if word[i:i + 2] == pair else 1
         merged.append("".join(word[i:i + step]))
@@ -81,7 +82,7 @@ class Tokenizer:
         try:
             self.merges = [as_pair(merge) for merge in merges]
         except (TypeError, ValueError):
-            raise ValueError("merges must be pairs of symbols, one pair an entry") from None
+            raise ValueError("merges must be pairs of symbols, one pair per entry") from None
         letters = list(BYTES.values())
         self.symbols = [*letters, *(s + EOW for s in letters), *(a + b for a, b in self.merges),
                         "<|startoftext|>", "<|endoftext|>"]
@@ -162,10 +163,10 @@ def read_vocabulary(path):
 
 @dataclass
 class CLIPConfig:
-    resolution: int = 64         # pixels a side that the image tower sees; others are resampled
+    resolution: int = 64         # side in pixels that the image tower sees; others are resampled
     vision_width: int = 64       # ViT: D. ResNet: channels of the first stage; each stage doubles
     vision_layers: int | tuple = (2, 2, 2)  # ViT: its layers. ResNet: blocks of each stage
-    patch: int = 8               # ViT: pixels a side of one image token
+    patch: int = 8               # ViT: side in pixels of one image token
     vision_heads: int = 4        # ViT
     text_width: int = 160        # D of the text tower
     text_layers: int = 3
@@ -228,7 +229,8 @@ class Block(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x):                                                # (B, N, D)
-        N, device = x.shape[1], x.device
+        N = x.shape[1]
+        device = x.device
         mask = torch.ones(N, N, dtype=torch.bool, device=device).triu(1) if self.causal else None
         bf16 = torch.is_autocast_enabled("cuda")       # on CPUs, attention's backward is 15x slower
         with torch.autocast(device.type, enabled=bf16):
@@ -248,7 +250,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, tokens = config.vision_width, (config.resolution // config.patch) ** 2
+        width = config.vision_width
+        tokens = (config.resolution // config.patch) ** 2
         self.conv1 = nn.Conv2d(3, width, config.patch, stride=config.patch, bias=False)
         self.class_embedding = normal(width, std=width ** -0.5)
         self.positional_embedding = normal(tokens + 1, width, std=width ** -0.5)
@@ -313,7 +316,8 @@ class ResNet(nn.Module):
         self.proj = normal(sum(widths), config.embed_dim, std=sum(widths) ** -0.5)
 
     def forward(self, pixels):                                           # (B, 3, S, S)
-        x, averages = self.stem(pixels), []                              # (B, D, S / 2, S / 2)
+        x = self.stem(pixels)                                            # (B, D, S / 2, S / 2)
+        averages = []
         for stage in self.stages:
             x = stage(x)                                                 # half the side, twice D
             averages.append(x.mean((2, 3), dtype=torch.float32))

@@ -241,7 +241,8 @@ class Muse(nn.Module):
         transformer then has a quarter of the positions, but each of the four tokens still has its
         own mask and its own prediction. patch = 1 is Muse.
         """
-        c, s = self.config, self.config.patch
+        c = self.config
+        s = c.patch
         side = c.grid // s
         adapters = adapters or no_adapter
         x = self.token(ids)                                                      # (B, N, E)
@@ -370,9 +371,9 @@ def decode(logits_fn, batch, tokens, mask_id, steps, temperature, generator, top
         n_mask = min(before - 1, math.floor(tokens * mask_ratio(ratio)))
         n_mask = max(1, n_mask)
         rank = confidence.argsort(1).argsort(1)              # 0: the least confident
-        again = rank < n_mask
-        ids = sampled.masked_fill(again, mask_id)
+        next_mask = rank < n_mask
+        ids = sampled.masked_fill(next_mask, mask_id)
         if on_step is not None:
-            kept = ~again if step + 1 < steps else torch.ones_like(again)
+            kept = ~next_mask if step + 1 < steps else torch.ones_like(next_mask)
             on_step(step, sampled, kept)
     return sampled

@@ -84,7 +84,7 @@ def options():
         help=f"randomness of the order of decoding (default: {SAMPLING.temperature:g}, "
              f"without an adapter {BASE_SAMPLING.temperature:g})")
     add("--top-k", type=whole(0, 2**31),
-        help="tokens of the first stage are sampled from this many likeliest; 0: from all "
+        help="tokens of the first stage are sampled from this many most probable ones; 0: all "
              f"(default: {SAMPLING.top_k})")
     add("--num", type=whole(1, 10000), default=1, help="images for each prompt (default: 1)")
     add("--seed", type=whole(0, 2**62), default=0,
@@ -236,11 +236,10 @@ def trace_frames(pipe, steps):
 
 def write_trace(pipe, path, steps):
     """Write a GIF of the decoding steps, with 128 colours per frame and a pause on the last."""
-    first, *rest = [frame.quantize(128, dither=Image.Dither.NONE)
-                    for frame in trace_frames(pipe, steps)]
-    duration = [120] * len(rest) + [2000]                    # milliseconds
-    write_whole(path, lambda file: first.save(file, "GIF", save_all=True, loop=0,
-                                              append_images=rest, duration=duration))
+    frames = [frame.quantize(128, dither=Image.Dither.NONE) for frame in trace_frames(pipe, steps)]
+    duration = [120] * (len(frames) - 1) + [2000]            # milliseconds
+    write_whole(path, lambda file: frames[0].save(file, "GIF", save_all=True, loop=0,
+                                                  append_images=frames[1:], duration=duration))
     say(path)
 
 
@@ -290,9 +289,9 @@ def main():
 
     defaults = BASE_SAMPLING if style is None and content is None else SAMPLING
     sampling = sampling_settings(args, defaults)
-    how = dict(gamma=args.gamma, style_phrase=args.style_phrase, superres=args.superres)
-    generate = partial(pipe.generate, style=style, content=content, sampling=sampling, **how)
-    facts = dict(asdict(sampling), **how, num=args.num, style=args.style,
+    settings = dict(gamma=args.gamma, style_phrase=args.style_phrase, superres=args.superres)
+    generate = partial(pipe.generate, style=style, content=content, sampling=sampling, **settings)
+    facts = dict(asdict(sampling), **settings, num=args.num, style=args.style,
                  content=args.content or "none", base=pipe.base_id)
     trace = [] if args.trace else None
     if not is_sheet:

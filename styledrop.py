@@ -134,7 +134,8 @@ class StyleDrop:
         except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError(f"{weights / 'muse.pt'} has no vocabulary (merges and words); "
                              "train it again") from None
-        grid, codes = base.config.grid, base.config.codebook_size
+        grid = base.config.grid
+        codes = base.config.codebook_size
         fits = (vqgan.config.codebook_size == codes and base.config.text_layers > 0
                 and vqgan.config.resolution == vqgan.config.factor * grid
                 and tokenizer.vocab_size == base.config.vocab_size)
@@ -186,44 +187,46 @@ class StyleDrop:
         on_step(step, steps, loss) is called after each step. Raises ValueError if the numbers of
         images and prompts differ, or if a loss or the adapter becomes NaN or infinite.
         """
-        how = replace(tuning, **changes)                     # a Tuning
+        tuning = replace(tuning, **changes)
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} reference images need as many content phrases, "
                              f"not {len(prompts)}")
         side = self.vqgan.config.resolution
         if images.shape[-2:] not in ((side, side), (self.resolution, self.resolution)):
-            raise ValueError(f"the references must be {self.resolution} pixels a side")
+            raise ValueError(f"the references must be {self.resolution} x "
+                             f"{self.resolution} pixels")
         images = images.to(self.device)
         texts = [style_prompt(prompt, style) for prompt in prompts]
         generator = torch.Generator().manual_seed(seed)
 
-        views = random_views(images, how.views, generator).flatten(0, 1)     # (R * views, 3, H, W)
+        views = random_views(images, tuning.views, generator).flatten(0, 1)  # (R * views, 3, H, W)
         small = F.interpolate(views, (side, side), mode="area")
         tokens = self.vqgan.encode(small).flatten(1)                         # (R * views, N)
-        texts_of_views = [text for text in texts for _ in range(how.views)]
-        first = self.fit(self.muse, tokens, texts_of_views, how, generator, on_step)
+        texts_of_views = [text for text in texts for _ in range(tuning.views)]
+        first = self.fit(self.muse, tokens, texts_of_views, tuning, generator, on_step)
         second = None
         if superres and self.superres is not None and images.shape[-1] == self.resolution:
-            low = tokens[::how.views]        # (R, N): the first view is the reference itself
+            low = tokens[::tuning.views]     # (R, N): the first view is the reference itself
             high = self.vqgan.encode(images).flatten(1)                          # (R, N')
             second = self.fit(self.superres, high, texts, SUPERRES, generator, on_step, low)
-        about = dict(asdict(how), base=self.base_id, style=style, prompts=list(prompts), seed=seed)
+        about = dict(asdict(tuning), base=self.base_id, style=style, prompts=list(prompts),
+                     seed=seed)
         return TunedAdapter(first, second, about).eval().requires_grad_(False)
 
-    def fit(self, G, tokens, texts, how, generator, on_step=None, low=None):
+    def fit(self, G, tokens, texts, tuning, generator, on_step=None, low=None):
         """Eq. 3: theta = argmin E_{(x, t), m} CE_m( G^(M(E(x), m), T(t), theta), E(x) ).
 
         tokens (R, N): E(x) of the references; texts: their R prompts t; low (R, N_low): the first
         stage's tokens, for the second stage. Only theta has gradients, so only theta changes.
         """
-        theta = self.new_adapter(G, how, generator)
-        optimiser = torch.optim.Adam(theta.parameters(), how.lr)
+        theta = self.new_adapter(G, tuning, generator)
+        optimiser = torch.optim.Adam(theta.parameters(), tuning.lr)
         text, text_mask = self.embed(G, texts)                       # (R, L', text_width), (R, L')
-        batches = shuffled(len(tokens), how.batch, generator)
-        for step in range(how.steps):
+        batches = shuffled(len(tokens), tuning.batch, generator)
+        for step in range(tuning.steps):
             rows = next(batches).to(self.device)                                 # (B,)
             ids = tokens[rows]                                                   # (B, N)
-            mask = muse.random_mask(how.batch, ids.shape[1], generator, how.mask_power)
+            mask = muse.random_mask(tuning.batch, ids.shape[1], generator, tuning.mask_power)
             mask = mask.to(self.device)
             masked = ids.masked_fill(mask, G.config.mask_id)
             low_rows = None if low is None else low[rows]                        # (B, N_low)
@@ -238,14 +241,14 @@ class StyleDrop:
             loss.backward()
             optimiser.step()
             if on_step is not None:
-                on_step(step, how.steps, loss.item())
+                on_step(step, tuning.steps, loss.item())
         if not all(p.isfinite().all() for p in theta.parameters()):      # spoiled by the last step
             raise ValueError("the adapter is NaN or infinite; give a lower learning rate")
         return theta
 
-    def new_adapter(self, G, how, generator):
+    def new_adapter(self, G, tuning, generator):
         """A new adapter theta for one of the stages; until it is trained, it changes nothing."""
-        return Adapter(G.config.width, how.d_prj, G.config.depth, how.is_shared,
+        return Adapter(G.config.width, tuning.d_prj, G.config.depth, tuning.is_shared,
                        generator).to(self.device)
 
     # -- sampling
@@ -272,7 +275,7 @@ class StyleDrop:
         """
         if sampling is None:
             sampling = BASE_SAMPLING if style is None and content is None else SAMPLING
-        how = replace(sampling, **changes)                   # a Sampling
+        sampling = replace(sampling, **changes)
         c = [prompts] if isinstance(prompts, str) else list(prompts)
         if style_phrase is None:
             style_phrase = "" if style is None else style.style
@@ -284,8 +287,8 @@ class StyleDrop:
             seeds = [seed + i for i in range(len(c))]
         if not c:
             raise ValueError("give at least one prompt")
-        if how.steps < 1:
-            raise ValueError(f"steps is {how.steps}; give at least 1")
+        if sampling.steps < 1:
+            raise ValueError(f"steps is {sampling.steps}; give at least 1")
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma is {gamma}; give a number from 0 to 1")
         if len(phrases) != len(c) or len(seeds) != len(c):
@@ -308,8 +311,8 @@ class StyleDrop:
             texts = t[rows], c[rows], [negative] * len(c[rows])
             theta_s = None if style is None else style.adapter
             theta_c = None if content is None else content.adapter
-            ids = self.sample_tokens(self.muse, texts, theta_s, theta_c, gamma, how, generators,
-                                     on_step)
+            ids = self.sample_tokens(self.muse, texts, theta_s, theta_c, gamma, sampling,
+                                     generators, on_step)
             if superres and self.superres is not None:
                 theta_s = None if style is None else style.superres
                 theta_c = None if content is None else content.superres
@@ -321,7 +324,7 @@ class StyleDrop:
                 on_batch(min(start + AT_ONCE, len(c)))
         return torch.cat(images)
 
-    def sample_tokens(self, G, texts, theta_s, theta_c, gamma, how, generators, on_step=None,
+    def sample_tokens(self, G, texts, theta_s, theta_c, gamma, sampling, generators, on_step=None,
                       low=None):
         """Tokens (B, N) by Eq. 4 (gamma = 0), Eq. 6 (gamma = 1), or Eq. 5 and 6 mixed.
 
@@ -337,7 +340,8 @@ class StyleDrop:
             T and the low-resolution tokens are read once, since only v changes from step to step.
             """
             text, text_mask = self.embed(G, prompts)
-            adapters, states = None, None
+            adapters = None
+            states = None
             if theta is not None:
                 adapters = theta()
             if low is not None:
@@ -354,21 +358,21 @@ class StyleDrop:
                 base = tuned = base_pass(v)
                 if tuned_pass is not None:
                     tuned = tuned_pass(v)
-                return guided_logits(tuned, base, null, lambda_a, how.lambda_b)
+                return guided_logits(tuned, base, null, lambda_a, sampling.lambda_b)
 
             return guided
 
-        if how.lambda_b:
+        if sampling.lambda_b:
             null_pass = forward_pass(n)
         if gamma < 1:
-            l_s = eq4(t, theta_s, how.lambda_a)                                  # Eq. 5
+            l_s = eq4(t, theta_s, sampling.lambda_a)                             # Eq. 5
         if gamma > 0:
-            l_c = eq4(c, theta_c, how.lambda_a_content)                          # Eq. 6
+            l_c = eq4(c, theta_c, sampling.lambda_a_content)                     # Eq. 6
 
         def logits_fn(v, step):
             with autocast(self.device.type):
                 null = 0.0                       # without lambda_B its pass is not needed
-                if how.lambda_b:
+                if sampling.lambda_b:
                     null = null_pass(v)
                 if gamma == 0:
                     return l_s(v, null)
@@ -377,7 +381,8 @@ class StyleDrop:
                 return mix_logits(l_s(v, null), l_c(v, null), gamma)
 
         return muse.decode(logits_fn, len(generators), G.config.tokens, G.config.mask_id,
-                           how.steps, how.temperature, generators, how.top_k, on_step)
+                           sampling.steps, sampling.temperature, generators, sampling.top_k,
+                           on_step)
 
     def embed(self, G, prompts):
         """T: B strings -> states (B, L', text_width) and their mask (B, L'), L' as in muse.py."""
@@ -426,7 +431,7 @@ def random_views(images, count, generator):
 
 
 def shuffled(count, batch, generator):
-    """Yield batches of indices below `count` for ever, in epochs that are shuffled anew."""
+    """Yield batches of indices below `count` without end, in epochs that are shuffled anew."""
     order = torch.empty(0, dtype=torch.long)
     while True:
         while len(order) < batch:

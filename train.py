@@ -208,7 +208,8 @@ def say_what_is_next(args, out, contents, began):
 
 def first_round(args, out, pipe, references, config):
     """Tune on the references (Eq. 3) and draw previews. The run folder is created at the end."""
-    contents, style = config["content"], config["style"]
+    contents = config["content"]
+    style = config["style"]
     out.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=partial_prefix()) as temporary:
@@ -239,7 +240,7 @@ def first_round(args, out, pipe, references, config):
 
 def previews(pipe, adapter, prompts, args):
     """Images (B, 3, H, W) of the prompts before and after tuning, with the same seeds."""
-    how = dict(seed=args.seed, superres=args.superres)
+    settings = dict(seed=args.seed, superres=args.superres)
     steps = 2 * SAMPLING.steps
     if args.superres and pipe.superres is not None:
         steps += 2 * SUPERRES_SAMPLING.steps
@@ -251,11 +252,11 @@ def previews(pipe, adapter, prompts, args):
         done += 1
         progress(done, steps)
 
-    before = pipe.generate(prompts, on_step=on_step, **how)
+    before = pipe.generate(prompts, on_step=on_step, **settings)
     if args.kind == "content":
-        after = pipe.generate(prompts, content=adapter, on_step=on_step, **how)
+        after = pipe.generate(prompts, content=adapter, on_step=on_step, **settings)
     else:
-        after = pipe.generate(prompts, style=adapter, on_step=on_step, **how)
+        after = pipe.generate(prompts, style=adapter, on_step=on_step, **settings)
     return before, after
 
 

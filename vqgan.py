@@ -28,7 +28,7 @@ class VQGANConfig:
     revive_below: float = 0.03          # a code used less than this times the average use is dead
 
     @property
-    def factor(self):                   # f: pixels a side for each token
+    def factor(self):                   # f: side of a token in pixels
         return 2 ** (len(self.channels) - 1)
 
 
@@ -119,8 +119,8 @@ class Quantizer(nn.Module):
 
     Features and codes have length 1 (ViT-VQGAN), so the nearest code has the largest dot product.
     Codes get no gradient: each follows the mean of the features that chose it. A code that no
-    feature chooses would stay unused for ever, so it is re-initialised at a feature that the
-    codebook represents badly (update_codes in pretrain/vqgan.py).
+    feature chooses would stay unused, so it is re-initialised at a feature that the codebook
+    represents badly (update_codes in pretrain/vqgan.py).
     """
 
     def __init__(self, config):

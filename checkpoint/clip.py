@@ -23,7 +23,8 @@ def load_clip(path, merges=None, quick_gelu=None):
     content = read_clip_file(path)
     try:
         if "weights" in content:
-            config, weights = content.get("config"), content["weights"]
+            config = content.get("config")
+            weights = content["weights"]
             merges = list(content.get("merges") or ())
         else:
             config, weights = read_public(content, quick_gelu)

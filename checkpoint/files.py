@@ -46,7 +46,7 @@ def is_running(pid):
         os.kill(pid, 0)                                      # signal 0 only asks
     except ProcessLookupError:
         return False
-    except PermissionError:                                  # there is, and it is somebody else's
+    except PermissionError:                                  # there is one, of another user
         return True
     return True
 
@@ -112,7 +112,7 @@ def read_json(path):
 
 
 def write_log(path, lines):
-    """Write a list of dicts, one JSON object a line."""
+    """Write a list of dicts, one JSON object per line."""
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 

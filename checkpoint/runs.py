@@ -1,9 +1,9 @@
 """The folder of a run, and what a later command may do with it.
 
 A run folder holds adapter.pt, config.json, log.jsonl and samples.png; rounds of feedback add
-round1/, round2/ and so on. Each part stands beside the recipe that made it. The same command
-resumes a run after its last finished part. A command with another recipe is refused, so nothing
-that a person has made is ever replaced.
+round1/, round2/ and so on. Each part is stored together with the recipe that made
+it. The same command resumes a run after its last finished part. A command with another recipe is
+refused, so nothing that a person has made is ever replaced.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from .files import clear_leftovers, partial_prefix, read_json
 
 
 def kind_of(run):
-    """"style" or "content", by the run's config.json; None where that does not say."""
+    """Return "style" or "content", by the run's config.json; None where that does not say."""
     try:
         config = read_json(Path(run) / "config.json") or {}
     except ValueError:
@@ -27,10 +27,12 @@ def kind_of(run):
 
 def newest_run(root="runs"):
     """The style run in `root` that was made last; None where there is none."""
-    newest, newest_time = None, 0.0
+    newest = None
+    newest_time = 0.0
     for path in Path(root).glob("*/adapter.pt"):
         if kind_of(path.parent) != "content" and path.stat().st_mtime > newest_time:
-            newest, newest_time = path.parent, path.stat().st_mtime
+            newest = path.parent
+            newest_time = path.stat().st_mtime
     return newest
 
 
@@ -41,9 +43,9 @@ def load_run(run, kind):
     """
     run = Path(run)
     folder = run if run.is_dir() else run.parent
-    found = kind_of(folder)
-    if found is not None and found != kind and (folder / "adapter.pt").exists():
-        raise ValueError(f"{run} was trained with --kind {found}; give it as --{found}")
+    actual = kind_of(folder)
+    if actual is not None and actual != kind and (folder / "adapter.pt").exists():
+        raise ValueError(f"{run} was trained with --kind {actual}; give it as --{actual}")
     return load_adapter(run)
 
 
@@ -66,7 +68,8 @@ def was_made(path, recipe):
 
 def who_chose(choice):
     """For the dict of a choice.json, text such as "; human chose 3, 17, 20"; else ""."""
-    chosen, feedback = choice.get("chosen"), choice.get("feedback")
+    chosen = choice.get("chosen")
+    feedback = choice.get("feedback")
     if not isinstance(chosen, list) or feedback not in ("human", "clip", "random"):
         return ""
     numbers = [str(index + 1) for index in chosen[:20] if type(index) is int and index >= 0]

@@ -115,7 +115,8 @@ def make_config(config_class, values):
 
 def is_size(name, value, declared):
     """Does a config's value have its declared type and a size in bounds?"""
-    is_bool, wants_bool = isinstance(value, bool), declared is bool      # a bool is an int, too
+    is_bool = isinstance(value, bool)                                    # a bool is an int, too
+    wants_bool = declared is bool
     if not isinstance(value, declared) or is_bool != wants_bool:
         return False
     most = 2 ** 20

@@ -14,14 +14,14 @@ def unknown_words(words, text):
 
     Looks at MOST words at most, of which it compares the first 40 letters.
     """
-    found = {}
+    unknown = {}
     for word in re.findall(r"[^\s,.;:!?\"]+", text.lower()):
-        if word in words or word in found:
+        if word in words or word in unknown:
             continue
-        if len(found) == MOST:
+        if len(unknown) == MOST:
             break
-        found[word] = near_words(words, word[:40])
-    return found
+        unknown[word] = near_words(words, word[:40])
+    return unknown
 
 
 def near_words(words, word):
@@ -47,9 +47,9 @@ def note_unknown(pipe, *texts):
         return
     unknown = unknown_words(pipe.words | TEMPLATE, " ".join(texts))
     for word, near in unknown.items():
-        shown = word if len(word) < 50 else word[:40] + "..."
+        excerpt = word if len(word) < 50 else word[:40] + "..."
         suggestion = f"; similar known words: {', '.join(near)}" if near else ""
-        note(f"the base has never read {shown!r}{suggestion}")
+        note(f"the base has never read {excerpt!r}{suggestion}")
     if len(unknown) == MOST:
         note("there may be more words that the base has never read")
 

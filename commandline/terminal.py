@@ -64,13 +64,13 @@ class Progress:
 
     def __init__(self, name):
         self.name = name
-        self.began = self.said = time.time()
+        self.began = self.printed_at = time.time()
 
     def __call__(self, done, total, words=""):
         now = time.time()
-        if now - self.said < EVERY and done < total:
+        if now - self.printed_at < EVERY and done < total:
             return
-        self.said = now
+        self.printed_at = now
         parts = [f"{self.name} {done}/{total}", words, f"{now - self.began:.0f} s"]
         say("  ".join(part for part in parts if part))
 
@@ -83,7 +83,8 @@ class SamplingProgress(Progress):
 
     def __init__(self, name, total):
         super().__init__(name)
-        self.done, self.total = 0, total
+        self.done = 0
+        self.total = total
 
     def on_step(self, step, ids, kept):
         self(self.done, self.total, f"step {step + 1}")

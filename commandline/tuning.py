@@ -16,14 +16,16 @@ class TuningProgress:
 
     def __call__(self, step, steps, loss):
         if step == 0 and self.log:                           # the second stage begins
-            self.stage, self.progress = "second", Progress("second stage: step")
+            self.stage = "second"
+            self.progress = Progress("second stage: step")
         self.log.append(dict(stage=self.stage, step=step + 1, loss=round(loss, 5)))
         self.progress(step + 1, steps, f"loss {loss:.3f}")
 
 
 def describe(pipe, adapter):
     """How many parameters the adapter has, and what share of the base's that is."""
-    ours, base = count(adapter.adapter), count(pipe.muse)
+    ours = count(adapter.adapter)
+    base = count(pipe.muse)
     words = f"adapter: {ours:,} parameters, {ours / base:.2%} of the base's {base:,}"
     if adapter.superres is not None:
         second = count(adapter.superres)

@@ -20,7 +20,8 @@ from . import drawing, scenes, styles
 from .english import HERE, names, noun, plural, read_table, synonyms
 from .scenes import Scene
 
-TILE, COLUMNS = 128, 30                 # pixels a side of a tile, tiles in a row of a sheet
+TILE = 128                              # side of a tile in pixels
+COLUMNS = 30                            # tiles in a row of a sheet
 MOVED = 0.5                             # share of styled pictures whose scene is moved and scaled
 # Of the styles that a caption does not name, it calls this share RARE_TOKEN. The token thus comes
 # to mean "some style", and an adapter then makes it mean one style.
@@ -32,17 +33,18 @@ GENERIC = 0.02                          # share of the captions that say "an obj
 @functools.lru_cache(None)
 def words():
     """All words that captions of the training sets can contain, sorted: the base's vocabulary."""
-    # phrases; they are split into words at the end
-    said = ["a an the and in style with on ground", *scenes.COLOURS, *scenes.NUMBERS.values()]
+    # these are split into words at the end
+    phrases = ["a an the and in style with on ground", *scenes.COLOURS, *scenes.NUMBERS.values()]
     for name in names():
         for word in (noun(name), *synonyms().get(name, ())):
             counted = scenes.takes_number(name) and scenes.english_phrase(word) != word
-            said += [word, plural(word)] if counted else [word]
+            phrases += [word, plural(word)] if counted else [word]
     for attribute, values in styles.ATTRIBUTES.items():
-        said += [value for value in values if value not in styles.HELD_OUT.get(attribute, ())]
-    said += [row["style"] for row in read_table("sets.tsv") if row["role"] == "training"]
-    said += ["an object", "[V] [V*]"]
-    return sorted({word for phrase in said for word in phrase.split()})
+        held_out = styles.HELD_OUT.get(attribute, ())
+        phrases += [value for value in values if value not in held_out]
+    phrases += [row["style"] for row in read_table("sets.tsv") if row["role"] == "training"]
+    phrases += ["an object", "[V] [V*]"]
+    return sorted({word for phrase in phrases for word in phrase.split()})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -60,8 +62,8 @@ def kept_out_pairs():
     pairs = {(row["set"], row["name"]) for row in read_table("names.tsv")
              if roles[row["set"]] == "training"}
     chosen = {pair for pair in pairs if zlib.crc32("/".join(pair).encode()) % 10 == 0}
-    seen = {name for _, name in pairs - chosen}
-    return frozenset(pair for pair in chosen if pair[1] in seen)
+    trained_names = {name for _, name in pairs - chosen}
+    return frozenset(pair for pair in chosen if pair[1] in trained_names)
 
 
 class Art:
@@ -85,8 +87,11 @@ class Art:
 
     def __init__(self, sets=None, role="training", size=64, smallest=None, bare=0.0,
                  plain=styles.PLAIN, bent=0.0, compose=True, kept_out=False):
-        self.smallest, self.bare, self.plain = smallest, bare, plain
-        self.bent, self.compose = bent, compose
+        self.smallest = smallest
+        self.bare = bare
+        self.plain = plain
+        self.bent = bent
+        self.compose = compose
         table = {row["set"]: row for row in read_table("sets.tsv")}
         if sets is None:
             sets = [s for s, row in table.items() if row["role"] == role]
@@ -97,7 +102,8 @@ class Art:
         if kept_out is not None:
             rows = [row for row in rows
                     if ((row["set"], row["name"]) in kept_out_pairs()) == kept_out]
-        self.names, self.sets = [row["name"] for row in rows], [row["set"] for row in rows]
+        self.names = [row["name"] for row in rows]
+        self.sets = [row["set"] for row in rows]
         self.hands = [table[s]["style"] for s in self.sets]
         sheets = {}
         for sheet in {row["sheet"] for row in rows}:
@@ -114,7 +120,7 @@ class Art:
         self.index = {s: {} for s in sets}
         for i, (name, s) in enumerate(zip(self.names, self.sets)):
             self.index[s].setdefault(name, []).append(i)
-        self.names_of = {s: tuple(found) for s, found in self.index.items()}
+        self.names_of = {s: tuple(by_name) for s, by_name in self.index.items()}
 
     @staticmethod
     def cut(sheet, index):
@@ -125,8 +131,8 @@ class Art:
     @classmethod
     def tile(cls, sheet, index, size):
         """A tile, resized with premultiplied alpha: no colour of transparent pixels leaks in."""
-        how = Image.BOX if size < TILE else Image.BICUBIC
-        tile = cls.cut(sheet, index).resize((size, size), how)
+        resample = Image.BOX if size < TILE else Image.BICUBIC
+        tile = cls.cut(sheet, index).resize((size, size), resample)
         return np.asarray(tile.convert("RGBA"))
 
     def find(self, name, set_name):
@@ -146,7 +152,8 @@ class Art:
         resolution, 3) and n captions, of which more than a third name no style and more than a
         quarter say "in [V*] style".
         """
-        images, captions = [], []
+        images = []
+        captions = []
         bare = self.bare > 0 and rng.random() < self.bare
         for _ in range(n):
             i = int(rng.random() * len(self.names))          # with compose: only its icon set
@@ -161,15 +168,15 @@ class Art:
                 rgba = drawing.place_anywhere(rgba, rng, smallest)
             images.append(styles.apply(style, rgba, rng))
             content = scenes.phrase(scene, rng)
-            manner = styles.phrase(style, self.hands[i], rng)
+            style_words = styles.phrase(style, self.hands[i], rng)
             if self.compose and rng.random() < RARE and content.startswith("a "):
                 content = content.replace("a ", "a [V] ", 1)
             is_single = scene == Scene(scene.things[:1])     # one object, not coloured
             if self.compose and rng.random() < GENERIC and is_single:
                 content = "an object"
-            if self.compose and styled and not manner and rng.random() < SOME_STYLE:
-                manner = RARE_TOKEN
-            captions.append(style_prompt(content, "" if bare else manner))
+            if self.compose and styled and not style_words and rng.random() < SOME_STYLE:
+                style_words = RARE_TOKEN
+            captions.append(style_prompt(content, "" if bare else style_words))
         return np.stack(images), captions
 
     def sample_style(self, scene, rng):
@@ -187,9 +194,9 @@ class Art:
         """n prompts for sheets of samples, always the same ones; every second one names a style."""
         rng = np.random.default_rng(0)
         picks = rng.integers(len(self.names), size=n)
-        manners = [styles.phrase(styles.sample(rng), self.hands[i]) for i in picks]
+        style_phrases = [styles.phrase(styles.sample(rng), self.hands[i]) for i in picks]
         prompts = []
         for k, i in enumerate(picks):
-            manner = manners[k] if k % 2 == 1 else ""
-            prompts.append(style_prompt(self.content(i), manner))
+            style_words = style_phrases[k] if k % 2 == 1 else ""
+            prompts.append(style_prompt(self.content(i), style_words))
         return prompts

@@ -64,7 +64,8 @@ def render(icons, name, size=TILE, colour=None, body=None):
     colour: of strokes and fills that name none. body: what to render in place of the icon's own.
     """
     icon = find_icon(icons, name)
-    left, top = icon.get("left", icons.get("left", 0)), icon.get("top", icons.get("top", 0))
+    left = icon.get("left", icons.get("left", 0))
+    top = icon.get("top", icons.get("top", 0))
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
     colour = f' color="{colour}"' if colour else ""
@@ -93,10 +94,12 @@ def fit(image):
     visible = np.asarray(image)[..., 3] > 16
     rows = np.flatnonzero(visible.any(1))
     columns = np.flatnonzero(visible.any(0))
-    (top, bottom), (left, right) = rows[[0, -1]], columns[[0, -1]]
+    top, bottom = rows[[0, -1]]
+    left, right = columns[[0, -1]]
     image = image.crop((int(left), int(top), int(right) + 1, int(bottom) + 1))
     scale = (TILE - 2 * MARGIN) / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
+    width = max(1, round(image.width * scale))
+    height = max(1, round(image.height * scale))
     image = image.convert("RGBa").resize((width, height), Image.LANCZOS).convert("RGBA")
     tile = Image.new("RGBA", (TILE, TILE))
     tile.paste(image, ((TILE - width) // 2, (TILE - height) // 2))

@@ -52,7 +52,8 @@ def deep_samples(image, file, path, always):
 
     alpha = None
     if has_alpha:
-        values, opacity = values[..., :-1], values[..., -1:]
+        opacity = values[..., -1:]
+        values = values[..., :-1]
     white, notes = find_white(values, image, path)
     if has_alpha:
         opaque = white
@@ -112,10 +113,10 @@ def both_bytes(image, file):
     if sys.byteorder == "big":
         other_order["N"] = "L"
     upper = np.asarray(image)
-    with Image.open(file) as again:
-        again.seek(image.tell())
+    with Image.open(file) as swapped_image:
+        swapped_image.seek(image.tell())
         tiles = []
-        for tile in again.tile:
+        for tile in swapped_image.tile:
             layout = tile.args if isinstance(tile.args, str) else tile.args[0]
             if layout == "LA;16B":                           # four bytes, two of grey first
                 swapped = "RGBA"
@@ -125,9 +126,9 @@ def both_bytes(image, file):
                 return None
             args = swapped if isinstance(tile.args, str) else (swapped, *tile.args[1:])
             tiles.append(tile._replace(args=args))
-        again.tile = tiles
-        again.load()
-        lower = np.asarray(again)
+        swapped_image.tile = tiles
+        swapped_image.load()
+        lower = np.asarray(swapped_image)
     if layout == "LA;16B":
         upper, lower = upper[..., [0, 3]], lower[..., [1, 3]]
     values = upper.astype(np.uint16)
@@ -149,7 +150,8 @@ def find_white(values, image, path):
     low, high = float(values.min()), float(values.max())
     if not math.isfinite(low + high):
         raise Refused(f"{shown(path)} has NaN or infinite values; save it again without them")
-    stated, notes = stated_white(image, path), []
+    stated = stated_white(image, path)
+    notes = []
     bits = int(tiff_tag(image, BITS, 16))
     if tiff_tag(image, SAMPLE_FORMAT, 1) == 2:               # signed
         bits -= 1
@@ -208,14 +210,14 @@ def is_scaled_up(values, image, largest):
 def scale(values, white):
     """Values of any type, 0 to white -> uint16, 0 to 65,535."""
 
-    def scale_some(some):
-        return ((some / white).clip(0, 1) * 65535).round().astype(np.uint16)
+    def scale_part(part):
+        return ((part / white).clip(0, 1) * 65535).round().astype(np.uint16)
 
     if values.dtype != np.uint16:
-        return in_bands(scale_some, values)
+        return in_bands(scale_part, values)
     if white == 65535:
         return values
-    return scale_some(np.arange(65536))[values]              # a table is faster
+    return scale_part(np.arange(65536))[values]              # a table is faster
 
 
 def to_8_bits(samples):
@@ -301,7 +303,8 @@ def measured_colours(gamma, chromaticity):
 
     gamma: float or None. chromaticity: x and y of white, red, green and blue, or None.
     """
-    transfer, primaries = "sRGB", BT709
+    transfer = "sRGB"
+    primaries = BT709
     if isinstance(gamma, float) and 0.05 < gamma < 5:
         exponent = 1 / gamma
         if abs(exponent / 2.2 - 1) > 0.05:                   # 2.2 is how writers say sRGB
@@ -370,7 +373,7 @@ def matrix_to_srgb(primaries):
 
 
 def matrix_to_xyz(primaries):
-    """-> the matrix (3, 3) from light in these primaries to CIE XYZ, and the XYZ of their white."""
+    """Return the matrix (3, 3) from light in these primaries to CIE XYZ, and their white's XYZ."""
     points = np.reshape(primaries, (4, 2))
     x, y = points.T
     white, *columns = np.stack([x / y, np.ones(4), (1 - x - y) / y], axis=1)

@@ -36,7 +36,8 @@ def inked(image):
         return 0.0, 0.0, 1.0, 1.0
     rows = np.flatnonzero(ink.any(1))
     columns = np.flatnonzero(ink.any(0))
-    (top, bottom), (left, right) = rows[[0, -1]], columns[[0, -1]]
+    top, bottom = rows[[0, -1]]
+    left, right = columns[[0, -1]]
     return tuple(float(v) / len(ink) for v in (left, top, right + 1, bottom + 1))
 
 
@@ -48,7 +49,8 @@ def place_one(rgba, size, rng, smallest=None):
     if not smallest:
         return rgba if len(rgba) == size else scaled(rgba, (size, size))
     side = round(64 * (smallest + (1 - smallest) * rng.random()))
-    x, y = (int(rng.random() * (65 - side)) * size // 64 for _ in range(2))
+    x = int(rng.random() * (65 - side)) * size // 64
+    y = int(rng.random() * (65 - side)) * size // 64
     side = max(1, side * size // 64)
     frame = np.zeros((size, size, 4), np.uint8)
     frame[y:y + side, x:x + side] = scaled(rgba, (side, side))
@@ -59,8 +61,11 @@ def place_anywhere(rgba, rng, smallest=0.5, largest=1.2):
     """The drawing, scaled by `smallest` to `largest` and placed at random; overhang is cut off."""
     size = len(rgba)
     side = round(64 * (smallest + (largest - smallest) * rng.random()))
-    x, y = (round((64 - side) * rng.random()) for _ in range(2))         # negative: cut there
-    x, y, side = (int(v * size / 64) for v in (x, y, side))
+    x = round((64 - side) * rng.random())                                # negative: cut there
+    y = round((64 - side) * rng.random())
+    x = int(x * size / 64)
+    y = int(y * size / 64)
+    side = int(side * size / 64)
     placed = scaled(rgba, (side, side))
     frame = np.zeros_like(rgba)
     inside = placed[max(0, -y):size - y, max(0, -x):size - x]
@@ -79,10 +84,10 @@ def layout(boxes, rng):
     Two stand side by side, three in a triangle, four in a square; each keeps to a cell of its own,
     in which its size and place vary a little.
     """
-    count, upside_down = len(boxes), rng.random() < 0.5
-    cell_width, cell_height = 30, 30
-    if count == 2:
-        cell_height = 40
+    count = len(boxes)
+    upside_down = rng.random() < 0.5
+    cell_width = 30
+    cell_height = 40 if count == 2 else 30
     places = []
     for (left, top), (x0, y0, x1, y1) in zip(CELLS[count], boxes):
         scale = min(cell_width / (x1 - x0), cell_height / (y1 - y0))
@@ -109,7 +114,8 @@ def bend(rgba, rng, amount):
     matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     matrix = matrix @ [[1, shear], [0, 1]] @ np.diag(np.exp(stretch)) @ np.diag([mirror, 1])
     matrix /= max(1, 0.9 * np.abs(matrix).sum(1).max())
-    back, centre = np.linalg.inv(matrix), len(rgba) / 2      # where each pixel comes from
+    back = np.linalg.inv(matrix)                             # where each pixel comes from
+    centre = len(rgba) / 2
     (a, b), (c, d) = back
     x, y = centre - back @ [centre, centre]
     image = Image.fromarray(rgba).convert("RGBa")
@@ -128,19 +134,20 @@ def ramp(colour, middle):
     towards black, and lighter ones to a tint of it, so that white walls are coloured too.
     """
     hue = np.float32(COLOURS[colour])
-    own = hue @ LUMINANCE
+    luminance = hue @ LUMINANCE
     if colour == "black":
         tones = 0, 40, 110
     elif colour == "white":
         tones = 50, 228, 252
     else:
-        tone = min(200, 0.7 * own + 0.3 * middle)
+        tone = min(200, 0.7 * luminance + 0.3 * middle)
         tones = 0, tone, max(tone + 30, min(235, tone + 90))
     grey = np.interp(np.arange(256), [0, middle, 255], tones)[:, None]
     if colour in ("black", "white"):
         return np.repeat(grey, 3, 1).round().astype(np.uint8)
-    tint = hue + (255 - hue) * ((grey - own) / (255 - own))
-    return np.where(grey <= own, hue * (grey / own), tint).round().clip(0, 255).astype(np.uint8)
+    tint = hue + (255 - hue) * ((grey - luminance) / (255 - luminance))
+    shade = hue * (grey / luminance)
+    return np.where(grey <= luminance, shade, tint).round().clip(0, 255).astype(np.uint8)
 
 
 def middle(rgba):

@@ -111,8 +111,8 @@ def synonyms():
 @functools.lru_cache(None)
 def meanings():
     """{noun: all names that it can mean}: a word such as "book" is a synonym of several names."""
-    found = {}
+    names_of = {}
     for name in names():
         for word in (name, *synonyms().get(name, ())):
-            found.setdefault(noun(word), []).append(name)
-    return {word: tuple(dict.fromkeys(meant)) for word, meant in found.items()}
+            names_of.setdefault(noun(word), []).append(name)
+    return {word: tuple(dict.fromkeys(meant)) for word, meant in names_of.items()}

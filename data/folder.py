@@ -12,7 +12,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", "
 
 
 class Folder:
-    """Pictures with captions: NAME.txt beside each NAME.png, or captions.tsv (file, caption).
+    """Pictures with captions: NAME.txt next to each NAME.png, or captions.tsv (file, caption).
 
     `.skipped` names the files that are neither pictures nor captions; `.fingerprint` changes with
     any picture or caption. Raises ValueError in one line where the folder, a picture or a caption
@@ -26,7 +26,7 @@ class Folder:
         if table.exists():
             pairs = read_captions(table)
         else:
-            pairs = captions_beside(path)
+            pairs = read_caption_files(path)
         if not pairs:
             raise ValueError(f"{path} contains no pictures with captions")
         for file, words in pairs:
@@ -67,16 +67,16 @@ def read_captions(table):
     return pairs
 
 
-def captions_beside(path):
-    """NAME.txt beside each picture -> [(path of the picture, its caption)]."""
+def read_caption_files(path):
+    """NAME.txt next to each picture -> [(path of the picture, its caption)]."""
     pairs = []
     for file in sorted(path.iterdir()):
         if file.suffix.lower() not in SUFFIXES:
             continue
-        beside = file.with_suffix(".txt")
-        if not beside.exists():
-            raise ValueError(f"{file} has no caption; write {beside.name} beside it")
-        pairs.append((file, read_text(beside)))
+        caption_file = file.with_suffix(".txt")
+        if not caption_file.exists():
+            raise ValueError(f"{file} has no caption; write {caption_file.name} next to it")
+        pairs.append((file, read_text(caption_file)))
     return pairs
 
 

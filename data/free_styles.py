@@ -42,9 +42,9 @@ def paint(rgba, point, rng):
         picture, a = choose(point, BODIES)(p, a, ground, colours, point, rng)
     else:
         picture = compose(p, a, ground, point)
-    picture = choose(point, MANNERS)(np.clip(picture, 0, 1), a, point, rng)
+    picture = choose(point, TECHNIQUES)(np.clip(picture, 0, 1), a, point, rng)
     if point.random() < 0.15:
-        picture = choose(point, MANNERS)(np.clip(picture, 0, 1), a, point, rng)
+        picture = choose(point, TECHNIQUES)(np.clip(picture, 0, 1), a, point, rng)
     picture = finish(np.clip(picture, 0, 1), point, rng)
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
 
@@ -173,7 +173,8 @@ def plain(size, colours, point, rng):
 
 
 def linear_gradient(size, colours, point, rng):
-    angle, bend = point.uniform(0, 2 * np.pi), np.exp(point.uniform(-0.6, 0.6))
+    angle = point.uniform(0, 2 * np.pi)
+    bend = np.exp(point.uniform(-0.6, 0.6))
     x, y = coordinates(size)
     t = ((x - 32) * np.cos(angle) + (y - 32) * np.sin(angle)) / 90 + 0.5
     return ramp(np.clip(t, 0, 1) ** bend, colours[:int(point.integers(2, 4))])
@@ -202,7 +203,8 @@ def disc(size, colours, point, rng):
     """A disc or ring behind the object, as a sun, a badge or a spotlight."""
     x, y = coordinates(size)
     middle_x, middle_y = 32 + point.uniform(-10, 10, 2)
-    radius, soft = point.uniform(14, 34), choose(point, {0.7: 3, 8: 1})
+    radius = point.uniform(14, 34)
+    soft = choose(point, {0.7: 3, 8: 1})
     inside = np.clip((radius - np.hypot(x - middle_x, y - middle_y)) / soft, 0, 1)
     if point.random() < 0.25:
         inside = inside - np.clip((radius - 5 - np.hypot(x - middle_x, y - middle_y)) / soft, 0, 1)
@@ -211,7 +213,8 @@ def disc(size, colours, point, rng):
 
 def blobs(size, colours, point, rng):
     """Shapes with smooth borders, hard or washed out."""
-    t, soft = noise(size, point.uniform(10, 30), rng), choose(point, {0.02: 1, 0.2: 1})
+    t = noise(size, point.uniform(10, 30), rng)
+    soft = choose(point, {0.02: 1, 0.2: 1})
     one = np.clip((t - point.uniform(0.45, 0.65)) / soft, 0, 1)
     two = np.clip((noise(size, point.uniform(10, 24), rng) - 0.65) / soft, 0, 1)
     return mix(mix(plain(size, colours, point, rng), colours[1], one), colours[2], two)
@@ -254,7 +257,8 @@ def paper(size, colours, point, rng):
 def pattern(size, colours, point, rng):
     """Stripes, checks, dots or rays at any angle and width."""
     x, y = coordinates(size)
-    angle, width = point.uniform(0, np.pi), point.uniform(4, 16)
+    angle = point.uniform(0, np.pi)
+    width = point.uniform(4, 16)
     u = x * np.cos(angle) + y * np.sin(angle)
     v = y * np.cos(angle) - x * np.sin(angle)
     kind = choose(point, {"stripes": 1, "checks": 1, "dots": 1, "rays": 1})
@@ -308,7 +312,8 @@ def relief(p, a, point):
 def lit_body(p, a, ground, colours, point, rng):
     """A solid body, matte or glossy, lit from any side."""
     n = normals(relief(p, a, point), point.uniform(6, 14))
-    angle, up = point.uniform(0, 2 * np.pi), point.uniform(0.3, 1)
+    angle = point.uniform(0, 2 * np.pi)
+    up = point.uniform(0.3, 1)
     light = np.float32([np.cos(angle), np.sin(angle), up]) / np.float32(np.hypot(1, up))
     diffuse = np.clip(n @ light, 0, 1)[..., None]
     dark = np.float32(point.uniform(0.1, 0.6))
@@ -361,8 +366,8 @@ def glow_body(p, a, ground, colours, point, rng):
         lamp = edges(p, a, point.uniform(3, 7)) + 0.25 * light_of(p) * a
     else:
         lamp = (np.float32(point.uniform(0.1, 0.4)) + light_of(p)) * a
-    own = np.float32(choose(point, {0.0: 2, 0.5: 1, 1.0: 1}))
-    coloured = lamp * mix(tint, saturate(p, 1.5), own)
+    own_share = np.float32(choose(point, {0.0: 2, 0.5: 1, 1.0: 1}))
+    coloured = lamp * mix(tint, saturate(p, 1.5), own_share)
     dark = ground * np.float32(choose(point, {0.0: 1, 0.12: 2, 0.3: 1}))
     wide = blur(np.clip(coloured, 0, 1), point.uniform(2, 7))
     core = np.clip(lamp - np.float32(0.6), 0, 1) * np.float32(point.uniform(0, 1))
@@ -392,7 +397,7 @@ BODIES = {lit_body: 0.32, metal_body: 0.12, glass_body: 0.1, glow_body: 0.22, li
 
 
 # --------------------------------------------------------------------------------------------------
-# Manners of painting: (picture, a, point, rng) -> picture
+# Techniques of painting: (picture, a, point, rng) -> picture
 
 def as_is(p, a, point, rng):
     return p
@@ -408,7 +413,8 @@ def strokes(p, a, point, rng):
         across, down = slopes(blur(light_of(p), 2.5), max(1, size // 64))
         steep = np.clip(np.hypot(across, down) * 12, 0, 1)
         direction = mix(direction, np.arctan2(across, -down), steep)
-    width, length = choose(point, {1.3: 2, 2.0: 2, 3.0: 1}), point.uniform(4, 12)
+    width = choose(point, {1.3: 2, 2.0: 2, 3.0: 1})
+    length = point.uniform(4, 12)
     jitter = [(noise(size, width, rng) - 0.5) * np.float32(1.2 * width) for _ in range(2)]
     x, y = coordinates(size)
     daubs = smear(look_up(p, x + jitter[0], y + jitter[1]), direction, length * 0.4, 2)
@@ -467,7 +473,8 @@ def ink(p, a, point, rng):
     """Hatching or engraving: lines whose width follows the darkness."""
     size = len(p)
     x, y = coordinates(size)
-    angle, pitch = point.uniform(0, np.pi), point.uniform(2.2, 4.5)
+    angle = point.uniform(0, np.pi)
+    pitch = point.uniform(2.2, 4.5)
     bend = point.uniform(0, 8) * noise(size, 24, rng)
     phase = (x * np.cos(angle) + y * np.sin(angle) + bend) * np.float32(2 * np.pi / pitch)
     if point.random() < 0.7:                 # lines on the object alone
@@ -490,7 +497,8 @@ def crayon(p, a, point, rng):
     """Wax or chalk: scribbled strokes that leave the sheet bare between them."""
     size = len(p)
     x, y = coordinates(size)
-    angle, pitch = point.uniform(0, np.pi), point.uniform(2.5, 6)
+    angle = point.uniform(0, np.pi)
+    pitch = point.uniform(2.5, 6)
     wobble = point.uniform(3, 10) * noise(size, 16, rng)
     scribble = np.sin((x * np.cos(angle) + y * np.sin(angle) + wobble) * 2 * np.pi / pitch)
     grain = noise(size, point.uniform(1, 2), rng)
@@ -506,7 +514,8 @@ def crayon(p, a, point, rng):
 def screen(p, a, point, rng):
     """Halftone dots or lines of print at any angle."""
     x, y = coordinates(len(p))
-    angle, pitch = point.uniform(0, np.pi), point.uniform(2.5, 6)
+    angle = point.uniform(0, np.pi)
+    pitch = point.uniform(2.5, 6)
     u = (x * np.cos(angle) + y * np.sin(angle)) * np.float32(2 * np.pi / pitch)
     v = (y * np.cos(angle) - x * np.sin(angle)) * np.float32(2 * np.pi / pitch)
     dots = np.cos(u) / 2
@@ -551,7 +560,7 @@ def simplified(p, a, point, rng):
 
 
 def carved(p, a, point, rng):
-    """Wood, stone or clay: one material with grain, lit from a side."""
+    """Wood, stone or clay: one material with grain, lit from one side."""
     size = len(p)
     x, y = coordinates(size)
     hue = choose(point, {0.02: 1, 0.07: 1, 0.09: 1, 0.6: 1, "any": 2})
@@ -569,8 +578,8 @@ def carved(p, a, point, rng):
     return mix(tone * light, p, np.float32(point.uniform(0, 0.35)))
 
 
-MANNERS = {as_is: 0.3, strokes: 0.2, wash: 0.11, ink: 0.08, crayon: 0.06, simplified: 0.07,
-           dabs: 0.04, facets: 0.04, screen: 0.025, blocks: 0.025, weave: 0.025, carved: 0.045}
+TECHNIQUES = {as_is: 0.3, strokes: 0.2, wash: 0.11, ink: 0.08, crayon: 0.06, simplified: 0.07,
+              dabs: 0.04, facets: 0.04, screen: 0.025, blocks: 0.025, weave: 0.025, carved: 0.045}
 
 
 # --------------------------------------------------------------------------------------------------

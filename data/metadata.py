@@ -43,10 +43,10 @@ def is_intact(kind, body, check):
 
 def png_chunk(path, kind):
     """The body of an intact chunk that comes before the pixels of a PNG; None if there is none."""
-    for found, body, check in png_chunks(path):
-        if found == b"IDAT":
+    for chunk_kind, body, check in png_chunks(path):
+        if chunk_kind == b"IDAT":
             break
-        if found == kind and is_intact(found, body, check):
+        if chunk_kind == kind and is_intact(chunk_kind, body, check):
             return body
     return None
 

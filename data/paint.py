@@ -79,7 +79,8 @@ def spread(a, radius):
 
 def shifted(a, right, down):
     """A mask moved by (right, down); what comes in from outside is 0."""
-    x, y = (round(v * len(a) / 64) for v in (right, down))
+    x = round(right * len(a) / 64)
+    y = round(down * len(a) / 64)
     moved = np.zeros_like(a)
     height, width = a.shape[:2]
     moved[max(0, y):height + min(0, y), max(0, x):width + min(0, x)] = (
@@ -156,10 +157,13 @@ def cells(size, width, rng):
     grid_y, grid_x = np.mgrid[-1:count - 1, -1:count - 1].astype(np.float32)
     seed_x = (grid_x + rng.random((count, count)).astype(np.float32)) * step
     seed_y = (grid_y + rng.random((count, count)).astype(np.float32)) * step
-    x, y = (v[..., 0] for v in coordinates(size))
+    x, y = coordinates(size)
+    x = x[..., 0]
+    y = y[..., 0]
     column, row = (x / step).astype(np.int32) + 1, (y / step).astype(np.int32) + 1
     best = np.full((size, size), 1e9, np.float32)
-    second, best_x, best_y = best.copy(), np.zeros_like(best), np.zeros_like(best)
+    second = best.copy()
+    best_x, best_y = np.zeros_like(best), np.zeros_like(best)
     for i in (-1, 0, 1):
         for j in (-1, 0, 1):
             near_x, near_y = seed_x[row + i, column + j], seed_y[row + i, column + j]

@@ -29,8 +29,8 @@ OBJECT = "teapot", {"noto": "cream", "twemoji": "teal", "fluent-emoji": "gold",
 def grid(images, columns, scale=1, gap=2, top=(), left=(), captions=(), lines=1):
     """uint8 (B, H, W, 3) -> one PIL image, row by row, each pixel `scale` times as large.
 
-    top: words above the columns, in as many lines as the longest of them needs; left: words beside
-    the rows; captions: words above each image, in `lines` lines.
+    top: words above the columns, in as many lines as the longest of them needs; left: words to
+    the left of the rows; captions: words above each image, in `lines` lines.
     """
     _, h, w, _ = images.shape
     rows = math.ceil(len(images) / columns)

@@ -34,7 +34,8 @@ MAX_PIXELS = 64_000_000                 # in one frame, and in all frames that a
 MAX_FRAMES = 1000                       # that are searched for the first that is not blank
 MAX_SCANS = 100                         # in a progressive JPEG; an ordinary one has about ten
 FAINT = 16                              # of 255: smaller differences are not visible
-WHITE, DARK = (255, 255, 255), (48, 48, 48)                  # backgrounds of transparent pictures
+WHITE = (255, 255, 255)                 # the backgrounds of transparent pictures
+DARK = (48, 48, 48)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -114,8 +115,8 @@ def check_path(path, what):
         kind = "file"
     else:
         kind = "device or a pipe"
-    wanted = "folder" if what.startswith("folder") else "file"
-    if kind != wanted:
+    expected_kind = "folder" if what.startswith("folder") else "file"
+    if kind != expected_kind:
         raise ValueError(f"{name} is a {kind}, not a {what}")
     if not os.access(path, os.R_OK):
         raise ValueError(f"no permission to read {name}; change its permissions")
@@ -201,14 +202,14 @@ def count_scans(path):
     marker = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")        # these never occur within a scan
     scans = 0
     position = 2                                             # after the marker of the start
-    while found := marker.search(data, position):
-        code = data[found.start() + 1]
+    while match := marker.search(data, position):
+        code = data[match.start() + 1]
         if code == 0xd9:                                     # end of the picture
             break
         if code == 0xda:                                     # start of a scan
             scans += 1
-        length = data[found.end():found.end() + 2]
-        position = found.end() + int.from_bytes(length, "big")
+        length = data[match.end():match.end() + 2]
+        position = match.end() + int.from_bytes(length, "big")
     return scans
 
 
@@ -315,7 +316,8 @@ def to_rgb(image, file, path):
     elif is_transparent(image):
         if image.mode != "RGBA":
             image = image.convert("RGBA")
-        image, alpha = image.convert("RGB"), image.getchannel("A")
+        alpha = image.getchannel("A")
+        image = image.convert("RGB")
 
     if needs_conversion:
         if samples is None:

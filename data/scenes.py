@@ -30,7 +30,7 @@ UNNUMBERED = 0.35            # share of captions of several objects that do not 
 ARTICLES = {"a": 0.8, "the": 0.1, "": 0.1}
 SYNONYM = 0.4                # chance of another word for an object that has some
 
-# Views and signs: they are not recoloured, have no plural, and do not stand beside other objects
+# Views and signs: they are not recoloured, have no plural, and do not stand next to other objects
 VIEWS = set("""airplane-arrival airplane-departure beach-with-umbrella bridge-at-night camping
     cityscape cityscape-at-dusk desert desert-island elevator fireworks flower-playing-cards fog
     foggy houses landslide map-of-japan milky-way moon-viewing-ceremony motorway mountain-cableway
@@ -169,7 +169,8 @@ def pick(rng, shares):
 def phrase(scene, rng=None):
     """The content phrase. With rng it varies: synonyms, "the", "cats" for "two cats"."""
     words = [english.noun(name) for name in scene.things]
-    article, numbered = "a", True
+    article = "a"
+    numbered = True
     if rng is not None:
         others = [other_word(name, scene, rng) or word for name, word in zip(scene.things, words)]
         if len(set(others)) == len(others) and keeps_the_rule(scene, others):
@@ -268,13 +269,15 @@ def draw(scene, art, rng, size, set_name=None):
     if set_name not in sets:
         where = f" ({set_name})" if set_name else ""
         raise ValueError(f"no set of this Art has {' and '.join(scene.things)}{where}")
-    drawings, boxes = [], []
+    drawings = []
+    boxes = []
     for name, colour in itertools.zip_longest(scene.things, scene.colours, fillvalue=""):
-        found = art.index[set_name][name]
-        i = found[0]
-        if len(found) > 1:
-            i = random_choice(rng, found)
-        drawing, box = art.drawings[i], art.boxes[i]
+        candidates = art.index[set_name][name]
+        i = candidates[0]
+        if len(candidates) > 1:
+            i = random_choice(rng, candidates)
+        drawing = art.drawings[i]
+        box = art.boxes[i]
         if art.bent:
             drawing = bend(drawing, rng, art.bent)
             box = inked(Image.fromarray(drawing))
@@ -285,12 +288,15 @@ def draw(scene, art, rng, size, set_name=None):
     if len(drawings) == 1 and scene.count == 1:
         return place_one(drawings[0], size, rng, art.smallest)
 
-    shown = [0] * scene.count                                # indices of drawings, one per place
+    indices = [0] * scene.count                              # of drawings, one for each place
     if len(drawings) == 2:
-        shown = [0, 1]
+        indices = [0, 1]
     frame = np.zeros((size, size, 4), np.uint8)
-    places = layout([boxes[k] for k in shown], rng)
-    for k, (x, y, width, height) in zip(shown, places):
-        left, top, right, bottom = (v * size // 64 for v in (x, y, x + width, y + height))
+    places = layout([boxes[k] for k in indices], rng)
+    for k, (x, y, width, height) in zip(indices, places):
+        left = x * size // 64
+        top = y * size // 64
+        right = (x + width) * size // 64
+        bottom = (y + height) * size // 64
         frame[top:bottom, left:right] = scaled(drawings[k], (right - left, bottom - top), boxes[k])
     return frame

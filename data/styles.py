@@ -169,19 +169,19 @@ def phrase(style, icon_style="", rng=None):
     if rng is not None and rng.random() < silent:
         return ""
 
-    def said(words):
+    def maybe(words):
         if words and rng is not None and rng.random() <= 1 / 7:
             return ""
         return words
 
     is_line_drawing = style.line == "line drawing"
-    manner = [said(style.palette), said(style.medium or icon_style)]
+    parts = [maybe(style.palette), maybe(style.medium or icon_style)]
     if is_line_drawing:
-        manner.append(said("line drawing"))
-    extras = ["" if is_line_drawing else said(style.line), said(style.light)]
+        parts.append(maybe("line drawing"))
+    extras = ["" if is_line_drawing else maybe(style.line), maybe(style.light)]
     extras = [words for words in extras if words]
-    ground = "" if style.ground == "white" else said(style.ground)
-    words = " ".join(w for w in manner if w)
+    ground = "" if style.ground == "white" else maybe(style.ground)
+    words = " ".join(w for w in parts if w)
     if extras:
         details = " and ".join(extras)
         words = f"{words} with {details}" if words else details
@@ -218,7 +218,9 @@ def recolour(p, palette, point):
         return ramp(grey, tones * point.uniform(0.9, 1.1, (1, 3)))
     if palette == "grey":
         return np.repeat(np.clip(grey, 0, 1) ** point.uniform(0.7, 1.4), 3, -1)
-    dark, light = (near(name, point) for name in palette.split(" and "))
+    dark_name, light_name = palette.split(" and ")
+    dark = near(dark_name, point)
+    light = near(light_name, point)
     low, high = np.percentile(grey, (4, 96))
     return ramp(np.clip((grey - low) / max(high - low, 0.15), 0, 1), [dark, light])
 
@@ -240,7 +242,8 @@ def make_ground(ground, size, point, rng):
         angle = np.pi / 2 + point.choice([0, point.uniform(-np.pi, np.pi)])
         t = 0.5 + ((x - 32) * np.cos(angle) + (y - 32) * np.sin(angle)) / 64
     elif kind == "stripes":
-        angle, pitch = point.uniform(0, np.pi), point.uniform(7, 16)
+        angle = point.uniform(0, np.pi)
+        pitch = point.uniform(7, 16)
         t = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / pitch) > 0
     else:
         pitch = point.uniform(7, 14)
@@ -289,7 +292,8 @@ def oil_painting(p, a, point, rng):
 def kid_crayon(p, a, point, rng):
     size = len(p)
     x, y = coordinates(size)
-    angle, pitch = point.uniform(0, np.pi), point.uniform(3.5, 6)
+    angle = point.uniform(0, np.pi)
+    pitch = point.uniform(3.5, 6)
     along = (x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / pitch
     scribble = np.sin(along + 9 * noise(size, 14, rng)) * 0.3
     bare = scribble + noise(size, 1.5, rng) - point.uniform(0.4, 0.65)   # paper between strokes
@@ -299,7 +303,8 @@ def kid_crayon(p, a, point, rng):
 def pencil_hatching(p, a, point, rng):
     x, y = coordinates(len(p))
     dark = 1 - light_of(p)
-    angle, pitch = point.uniform(0.5, 1.1), point.uniform(2.4, 3.4)
+    angle = point.uniform(0.5, 1.1)
+    pitch = point.uniform(2.4, 3.4)
     one = np.sin((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / pitch)
     two = np.sin((x * np.cos(angle) - y * np.sin(angle)) * 2 * np.pi / pitch)
     ink = np.clip((dark - 0.12 - 0.25 * (one + 1) / 2) * 4, 0, 1) * (one > -0.2)
@@ -309,7 +314,8 @@ def pencil_hatching(p, a, point, rng):
 
 def halftone(p, a, point, rng):
     x, y = coordinates(len(p))
-    angle, pitch = point.uniform(0.5, 1.1), point.uniform(3, 5.5)
+    angle = point.uniform(0.5, 1.1)
+    pitch = point.uniform(3, 5.5)
     u = (x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / pitch
     v = (x * np.sin(angle) - y * np.cos(angle)) * 2 * np.pi / pitch
     screen = (np.cos(u) + np.cos(v)) / 4 + 0.5
@@ -329,7 +335,7 @@ def mosaic(p, a, point, rng):
 def stained_glass(p, a, point, rng):
     size = len(p)
     x, y, _, border = cells(size, point.uniform(7, 10), rng)
-    side = (a > 0.5) * 1.0                           # the contour cuts panes in two
+    side = (a > 0.5).astype(np.float64)              # the contour cuts panes in two
     index = (np.floor(x * 4) * 1024 + np.floor(y * 4) * 2 + side)[..., 0]
     _, pane = np.unique(index, return_inverse=True)
     pane = pane.reshape(size, size)
@@ -352,7 +358,8 @@ def pixel_art(p, a, point, rng):
 
 def woodcut(p, a, point, rng):
     x, y = coordinates(len(p))
-    pitch, slant = point.uniform(3, 5), point.uniform(-0.5, 0.5)
+    pitch = point.uniform(3, 5)
+    slant = point.uniform(-0.5, 0.5)
     wobble = point.uniform(3, 8) * noise(len(p), 20, rng)
     carved = np.sin(y * 2 * np.pi / pitch + x * slant + wobble) * 0.45 + 0.5
     light = light_of(blur(p, 0.7))
@@ -446,7 +453,8 @@ def apply(style, rgba, rng):
         ink = near("black", point)
         if " and " in style.palette:
             ink = near(style.palette.split(" and ")[0], point)
-        picture, a = mix(ground, ink, lines), lines
+        picture = mix(ground, ink, lines)
+        a = lines
     else:
         picture = mix(ground, p, a)
     if style.medium:
@@ -472,9 +480,11 @@ def outlined(picture, drawing, line, point):
     width, hue, _ = line.split(" ")
     p, a = drawing[..., :3], drawing[..., 3:]
     if width == "thick":
-        reach, inner = point.uniform(1.7, 2.5), 1.0
+        reach = point.uniform(1.7, 2.5)
+        inner = 1.0
     else:
-        reach, inner = point.uniform(0.8, 1.2), 0.6
+        reach = point.uniform(0.8, 1.2)
+        inner = 0.6
     rim = np.clip(spread(a, reach) - a, 0, 1)
     rim = np.maximum(rim, edges(p, a, point.uniform(2, 4)) * inner)
     return mix(picture, near(hue, point), rim)

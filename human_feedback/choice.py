@@ -14,7 +14,10 @@ def check_choice(chosen, count, name="the choice"):
 
 
 def parse_picks(text, count):
-    """ "3,17,20" or "1-4,9", counted from 1 -> sorted indices from 0. Else raises ValueError."""
+    """Text such as "3,17,20" or "1-4,9", counted from 1 -> sorted indices from 0.
+
+    Raises ValueError for other text, and for numbers that are not from 1 to `count`.
+    """
     chosen = set()
     for part in text.replace(" ", "").split(","):
         match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)

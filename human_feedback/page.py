@@ -37,9 +37,13 @@ class Picking:
     """
 
     def __init__(self, images, prompts, path):
-        self.count, self.prompts, self.path = len(images), list(prompts), Path(path)
+        self.count = len(images)
+        self.prompts = list(prompts)
+        self.path = Path(path)
         self.pool = hashlib.sha256(images.tobytes()).hexdigest()[:12]
-        self.lock, self.done, self.chosen = threading.Lock(), threading.Event(), []
+        self.lock = threading.Lock()
+        self.done = threading.Event()
+        self.chosen = []
         if not self.path.exists():
             return
         try:
@@ -217,8 +221,8 @@ class ChoicePage:
 
         def png(kind, i):
             buffer = io.BytesIO()
-            shown = images if kind == "pool" else references
-            Image.fromarray(shown[i]).save(buffer, "PNG")
+            pictures = images if kind == "pool" else references
+            Image.fromarray(pictures[i]).save(buffer, "PNG")
             return buffer.getvalue()
 
         self.server = listen(port, handler(token, self.picking, png, len(references), goal))

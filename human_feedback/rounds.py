@@ -1,7 +1,7 @@
 """Rounds of feedback (Sections 3.3 and 4.4.3): sample a pool, choose, train a new adapter.
 
-The run folder keeps every part beside the recipe that made it (checkpoint/runs.py), so a stopped
-command resumes after its last finished part, and nobody's choice is ever replaced.
+The run folder keeps every part together with the recipe that made it (checkpoint/runs.py), so a
+stopped command resumes after its last finished part, and no choice is ever replaced.
 """
 
 import contextlib
@@ -60,8 +60,8 @@ def sample_pool(pipe, prompts, count, style=None, seed=0, on_batch=None, **sampl
 
     The other arguments are those of `StyleDrop.generate`.
     """
-    wanted = [prompt for prompt in prompts for _ in range(count)]
-    images = pipe.generate(wanted, style, seed=seed, on_batch=on_batch, **sampling).cpu()
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    images = pipe.generate(repeated, style, seed=seed, on_batch=on_batch, **sampling).cpu()
     return Pool(images, list(prompts), "" if style is None else style.style)
 
 
@@ -109,12 +109,12 @@ def measure(pipe, images, contents, references, reference_contents):
 # Checks of options and folders, before the long work begins
 
 def read_prompts(path):
-    """One content phrase a line; POOL_PROMPTS without a file."""
+    """One content phrase per line; POOL_PROMPTS without a file."""
     if path is None:
         return POOL_PROMPTS
     prompts = [line.strip() for line in read_text(Path(path)).splitlines() if line.strip()]
     if not prompts:
-        raise ValueError(f"{path} contains no prompts; write one a line")
+        raise ValueError(f"{path} contains no prompts; write one per line")
     longest = max(map(len, prompts))
     if longest > LONGEST:
         raise ValueError(f"{path} contains a prompt of {longest:,} characters; give at most "
@@ -196,7 +196,8 @@ def further_rounds(args, out, pipe, references, config, prompts):
             here = out / f"round{turn}"
             made_by = dict(adapter=fingerprint(adapters[-1].state_dict()))
             for_pool, for_choice, for_adapter = recipes(args, prompts)
-            for_pool, for_choice = dict(made_by, **for_pool), dict(made_by, **for_choice)
+            for_pool = dict(made_by, **for_pool)
+            for_choice = dict(made_by, **for_choice)
             for_adapter = dict(made_by, **for_adapter)
             pool = pool_of(pipe, here, adapters[-1], for_pool)
             pick = args.pick if turn == args.rounds else None        # earlier rounds are chosen
@@ -209,7 +210,8 @@ def further_rounds(args, out, pipe, references, config, prompts):
 
 def pool_of(pipe, here, adapter, recipe):
     """The pool of a round, from pool.png if it is there; pool.json says that it is complete."""
-    prompts, count = recipe["prompts"], recipe["pool"]
+    prompts = recipe["prompts"]
+    count = recipe["pool"]
     if not (was_made(here / "pool.json", recipe) and (here / "pool.png").exists()):
         progress = SamplingProgress("pool: picture", len(prompts) * count)
         pool = sample_pool(pipe, prompts, count, adapter, recipe["seed"] + 1, progress.on_batch,
@@ -276,9 +278,11 @@ def adapter_of(args, here, pipe, pool, chosen, style, recipe, turn):
 
 def compare_rounds(args, out, pipe, references, config, prompts, adapters):
     """rounds.png, scores.json: base and rounds, the same prompts and seed, the three scores."""
-    shown = min(len(prompts), 8)
+    count = min(len(prompts), 8)
     reference = to_uint8(references)[:1]
-    rows, left, scores = [], [], {}
+    rows = []
+    left = []
+    scores = {}
     for turn, adapter in enumerate([None, *adapters]):
         name = f"round {turn}" if adapter else "base"
         progress = SamplingProgress(f"{name}: picture", len(prompts))
@@ -290,8 +294,8 @@ def compare_rounds(args, out, pipe, references, config, prompts, adapters):
         say(f"{name}: {words}")
         left.append(f"{name:14} {words}")
         rows += [reference if turn == 0 else np.full_like(reference, 255),
-                 to_uint8(pool.images[:shown])]
-    top = ["reference", *prompts[:shown]]
+                 to_uint8(pool.images[:count])]
+    top = ["reference", *prompts[:count]]
     sheet = grid(np.concatenate(rows), len(top), 128 // reference.shape[1], 8, top, left)
     write_png(out / "rounds.png", sheet)
     scorer = (f"{Path(args.weights).name}/clip.pt, one image of each of {len(prompts)} prompts, "

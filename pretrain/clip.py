@@ -62,7 +62,8 @@ def augment(images, generator):
     of the time, and made slightly lighter or darker, but not so much that another colour word would
     fit. Three in ten are at most mirrored, so that some have the sharpness of images to be scored.
     """
-    B, device = len(images), images.device
+    B = len(images)
+    device = images.device
 
     def normal(*shape):
         return torch.randn(B, *shape, generator=generator, device=device)
@@ -109,9 +110,9 @@ def main(argv=None):
 
     # data and models
     size = PRESETS[args.preset].resolution
-    how = dict(compose=False, smallest=0.75, bent=0.13)
-    styled = image_source(args, size, bare=0.0, **how)
-    bare = image_source(args, size, bare=1.0, **how)         # no caption names a style
+    settings = dict(compose=False, smallest=0.75, bent=0.13)
+    styled = image_source(args, size, bare=0.0, **settings)
+    bare = image_source(args, size, bare=1.0, **settings)    # no caption names a style
     tokenizer = Tokenizer(train_merges(styled.words(), 2000))
     config = replace(PRESETS[args.preset], vocab_size=tokenizer.vocab_size)
     model = CLIP(config, tokenizer).to(args.device)
@@ -159,8 +160,8 @@ def main(argv=None):
                 model.eval()
                 provenance["held_out"] = measure(model)
                 model.train()
-                said = "  ".join(f"{k} {v:.1%}" for k, v in provenance["held_out"].items())
-                say(f"held-out drawings:  {said}")
+                words = "  ".join(f"{k} {v:.1%}" for k, v in provenance["held_out"].items())
+                say(f"held-out drawings:  {words}")
             save_model(run.out / "clip.pt", "clip", model, provenance,
                        merges=[" ".join(pair) for pair in tokenizer.merges])
             run.keep(step + 1)
@@ -174,7 +175,8 @@ def measure(clip, count=400, among=100):
     and 99 random other names. style: how often another drawing in the same style is nearer than the
     same other drawing in another style.
     """
-    art, rng = data.Art(role="held-out", size=clip.config.resolution), np.random.default_rng(0)
+    art = data.Art(role="held-out", size=clip.config.resolution)
+    rng = np.random.default_rng(0)
     picks, others = rng.integers(len(art.names), size=(2, count))
     usual = [styles.sample(rng) for _ in range(count)]       # some of them as drawn
     looks = [styles.sample(rng, plain=0.0) for _ in range(count)]
@@ -183,21 +185,22 @@ def measure(clip, count=400, among=100):
         painted = [styles.apply(look, art.drawings[i], rng) for i, look in zip(which, looks)]
         return image_features(clip, to_tensor(np.stack(painted))).cpu()
 
-    shown = features(picks, usual)
+    usual_features = features(picks, usual)
     reference = features(picks, looks)
-    own = features(others, looks)
-    rival = features(others, looks[1:] + looks[:1])
-    prefers = (reference * own).sum(1) > (reference * rival).sum(1)
+    same_style = features(others, looks)
+    other_style = features(others, looks[1:] + looks[:1])
+    prefers = (reference * same_style).sum(1) > (reference * other_style).sum(1)
 
     names = sorted(set(art.names))
     phrases = clip.tokenize([data.content_phrase(name) for name in names])
     texts = torch.cat([clip.encode_text(part) for part in phrases.split(128)]).cpu()
-    scores = shown @ F.normalize(texts.float(), dim=-1).T    # (count, names)
-    wanted = torch.tensor([names.index(art.names[i]) for i in picks])[:, None]
+    texts = F.normalize(texts.float(), dim=-1)
+    scores = usual_features @ texts.T                        # (count, names)
+    targets = torch.tensor([names.index(art.names[i]) for i in picks])[:, None]
     order = torch.rand(scores.shape, generator=torch.Generator().manual_seed(0))
-    order = order.scatter(1, wanted, 2.0)        # 2.0 puts the right name among the `asked` ones
-    asked = order.topk(min(among, len(names)), dim=1).indices                # (count, among)
-    rank = (scores.gather(1, asked) > scores.gather(1, wanted)).sum(1)
+    order = order.scatter(1, targets, 2.0)        # 2.0 puts the right name among the `candidates`
+    candidates = order.topk(min(among, len(names)), dim=1).indices           # (count, among)
+    rank = (scores.gather(1, candidates) > scores.gather(1, targets)).sum(1)
     return dict(top1=(rank < 1).float().mean().item(), top5=(rank < 5).float().mean().item(),
                 style=prefers.float().mean().item())
 

@@ -130,7 +130,8 @@ def train_merges(texts, n_merges, earlier=()):
     before = Tokenizer(earlier)
     words = [before.pieces(word) for word in counts]
     weight = list(counts.values())
-    pairs, where = Counter(), defaultdict(set)  # pair -> its count, pair -> the words with it
+    pairs = Counter()                            # pair -> its count
+    where = defaultdict(set)                     # pair -> the words with it
 
     def count_word(w, sign):
         for pair in zip(words[w], words[w][1:]):
@@ -192,10 +193,10 @@ def initial_muse(init, kind, config, words):
 # --------------------------------------------------------------------------------------------------
 # Batches
 
-def image_source(args, size, **how):
-    """Training images, `size` pixels a side: the drawings of data/, or the folder of --data."""
+def image_source(args, size, **settings):
+    """Training images of `size` x `size` pixels: the drawings of data/, or the folder of --data."""
     if not args.data:
-        return data.Art(size=size, **how)
+        return data.Art(size=size, **settings)
     folder = data.Folder(args.data, size)
     is_first = not hasattr(args, "data_fingerprint")         # superres reads the folder twice
     if folder.skipped and is_first:
@@ -215,8 +216,12 @@ class Steps(torch.utils.data.Dataset):
     """
 
     def __init__(self, sources, sizes, n, seed, tokenizer=None, length=0):
-        self.sources, self.sizes, self.n, self.seed = sources, sizes, n, seed
-        self.tokenizer, self.length = tokenizer, length
+        self.sources = sources
+        self.sizes = sizes
+        self.n = n
+        self.seed = seed
+        self.tokenizer = tokenizer
+        self.length = length
 
     def __len__(self):
         return 2 ** 31
@@ -241,8 +246,11 @@ class Replay:
     WINDOW = 256                        # steps whose images are kept
 
     def __init__(self, batch, reuse, window=None):
-        self.batch, self.fresh, self.window = batch, batch // reuse, window or self.WINDOW
-        self.kept, self.count = None, 0
+        self.batch = batch
+        self.fresh = batch // reuse
+        self.window = window or self.WINDOW
+        self.kept = None
+        self.count = 0
 
     def __call__(self, new, generator):
         """new: a list of tensors (fresh, ...) -> a list of tensors (batch, ...), new ones first."""
@@ -369,8 +377,12 @@ class Run:
     FREE = ("out", "device", "workers", "log_seconds", "keep_minutes")      # may differ on a resume
 
     def __init__(self, stage, args, **parts):
-        self.stage, self.args, self.parts = stage, args, parts
-        self.out, self.step, self.minutes = Path(args.out), 0, 0.0
+        self.stage = stage
+        self.args = args
+        self.parts = parts
+        self.out = Path(args.out)
+        self.step = 0
+        self.minutes = 0.0
         self.recipe = {k: v for k, v in vars(args).items() if k not in self.FREE}
         self.rank, _ = processes()
         if (self.out / "checkpoint.pt").exists():
@@ -392,7 +404,8 @@ class Run:
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(saved["parts"][name])
-            self.step, self.minutes = saved["step"], saved["minutes"]
+            self.step = saved["step"]
+            self.minutes = saved["minutes"]
         except (KeyError, RuntimeError, ValueError, TypeError):
             raise ValueError(f"{path} does not fit this version; give another --out") from None
         if self.rank == 0:
@@ -427,7 +440,9 @@ class Run:
                         minutes=round(self.minutes + (now - self.began) / 60, 2))
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-        self.logged_at, self.logged, self.sums = now, done, {}
+        self.logged_at = now
+        self.logged = done
+        self.sums = {}
 
     def check(self, done, *values):
         """Raise ValueError if a tensor is NaN or infinite, before anything is overwritten."""
@@ -482,7 +497,8 @@ def load_vqgan(args, grid):
     model = load_model(path, "vqgan", VQGANConfig, VQGAN)[0].to(args.device)
     side = model.config.resolution // model.config.factor
     if side != grid:
-        raise ValueError(f"{path} gives {side} tokens a side, the preset {args.preset} has {grid}; "
-                         "give another --preset, or the --weights that go with it")
+        raise ValueError(f"{path} gives {side} x {side} tokens, the preset {args.preset} has "
+                         f"{grid} x {grid}; give another --preset, or the --weights that go with "
+                         "it")
     return model
 

@@ -44,7 +44,8 @@ def main(argv=None):
     sources = [image_source(args, size) for size in sizes]
     config = replace(config, codebook_size=vqgan.config.codebook_size)
     model, tokenizer = initial_muse(args.init, "superres", config, sources[0].words())
-    model, config = model.to(args.device), model.config
+    model = model.to(args.device)
+    config = model.config
     average = copy.deepcopy(model).eval().requires_grad_(False)
     muon, adamw = optimisers_for(model, [*model.blocks, *model.low_blocks,
                                          *model.text_encoder.blocks], args.lr)
@@ -72,7 +73,7 @@ def main(argv=None):
         for_text, for_share, for_half = draw                                     # (B, 1) each
         text_ids = torch.where(for_text < 0.1, empty, text_ids)
         # in half of the images, some low tokens are wrong, as they are in samples of the base
-        share = NOISE * for_share * (for_half < 0.5)                             # (B, 1)
+        share = torch.where(for_half < 0.5, NOISE * for_share, 0.0)              # (B, 1)
         noise = torch.rand(low.shape, generator=generator, device=low.device) < share
         wrong = torch.randint(config.codebook_size, low.shape, generator=generator,
                               device=low.device)
@@ -104,7 +105,10 @@ def samples(model, vqgan, tokenizer, sources, sizes, args):
     """A sheet of three rows: low-resolution images, samples from their tokens, the originals."""
     c = model.config
     steps = Steps(sources, sizes, 8, args.seed + 1, tokenizer, c.text_length)
-    low, high, text_ids = (x.to(args.device) for x in steps[0])
+    low, high, text_ids = steps[0]
+    low = low.to(args.device)
+    high = high.to(args.device)
+    text_ids = text_ids.to(args.device)
     low_ids = vqgan.encode(to_float(low)).flatten(1)
     text, text_mask = model.text_encoder(text_ids)
 

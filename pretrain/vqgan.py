@@ -70,10 +70,11 @@ def adaptive_weight(reconstruction, adversarial, last_layer):
 @torch.no_grad()
 def update_codes(q, z, ids, generator):
     """Update a Quantizer's codebook by one batch: features z (B, d, h, w), their ids (B, h, w)."""
-    V, decay = len(q.codes), q.config.decay
+    V = len(q.codes)
+    decay = q.config.decay
     z = F.normalize(z.float(), dim=1).movedim(1, -1).flatten(0, -2)          # (B h w, d)
     ids = ids.flatten()
-    # candidates for dead codes: features, the likelier the worse the codebook represents them
+    # candidates for dead codes: features, most often those that the codebook represents worst
     error = (z - q.codes[ids]).square().sum(1) + 1e-6
     fresh = z[torch.multinomial(error, V, replacement=True, generator=generator)]
     if not q.codes.any():                            # first batch: start at its features
@@ -126,7 +127,7 @@ def main(argv=None):
                                          betas=(0.5, 0.9), weight_decay=0.01)
     run = Run("vqgan", args, model=model, critic=critic, optimiser=optimiser,
               critic_optimiser=critic_optimiser)
-    shown = to_float(Steps([source], [config.resolution], 16, args.seed + 1)[0][0])
+    preview = to_float(Steps([source], [config.resolution], 16, args.seed + 1)[0][0])
 
     steps = Steps([source], [config.resolution], args.batch, args.seed)
     for step, (images,), generator in batches(args, steps, run.step):
@@ -166,7 +167,7 @@ def main(argv=None):
         run.log(step + 1, loss=loss.detach(), psnr=psnr(fake.detach(), images), usage=usage,
                 perplexity=perplexity, **figures)
         if run.due(step + 1):
-            sheet = reconstructions(model, shown.to(args.device))
+            sheet = reconstructions(model, preview.to(args.device))
             write_png(run.out / "samples.png", sheet)
             save_model(Path(args.out) / "vqgan.pt", "vqgan", model, run.provenance(step + 1))
             run.keep(step + 1)
@@ -174,8 +175,8 @@ def main(argv=None):
 
 def reconstructions(model, images):
     """A sheet of images (16, 3, H, W), each above its reconstruction."""
-    again = model.decode(model.encode(images))
-    return grid(to_uint8(torch.cat([images[:8], again[:8], images[8:], again[8:]])), 8, scale=2)
+    outputs = model.decode(model.encode(images))
+    return grid(to_uint8(torch.cat([images[:8], outputs[:8], images[8:], outputs[8:]])), 8, scale=2)
 
 
 if __name__ == "__main__":

@@ -343,7 +343,7 @@ def test_the_second_stage_has_settings_of_its_own(pipe2, make_adapter, watch, se
 
 
 def test_the_second_stage_reads_the_style_in_words(pipe2, watch, second_stage):
-    """One pass a step, G(t)."""
+    """One pass per step, G(t)."""
     low, _, _ = sample_both(pipe2, PROMPTS, style_phrase=PHRASE, steps=2)
     assert watch.models == [pipe2.muse] * 2 * 2 + [pipe2.superres] * SUPERRES_SAMPLING.steps
     expected = pipe2.superres(HIGH_IDS, *pipe2.embed(pipe2.superres, STYLED), None, low)
@@ -357,9 +357,9 @@ def test_without_the_second_stage(pipe2):
 def test_an_adapter_of_the_second_stage_leaves_the_first_as_it_is(pipe2, make_adapter):
     for role in ("style", "content"):
         without = make_adapter(1, base=pipe2.base_id)
-        beside = make_adapter(1, base=pipe2.base_id, second=5)
+        with_second = make_adapter(1, base=pipe2.base_id, second=5)
         low, high, _ = sample_both(pipe2, PROMPTS, steps=2, **{role: without})
-        same_low, other_high, _ = sample_both(pipe2, PROMPTS, steps=2, **{role: beside})
+        same_low, other_high, _ = sample_both(pipe2, PROMPTS, steps=2, **{role: with_second})
         assert torch.equal(low, same_low)
         assert not torch.equal(high, other_high)
 
@@ -391,7 +391,7 @@ def test_ends_of_gamma_are_single_adapters(pipe2, make_adapter, style_second, co
 
 @pytest.mark.parametrize("role", ["style", "content"])
 def test_an_adapter_of_another_base_is_refused(pipe, pipe2, make_adapter, role):
-    """Also one of the same base beside another second stage. Trap: it runs and samples noise."""
+    """Also one of the same base with another second stage. Trap: it runs and samples noise."""
     for pipeline, base in ((pipe, "0123456789ab"), (pipe2, pipe.base_id)):
         adapter = make_adapter(base=base)
         with pytest.raises(ValueError, match=f"tuned on base {base}, .* {pipeline.base_id};"):
@@ -591,7 +591,7 @@ def test_the_first_step_moves_only_the_up_weights(pipe, is_shared):
 
 
 def test_an_adapter_follows_from_its_seed(pipe2, references, monkeypatch):
-    """Whatever else uses PyTorch's generator. The first stage is the same alone and beside the
+    """Whatever else uses PyTorch's generator. The first stage is the same alone and with the
     second.
     """
     monkeypatch.setattr(styledrop, "SUPERRES", replace(styledrop.SUPERRES, steps=1))
@@ -702,7 +702,7 @@ def test_settings_of_table_s3():
 
 @pytest.mark.parametrize("images, prompts, words", [
     (noise_images(3), PROMPTS, "3 reference images .* not 2"),
-    (noise_images(2, 20), PROMPTS, "must be 16 pixels a side")])
+    (noise_images(2, 20), PROMPTS, "must be 16 x 16 pixels")])
 def test_references_that_do_not_fit(pipe, images, prompts, words):
     """Trap: zip() drops the third reference in silence."""
     with pytest.raises(ValueError, match=words):
@@ -723,7 +723,7 @@ def test_calls_that_do_not_fit(pipe, prompts, options, words):
 
 @pytest.mark.parametrize("call", ["tune", "generate"])
 def test_an_unknown_setting_is_refused(pipe, call):
-    """Trap: a misspelt keyword that nobody reads."""
+    """Trap: a misspelt keyword that has no effect."""
     arguments = dict(tune=(noise_images(1), ["a cat"]), generate=("a cat",))[call]
     with pytest.raises(TypeError, match="lamda_a"):
         getattr(pipe, call)(*arguments, lamda_a=2)
@@ -759,7 +759,7 @@ def test_a_damaged_base_is_one_line(weights2, tmp_path, part, entries):
     ("muse", PRESETS, dict(vocab_size=700)), ("superres", SUPERRES, dict(codebook_size=33)),
     ("superres", SUPERRES, dict(grid=4, low_grid=2))], ids=str)
 def test_parts_that_do_not_fit_each_other(weights2, tmp_path, part, presets, sizes):
-    """Trap: a tokenizer of 32 codes beside a Muse of 33 works until the last one is sampled."""
+    """Trap: a tokenizer of 32 codes with a Muse of 33 works until the last one is sampled."""
     folder = shutil.copytree(weights2, tmp_path / "base")
     model = toy_muse(presets=presets, **sizes)
     save_model(folder / f"{part}.pt", part, model, {}, words=VOCABULARY, merges=MERGES)
@@ -808,7 +808,7 @@ def test_clip_is_read_once_and_frozen(weights):
 
 
 def test_the_base_of_an_adapter_is_both_stages(pipe, pipe2, weights2, tmp_path):
-    """Trap: an adapter passes beside another second stage."""
+    """Trap: an adapter is accepted with another second stage."""
     folder = shutil.copytree(weights2, tmp_path / "base")
     other = randomise(toy_muse(presets=SUPERRES), seed=9)
     save_model(folder / "superres.pt", "superres", other, {}, merges=MERGES)

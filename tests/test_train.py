@@ -143,7 +143,7 @@ OTHER_OPTIONS = ["--help", "--weights", "--out", "--device", "--rounds", "--feed
 
 
 def test_every_option_has_an_effect(tune, weights2, picture, monkeypatch):
-    """Trap: an option that nobody reads."""
+    """Trap: an option that has no effect."""
     options = [action.option_strings[-1] for action in train.options()._actions]
     assert sorted(options) == sorted([option for option, *_ in OPTIONS] + OTHER_OPTIONS)
     monkeypatch.setattr(train, "PREVIEW", ["a cat"])
@@ -166,7 +166,7 @@ def test_the_same_command_writes_the_same_bytes(tune, weights2):
 
 
 def test_every_reference_is_learned(cli, picture, weights, calls):
-    """With one --ref or several, each beside its content. Trap: the last --ref alone counts."""
+    """With one --ref or several, each with its content. Trap: the last --ref alone counts."""
     tuned = calls(StyleDrop, "tune")
     references = [picture(f"{i}.png", i) for i in range(3)]
     code, _, err = cli(train.main, "--ref", *references[:2], "--ref", references[2], "--content",
@@ -325,7 +325,7 @@ def test_a_reference_that_begins_with_a_dash(tune, picture):
 
 
 def test_from_another_folder(cli, monkeypatch):
-    """The shipped base and the examples are found beside the script."""
+    """The shipped base and the examples are found next to the script."""
     loaded, read = [], []
 
     def load(weights, device):
@@ -366,7 +366,7 @@ REFUSALS = [                            # options, and words of the one line
     (["--ref", "good.png", "--kind", "content", "--content", "a", "--rounds", 2], "--rounds"),
     (["--ref", "good.png", "--rounds", 2, "--pick", 3], "--feedback human"),
     (["--ref", "good.png", "--pick", 3, "--feedback", "human"], "--rounds 2"),
-    (["--ref", "good.png", "--rounds", 2, "--pool-prompts", "text.txt"], "write one a line"),
+    (["--ref", "good.png", "--rounds", 2, "--pool-prompts", "text.txt"], "write one per line"),
     (["--ref", "good.png", "--rounds", 2, "--pool-prompts", "long.txt"], "100,000 characters"),
     (["--ref", "good.png", "--rounds", 2, "--weights", "no_clip"], "clip.pt"),
     (["--ref", "good.png", "--seed=--"], "--seed")]
