@@ -193,12 +193,13 @@ STEPS = {"full fine-tuning": ROUND_1.steps, "LoRA": ROUND_1.steps,
          "textual inversion": 5 * ROUND_1.steps}
 RATES = {"full fine-tuning": (1e-5, 3e-5, 1e-4, 3e-4), "LoRA": (3e-4, 1e-3, 3e-3, 1e-2),
          "textual inversion": (1e-3, 3e-3, 1e-2, 3e-2)}
-CONTROL, ADAPTER = "control: the base", "adapter"
+CONTROL = "control: the base"
+ADAPTER = "adapter"
 MEASURES = ("object kept", "palette", "texture", "object and style", "blank", "copied tokens")
 
 
 def study(pipe, used, how_many, out):
-    """Try all methods on the first references of a half; write both files after each reference."""
+    """Try all methods on the first validation or test references; write both files after each."""
     results = read_results(pipe, out / "baselines.json")
     tries = [(method, rate) for method, rates in RATES.items() for rate in rates]
     if used == "reported":
@@ -207,7 +208,7 @@ def study(pipe, used, how_many, out):
             raise ValueError("no learning rates are chosen yet; first run this with --choose")
         tries = [(CONTROL, None), (ADAPTER, ROUND_1.lr), *best.items()]
     references = load_references(used, pipe.resolution)
-    ruler = Ruler(pipe, references)                          # all of the half are rivals
+    ruler = Ruler(pipe, references)                          # all of them are rivals
     for i, reference in enumerate(references[:how_many]):
         done = [(row["method"], row["rate"]) for row in results["rows"]
                 if row["reference"] == reference.file]
@@ -232,7 +233,8 @@ def read_results(pipe, path):
 
 def try_out(pipe, ruler, i, method, rate):
     """Tune on the ruler's reference i and sample OBJECTS -> a row of results for each lambda_A."""
-    reference, side = ruler.references[i], pipe.vqgan.config.resolution
+    reference = ruler.references[i]
+    side = pipe.vqgan.config.resolution
     picture = reference.picture[None].to(pipe.device)                            # (1, 3, H, W)
     objects = list(OBJECTS)
     prompts = [style_prompt(phrase, RARE_TOKEN) for phrase in objects]
@@ -240,7 +242,8 @@ def try_out(pipe, ruler, i, method, rate):
 
     began = time.time()
     if method == CONTROL:
-        tuned, trained = pipe.muse, 0
+        tuned = pipe.muse
+        trained = 0
         lambdas = (0,)                                       # which has no effect on it
     elif method == ADAPTER:
         tuned = pipe.tune(picture, [reference.content], RARE_TOKEN, superres=False)
@@ -282,7 +285,7 @@ def summary(measures):
 
 
 def grouped(rows, used):
-    """{(method, rate, lambda_A): its rows, one for each reference} of a half."""
+    """{(method, rate, lambda_A): its rows, one for each reference with this `used`}."""
     groups = {}
     for row in rows:
         if row["used"] == used:
@@ -292,12 +295,14 @@ def grouped(rows, used):
 
 
 def best_rates(rows):
-    """{method: the rate that is best for object and style on the chosen half, at any lambda_A}"""
-    best, highest = {}, {}
-    for (method, rate, _), found in grouped(rows, "chosen").items():
-        score = np.mean([row["object and style"] for row in found])
+    """{method: the rate that is best for object and style, at any lambda_A}, on validation."""
+    best = {}
+    highest = {}
+    for (method, rate, _), group in grouped(rows, "chosen").items():
+        score = np.mean([row["object and style"] for row in group])
         if method not in best or score > highest[method]:
-            best[method], highest[method] = rate, score
+            best[method] = rate
+            highest[method] = score
     return best
 
 
@@ -307,10 +312,10 @@ def report(pipe, rows):
     lines += [made_by(pipe), "", f"{len(OBJECTS)} objects of each reference, first seeds, the "
               "first stage alone. Object and style: the object is kept, and palette and texture "
               "are nearest; one of the two counts half. On the control lambda_A has no effect. "
-              "Errors are standard errors over references.", "", "## The reported half", ""]
+              "Errors are standard errors over references.", "", "## The test references", ""]
     lines += table_of(rows, "reported")
     chosen = ", ".join(f"{method} {rate:g}" for method, rate in best_rates(rows).items())
-    lines += ["## Learning rates, on the half that chooses", "",
+    lines += ["## Learning rates, on the validation references", "",
               f"Best for object and style at any lambda_A: {chosen}.", ""]
     return lines + table_of(rows, "chosen")
 
@@ -318,12 +323,12 @@ def report(pipe, rows):
 def table_of(rows, used):
     """The lines of a table with a row for each method, rate and lambda_A."""
     body = []
-    for (method, rate, lambda_a), found in grouped(rows, used).items():
+    for (method, rate, lambda_a), group in grouped(rows, used).items():
         rate_words = "-" if rate is None else f"{rate:g}"
-        shares = [percent([row[name] for row in found]) for name in MEASURES]
-        seconds = np.mean([row["seconds"] for row in found])
-        body.append([method, rate_words, str(lambda_a), str(len(found)), *shares,
-                     f"{found[0]['trained']:,}", f"{seconds:.0f}"])
+        shares = [percent([row[name] for row in group]) for name in MEASURES]
+        seconds = np.mean([row["seconds"] for row in group])
+        body.append([method, rate_words, str(lambda_a), str(len(group)), *shares,
+                     f"{group[0]['trained']:,}", f"{seconds:.0f}"])
     return table(["", "learning rate", "lambda_A", "references", *MEASURES, "trained parameters",
                   "seconds of tuning"], body)
 
@@ -332,7 +337,7 @@ def main():
     parser = Parser(description=__doc__)
     parser.add_argument("--choose", action="store_true", help="choose the learning rates")
     parser.add_argument("--references", type=whole(1, 1000), default=12,
-                        help="how many of the half (default: %(default)s)")
+                        help="how many references (default: %(default)s)")
     parser.add_argument("--out", type=filled, default=str(RESULTS), help="folder of the results")
     add_base_options(parser)
     args = parser.parse_args()

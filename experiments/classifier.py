@@ -43,13 +43,13 @@ KINDS = {"one": 0.52, "coloured": 0.16, "several": 0.16, "two": 0.16}    # share
 
 @dataclass
 class ClassifierConfig:
-    widths: tuple = (48, 96, 192, 256)  # channels at 32, 16, 8 and 4 pixels a side; the last is D
+    widths: tuple = (48, 96, 192, 256)  # channels at sides of 32, 16, 8, 4 pixels; the last is D
     names: int = 837                    # K
     colours: int = 11
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions beside a skip connection (He et al. 2016)."""
+    """Two 3 x 3 convolutions and a skip connection (He et al. 2016)."""
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
@@ -84,10 +84,10 @@ class Classifier(nn.Module):
     def forward(self, images):
         """A dict of features (B, D), names (B, K), colour (B, colours) and count (B, 4)."""
         features = self.trunk(self.enter(images)).float().mean((2, 3))
-        seen = {"features": features}
+        predictions = {"features": features}
         for name, head in self.heads.items():
-            seen[name] = head(features)
-        return seen
+            predictions[name] = head(features)
+        return predictions
 
 
 def load_classifier(path=FILE, device="cpu"):
@@ -114,29 +114,29 @@ def numbers_of(net, names):
 # --------------------------------------------------------------------------------------------------
 # Drawings and images of them
 
-def emoji_objects(names=None, sets=None, **how):
+def emoji_objects(names=None, sets=None, **settings):
     """An Art of the emoji sets' drawings of some names, by default of all that are not people.
 
-    It includes the drawings that are kept out of the base's training. sets: other icon sets; how:
-    further arguments of data.Art.
+    It includes the drawings that are kept out of the base's training. sets: other icon sets;
+    settings: further arguments of data.Art.
     """
     if names is None:
         names = {row["name"] for row in read_table("names.tsv")
                  if row["set"] in EMOJI and not row["sheet"].endswith("-people")}
-    art = data.Art(sets or EMOJI, kept_out=None, **how)
+    art = data.Art(sets or EMOJI, kept_out=None, **settings)
     return part(art, [name in names for name in art.names])
 
 
 def part(art, keep):
     """The Art of the drawings for which keep (n,) is true."""
     rows = np.flatnonzero(keep)
-    some = copy.copy(art)
-    some.drawings = art.drawings[rows]
+    subset = copy.copy(art)
+    subset.drawings = art.drawings[rows]
     for field in ("names", "sets", "hands", "boxes", "middles"):
         values = getattr(art, field)
-        setattr(some, field, [values[i] for i in rows])
-    some.make_index(art.index)
-    return some
+        setattr(subset, field, [values[i] for i in rows])
+    subset.make_index(art.index)
+    return subset
 
 
 def is_new(art):
@@ -183,7 +183,10 @@ class Chunks(torch.utils.data.Dataset):
     """Item number i, always the same one: `size` scenes, half of them in random styles."""
 
     def __init__(self, art, names, size, seed):
-        self.art, self.names, self.size, self.seed = art, names, size, seed
+        self.art = art
+        self.names = names
+        self.size = size
+        self.seed = seed
 
     def __len__(self):
         return 2 ** 31
@@ -191,7 +194,8 @@ class Chunks(torch.utils.data.Dataset):
     def __getitem__(self, chunk):
         """uint8 (size, 64, 64, 3) and labels (size, 4). The base's held-out pairs are here too."""
         rng = np.random.default_rng((self.seed, chunk))
-        images, labels = [], []
+        images = []
+        labels = []
         for _ in range(self.size):
             icon_set = self.art.sets[rng.integers(len(self.art.sets))]
             kind = scenes.pick(rng, KINDS)
@@ -207,7 +211,8 @@ def vary(images, generator):
 
     images (B, 3, H, W) on any device; generator: a CPU's.
     """
-    B, device = len(images), images.device
+    B = len(images)
+    device = images.device
     matrix = torch.eye(2) + 0.06 * torch.randn(B, 2, 2, generator=generator)
     mirrored = torch.rand(B, 1, generator=generator) < 0.5
     matrix[:, :, 0] *= torch.where(mirrored, -1.0, 1.0)
@@ -222,15 +227,15 @@ def vary(images, generator):
     return (torch.lerp(images, blurred, strength.to(device)) * light.to(device)).clamp(-1, 1)
 
 
-def loss_of(seen, labels):
+def loss_of(predictions, labels):
     """Cross-entropy of names (half for each of two objects), of colour and count if labelled."""
     first, second, colour, count = labels.unbind(1)
-    names = seen["names"].float()
+    names = predictions["names"].float()
     loss = F.cross_entropy(names, first, label_smoothing=0.05) / 2
     loss = loss + F.cross_entropy(names, second, label_smoothing=0.05) / 2
-    for head, wanted, weight in (("colour", colour, 1.0), ("count", count, 0.5)):
-        total = F.cross_entropy(seen[head].float(), wanted, ignore_index=-1, reduction="sum")
-        loss = loss + weight * total / len(wanted)
+    for head, target, weight in (("colour", colour, 1.0), ("count", count, 0.5)):
+        total = F.cross_entropy(predictions[head].float(), target, ignore_index=-1, reduction="sum")
+        loss = loss + weight * total / len(target)
     return loss
 
 
@@ -257,8 +262,8 @@ def train(net, art, names, args):
             rows = torch.randint(filled, (args.batch,), generator=generator).to(args.device)
             images = vary(to_float(pool[rows]), generator)
             with autocast(args.device):
-                seen = net(images.contiguous(memory_format=torch.channels_last))
-            loss = loss_of(seen, labels[rows])
+                predictions = net(images.contiguous(memory_format=torch.channels_last))
+            loss = loss_of(predictions, labels[rows])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -280,20 +285,21 @@ def own_figures(net, count, seed):
              "drawings it never saw": part(art, is_new(art)),
              "OpenMoji": emoji_objects(net.known_names, ["openmoji"], smallest=0.9)}
     rows = []
-    for title, some in kinds.items():
+    for title, subset in kinds.items():
         for in_style in (False, True):
             rng = np.random.default_rng(seed)
-            names = [str(name) for name in rng.choice(sorted(set(some.names)), count)]
-            images = [paint(some, Scene((name,)), rng, in_style) for name in names]
-            manner = "in random styles" if in_style else "as drawn"
+            names = [str(name) for name in rng.choice(sorted(set(subset.names)), count)]
+            images = [paint(subset, Scene((name,)), rng, in_style) for name in names]
+            style_words = "in random styles" if in_style else "as drawn"
             of_all, of_100 = named(look(net, to_tensor(np.stack(images))), numbers_of(net, names))
-            rows.append([f"{title}, {manner}", percent(of_all), percent(of_100)])
+            rows.append([f"{title}, {style_words}", percent(of_all), percent(of_100)])
     return table(["", f"named of {len(net.known_names)}", "named of 100"], rows)
 
 
-def named(seen, wanted):
-    """Is the wanted class (B,) ranked first of all, and with what chance first of 100? Two (B,)."""
-    return (seen["names"].argmax(1) == wanted).double(), among(seen["names"], wanted)
+def named(predictions, target):
+    """Is the target class (B,) ranked first of all, and with what chance first of 100? Two (B,)."""
+    scores = predictions["names"]
+    return (scores.argmax(1) == target).double(), among(scores, target)
 
 
 # --------------------------------------------------------------------------------------------------

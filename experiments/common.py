@@ -37,7 +37,7 @@ def mean_and_error(values, groups=None):
 
 
 def with_error(values, groups=None, scale=1, digits=1):
-    """"mean ± standard error", each `scale` times as large; "-" where no value is left."""
+    """The text "mean ± standard error", each `scale` times as large; "-" where no value is left."""
     mean, error = mean_and_error(values, groups)
     if math.isnan(mean):
         return "-"
@@ -45,7 +45,7 @@ def with_error(values, groups=None, scale=1, digits=1):
 
 
 def percent(values, groups=None):
-    """"mean ± standard error %" of values from 0 to 1; "-" where no value is left."""
+    """The text "mean ± standard error %" of values from 0 to 1; "-" where no value is left."""
     words = with_error(values, groups, scale=100)
     if words == "-":
         return words
@@ -59,7 +59,8 @@ def paired_interval(differences):
     which is right to 0.01 from n = 8 on.
     """
     differences = np.asarray(differences, dtype=float)
-    mean, freedom = float(differences.mean()), len(differences) - 1
+    mean = float(differences.mean())
+    freedom = len(differences) - 1
     if freedom < 1:
         return mean, math.nan
     z = 1.959964
@@ -95,8 +96,8 @@ def among(scores, wanted, rivals=AMONG - 1):
     if r of the K - 1 others score as high, it is C(K - 1 - r, rivals) / C(K - 1, rivals).
     """
     others = scores.shape[1] - 1
-    own = scores.gather(1, wanted[:, None])                                      # (B, 1)
-    r = (scores >= own).sum(1, keepdim=True) - 1                                 # without itself
+    wanted_score = scores.gather(1, wanted[:, None])                             # (B, 1)
+    r = (scores >= wanted_score).sum(1, keepdim=True) - 1                        # without itself
     taken = torch.arange(rivals)
     return ((others - r - taken).clamp(min=0).double() / (others - taken)).prod(1)
 

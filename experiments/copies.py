@@ -33,13 +33,13 @@ def framed(images, margin=0.06, threshold=0.15):
     The background is the median colour of an image's border. margin: how much background is left
     around the object, as a share of its side.
     """
-    found = []
+    frames = []
     for image in images:
         border = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1)
         ground = border.median(1).values[:, None, None]                          # (3, 1, 1)
         ink = (image - ground).abs().amax(0) > threshold                         # (H, W)
         if not ink.any():
-            found.append(ground.expand(3, 64, 64))
+            frames.append(ground.expand(3, 64, 64))
             continue
         rows, columns = ink.any(1).nonzero()[:, 0], ink.any(0).nonzero()[:, 0]
         image = image[:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
@@ -49,8 +49,8 @@ def framed(images, margin=0.06, threshold=0.15):
         canvas = ground.repeat(1, side + 2 * edge, side + 2 * edge)
         top, left = edge + (side - height) // 2, edge + (side - width) // 2
         canvas[:, top:top + height, left:left + width] = image
-        found.append(F.interpolate(canvas[None], (64, 64), mode="bilinear", antialias=True)[0])
-    return torch.stack(found)
+        frames.append(F.interpolate(canvas[None], (64, 64), mode="bilinear", antialias=True)[0])
+    return torch.stack(frames)
 
 
 def vectors_of(net, images):
@@ -97,25 +97,27 @@ def audit(net, pipe, art, other, names, samples, seed):
 
     # images of four kinds, and the drawings that they are compared with
     places = [i for i, name in enumerate(names) if name in both]
-    asked = [names[i] for i in places]
-    rng, trained = np.random.default_rng(seed), part(art, ~is_kept)
-    copies = np.stack([paint(trained, Scene((name,)), rng, False) for name in asked])
+    sample_names = [names[i] for i in places]
+    rng = np.random.default_rng(seed)
+    trained = part(art, ~is_kept)
+    copies = np.stack([paint(trained, Scene((name,)), rng, False) for name in sample_names])
     kept = [i for name in both for i in rows_of[name] if is_kept[i]]
     of_other = [i for i, name in enumerate(other.names) if name in both]
     subjects = {
-        "samples": (asked, samples[places]),
-        "training drawings, reconstructed": (asked, reconstruct(pipe, to_tensor(copies))),
+        "samples": (sample_names, samples[places]),
+        "training drawings, reconstructed": (sample_names, reconstruct(pipe, to_tensor(copies))),
         "drawings of another set": ([other.names[i] for i in of_other],
                                     as_drawn(other.drawings[of_other])),
         KEPT: ([art.names[i] for i in kept], as_drawn(art.drawings[kept]))}
-    drawn = {name: vectors_of(net, as_drawn(art.drawings[rows_of[name]])) for name in both}
+    drawing_vectors = {name: vectors_of(net, as_drawn(art.drawings[rows_of[name]]))
+                       for name in both}
     kept_of = {name: torch.from_numpy(is_kept[rows_of[name]]) for name in both}
     chance = {name: training_share(art, rows_of[name], is_kept) for name in both}
 
-    found = {}
+    results = {}
     for title, (own_names, images) in subjects.items():
         for measure, vectors in vectors_of(net, images).items():
-            drawings = {name: drawn[name][measure] for name in both}
+            drawings = {name: drawing_vectors[name][measure] for name in both}
             row = {}
             if title != KEPT:            # a kept-out drawing is nearest to itself
                 nearer = are_nearer(vectors, own_names, drawings, kept_of)
@@ -124,8 +126,8 @@ def audit(net, pipe, art, other, names, samples, seed):
                 row["by chance"] = percents(by_chance, own_names)
             copies = are_copies(vectors, own_names, drawings, kept_of)
             row["copies"] = percents(copies, own_names)
-            found[f"{title}, by {measure}"] = row
-    return found, len(both)
+            results[f"{title}, by {measure}"] = row
+    return results, len(both)
 
 
 def nearest(vector, drawings, is_kept):
@@ -139,11 +141,11 @@ def nearest(vector, drawings, is_kept):
 
 def are_nearer(vectors, names, drawings, is_kept):
     """Is each vector nearer to a training drawing of its name than to those kept out? 0 or 1."""
-    found = []
+    answers = []
     for vector, name in zip(vectors, names):
         of_training, of_kept = nearest(vector, drawings[name], is_kept[name])
-        found.append(float(of_training < of_kept))
-    return found
+        answers.append(float(of_training < of_kept))
+    return answers
 
 
 def are_copies(vectors, names, drawings, is_kept):

@@ -40,7 +40,8 @@ def read_log(path):
 
 def milestones(log, figures):
     """Rows of the table: the means of what was logged within 1 % of the steps of each milestone."""
-    rows, steps = [], log[-1]["step"]
+    rows = []
+    steps = log[-1]["step"]
     for share in MILESTONES:
         away = [abs(line["step"] - share * steps) for line in log]
         nearest = log[int(np.argmin(away))]
@@ -114,7 +115,8 @@ def options():
 
 def main():
     args = options().parse_args()
-    lines, sheet = heading("Losses of the shipped base"), []
+    lines = heading("Losses of the shipped base")
+    sheet = []
     for stage in NOTES:
         path = Path(args.weights) / f"{stage}.jsonl"
         if not path.exists():                                # a base may have no second stage

@@ -66,7 +66,8 @@ def measure(script, *arguments):
 
 def read_examples(folder):
     """[(file, what it shows)] of the tables in a folder's README.md."""
-    found, head = [], None
+    examples = []
+    head = None
     for line in (folder / "README.md").read_text(encoding="utf-8").splitlines():
         if not line.startswith("|") or line.startswith("|---"):
             continue
@@ -75,8 +76,8 @@ def read_examples(folder):
             head = cells
             continue
         row = dict(zip(head, cells))
-        found.append((row["file"], row["content"]))
-    return found
+        examples.append((row["file"], row["content"]))
+    return examples
 
 
 def one_reference(path, content, folder, more):
@@ -100,7 +101,8 @@ def parts_table(title, measured, parts):
         if all(part in one.parts for runs in measured.values() for one in runs):
             rows.append([part, *(median([one.parts[part] for one in runs])
                                  for runs in measured.values())])
-    rest, whole = ["the rest"], ["**all of it**"]
+    rest = ["the rest"]
+    whole = ["**all of it**"]
     for runs in measured.values():
         rest.append(median([one.seconds - sum(one.parts.values()) for one in runs]))
         whole.append(median([one.seconds for one in runs]))
@@ -127,30 +129,35 @@ def main():
     args = options().parse_args()
     examples = read_examples(Path(args.examples))[:args.first]
     more = [] if args.weights == WEIGHTS else ["--weights", args.weights]
-    tuned, sampled = {}, {}
+    tuned = {}
+    sampled = {}
     rows = []
-    same = said = None
-    for manner in ("with --content", "without"):
-        tuned[manner], sampled[manner], sheets = [], [], []
+    same = None
+    first_output = None
+    for variant in ("with --content", "without"):
+        tuned[variant] = []
+        sampled[variant] = []
+        sheets = []
         with tempfile.TemporaryDirectory() as folder:
             for file, content in examples:
-                path, run = Path(args.examples) / file, Path(folder) / Path(file).stem
-                shown = content if manner == "with --content" else None
-                tuning, sampling, made = one_reference(path, shown, run, more)
-                tuned[manner].append(tuning)
-                sampled[manner].append(sampling)
+                path = Path(args.examples) / file
+                run = Path(folder) / Path(file).stem
+                known_content = content if variant == "with --content" else None
+                tuning, sampling, files = one_reference(path, known_content, run, more)
+                tuned[variant].append(tuning)
+                sampled[variant].append(sampling)
                 sheets.append(np.asarray(Image.open(run / "samples.png")))
-                rows.append([file, shown or "-", f"{tuning.seconds:.0f} s",
+                rows.append([file, known_content or "-", f"{tuning.seconds:.0f} s",
                              f"{tuning.memory:.0f} MB", f"{sampling.seconds:.1f} s",
                              f"{sampling.memory:.0f} MB"])
                 say("  ".join(rows[-1]))
                 if same is None:
-                    said = tuning.output.replace(str(run), f"runs/{run.name}")
-                    said = said.replace(f"{ROOT}/", "").strip()
+                    first_output = tuning.output.replace(str(run), f"runs/{run.name}")
+                    first_output = first_output.replace(f"{ROOT}/", "").strip()
                     shutil.rmtree(run)                       # else train.py says: finished
-                    _, _, made_again = one_reference(path, shown, run, more)
-                    same = made == made_again
-        name = "before_after.png" if manner == "with --content" else "before_after_without.png"
+                    _, _, files_again = one_reference(path, known_content, run, more)
+                    same = files == files_again
+        name = "before_after.png" if variant == "with --content" else "before_after_without.png"
         sheet = Image.fromarray(np.concatenate(sheets)).quantize(128)
         write_png(Path(args.out) / name, sheet, optimize=True)
 
@@ -163,7 +170,8 @@ def main():
         f"that of its previews. {where}", "",
         *parts_table("train.py", tuned, TUNING), *parts_table("sample.py", sampled, SAMPLING),
         "Did the same commands, run again, give the same adapter and image, byte for byte? "
-        f"{'Yes' if same else 'NO'}. The first command printed:", "", "```", said, "```"]) + "\n"
+        f"{'Yes' if same else 'NO'}. The first command printed:", "", "```", first_output,
+        "```"]) + "\n"
     write_text(Path(args.out) / "main_job.md", text)
     say(text)
 

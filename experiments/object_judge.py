@@ -36,7 +36,7 @@ WEIGHTS = Path(__file__).with_name("object_judge.pt")
 
 @dataclass
 class JudgeConfig:
-    widths: tuple = (32, 64, 128, 256)  # channels at 32, 16, 8 and 4 pixels a side; the last is D
+    widths: tuple = (32, 64, 128, 256)  # channels at sides of 32, 16, 8, 4 pixels; the last is D
     names: int = 837                    # K
 
 
@@ -45,7 +45,8 @@ class ObjectJudge(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, w = config, config.widths
+        self.config = config
+        w = config.widths
         self.enter = nn.Sequential(nn.Conv2d(3, w[0], 5, 2, 2, bias=False), nn.BatchNorm2d(w[0]),
                                    nn.ReLU(), Residual(w[0], w[0], 1))
         self.trunk = nn.Sequential(*(Residual(a, b, 2) for a, b in zip(w, w[1:])))
@@ -198,37 +199,39 @@ def train(args):
     optimiser = torch.optim.AdamW(judge.parameters(), args.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, args.lr, args.steps, pct_start=0.05)
     vqgan = StyleDrop.load(device="cpu").vqgan
-    generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
-    began, right = time.time(), []
+    generator = torch.Generator().manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    began = time.time()
+    right = []
     kept_pictures = torch.empty(0, 3, 64, 64)
     kept_labels = torch.empty(0, dtype=torch.long)
     for step in range(args.steps):
         rows = torch.randint(len(labels), (args.batch,), generator=generator)
         pictures = disguised(drawings[rows], generator)
 
-        # painted pictures are costly: a few new ones a step, and many that were painted before
-        some = torch.randint(len(labels), (args.batch // 16,), generator=generator)
-        new = free_pictures(art.drawings[some.numpy()], rng)
+        # painted pictures are costly: a few new ones per step, and many that were painted before
+        new_rows = torch.randint(len(labels), (args.batch // 16,), generator=generator)
+        new = free_pictures(art.drawings[new_rows.numpy()], rng)
         kept_pictures = torch.cat([kept_pictures, new])[-8192:]
-        kept_labels = torch.cat([kept_labels, labels[some]])[-8192:]
-        again = torch.randint(len(kept_labels), (args.batch // 3,), generator=generator)
-        mirrored = torch.rand(len(again), 1, 1, 1, generator=generator) < 0.5
-        painted = kept_pictures[again]
+        kept_labels = torch.cat([kept_labels, labels[new_rows]])[-8192:]
+        old_rows = torch.randint(len(kept_labels), (args.batch // 3,), generator=generator)
+        mirrored = torch.rand(len(old_rows), 1, 1, 1, generator=generator) < 0.5
+        painted = kept_pictures[old_rows]
         painted = torch.where(mirrored, painted.flip(-1), painted)
         pictures = torch.cat([pictures, painted]) * 2 - 1
-        wanted = torch.cat([labels[rows], kept_labels[again]])
+        targets = torch.cat([labels[rows], kept_labels[old_rows]])
 
         part = slice(None, None, 10)                 # a tenth as the tokenizer reconstructs it
         pictures[part] = vqgan.decode(vqgan.encode(pictures[part]))
         pictures = pictures.to(memory_format=torch.channels_last)
         with autocast("cpu"):
             logits = judge(pictures)
-        loss = F.cross_entropy(logits.float(), wanted, label_smoothing=0.1)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=0.1)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         schedule.step()
-        right.append((logits.argmax(-1) == wanted).float().mean().item())
+        right.append((logits.argmax(-1) == targets).float().mean().item())
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             print(f"step {step + 1}/{args.steps}  loss {loss.item():.3f}  "
                   f"named {np.mean(right[-args.every:]):.3f}  {time.time() - began:.0f} s",
@@ -248,10 +251,11 @@ def train(args):
 @torch.no_grad()
 def ceiling(judge, names, role, kind, count=1000):
     """How many of `count` drawings it names, first of K: as drawn, disguised or in free styles."""
-    art, rng = data.Art(role=role, size=64), np.random.default_rng(1)
+    art = data.Art(role=role, size=64)
+    rng = np.random.default_rng(1)
     known = [i for i, name in enumerate(art.names) if name in names]
     picks = rng.choice(known, count)
-    wanted = torch.tensor([names.index(art.names[i]) for i in picks])
+    targets = torch.tensor([names.index(art.names[i]) for i in picks])
     rgba = art.drawings[picks]
     if kind == "free styles":
         pictures = free_pictures(rgba, rng)
@@ -262,7 +266,7 @@ def ceiling(judge, names, role, kind, count=1000):
         else:
             pictures = disguised(planes, torch.Generator().manual_seed(1))
     scores = name_scores(judge, pictures * 2 - 1)
-    return (scores.argmax(-1) == wanted).float().mean().item(), count
+    return (scores.argmax(-1) == targets).float().mean().item(), count
 
 
 def main():

@@ -1,4 +1,4 @@
-"""How fast other libraries sample masked tokens, beside ours at equal width and depth.
+"""How fast other libraries sample masked tokens, compared with ours at equal width and depth.
 
     pip install muse-maskgit-pytorch diffusers transformers
     python -m experiments.peers                     # results/peers.md; 6 minutes of one thread
@@ -23,7 +23,9 @@ from pretrain.common import machine
 from styledrop import guided_logits
 
 RESULTS = Path(__file__).with_name("results")
-WIDTH, LAYERS, HEADS = 256, 6, 8
+WIDTH = 256
+LAYERS = 6
+HEADS = 8
 STATES = 48                             # of the text, all of width WIDTH: random, the same for all
 
 
@@ -32,10 +34,12 @@ def ours(patch):
     config = MuseConfig(grid=16, codebook_size=1024, width=WIDTH, layers=LAYERS, heads=HEADS,
                         patch=patch, token_width=WIDTH // patch, text_width=WIDTH, text_layers=0)
     G = Muse(config).requires_grad_(False)
-    text, mask = torch.randn(8, STATES, WIDTH), torch.ones(8, STATES, dtype=torch.bool)
+    text = torch.randn(8, STATES, WIDTH)
+    mask = torch.ones(8, STATES, dtype=torch.bool)
 
     def logits_fn(v, step):
-        base, null = G(v, text[:4], mask[:4]), G(v, text[4:], mask[4:])
+        base = G(v, text[:4], mask[:4])
+        null = G(v, text[4:], mask[4:])
         return guided_logits(base, base, null, 0, 3)
 
     def sample(steps):
@@ -82,7 +86,8 @@ def amused():
                     num_attention_heads=HEADS, intermediate_size=4 * WIDTH, sample_size=16)
     pipe = AmusedPipeline(None, None, None, G, AmusedScheduler(mask_token_id=1024))
     pipe.set_progress_bar_config(disable=True)
-    text, words = torch.randn(2, 4, STATES, WIDTH), torch.randn(2, 4, WIDTH)
+    text = torch.randn(2, 4, STATES, WIDTH)
+    words = torch.randn(2, 4, WIDTH)
 
     def sample(steps):
         pipe(prompt_embeds=words[0], encoder_hidden_states=text[0],

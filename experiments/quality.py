@@ -70,14 +70,15 @@ def distances(x, y):
     3. the mean over quarters of the images (half of the names, half of their images).
     """
     n, per, _ = x.shape
-    inverse, means = [], []
+    inverse = []
+    means = []
     for size in range(per // 2, per + 1):
-        found = []
+        values = []
         for start in range(per if size < per else 1):
             columns = [(start + i) % per for i in range(size)]
-            found.append(frechet(x[:, columns].flatten(0, 1), y[:, columns].flatten(0, 1)))
+            values.append(frechet(x[:, columns].flatten(0, 1), y[:, columns].flatten(0, 1)))
         inverse.append(1 / (n * size))
-        means.append(np.mean(found))
+        means.append(np.mean(values))
     _, at_infinity = np.polyfit(inverse, means, 1)
 
     quarters = []
@@ -93,9 +94,9 @@ def distances(x, y):
 # --------------------------------------------------------------------------------------------------
 # Images, all (B, 3, 64, 64) on the CPU
 
-def sample(pipe, prompts, seed, how, superres=True):
-    """One sample of each prompt, from the base alone without `superres`. how: a Sampling."""
-    images = pipe.generate(prompts, seed=1000 * seed, sampling=how, superres=superres).cpu()
+def sample(pipe, prompts, seed, sampling, superres=True):
+    """One sample of each prompt, by the base alone without `superres`. sampling: a Sampling."""
+    images = pipe.generate(prompts, seed=1000 * seed, sampling=sampling, superres=superres).cpu()
     return F.interpolate(images, size=(64, 64), mode="area")
 
 
@@ -109,13 +110,13 @@ def real(art, chosen, rng, sets=None):
 
 def class_means(art, names, rng):
     """Control without a model: the mean of each name's drawings, placed like the drawings."""
-    found = {}
+    pictures_of = {}
     for name, rgba in zip(art.names, art.drawings):
         if name in names:
-            found.setdefault(name, []).append(styles.apply(styles.Style(), rgba, rng))
+            pictures_of.setdefault(name, []).append(styles.apply(styles.Style(), rgba, rng))
     images = []
     for name in names:
-        mean = np.mean(found[name], 0).round()
+        mean = np.mean(pictures_of[name], 0).round()
         opaque = np.full((64, 64, 1), 255)
         rgba = np.concatenate([mean, opaque], 2).astype(np.uint8)
         placed = drawing.place_one(rgba, 64, rng, art.smallest)
@@ -135,7 +136,7 @@ def share(values):
     return 100 * mean, 100 * error
 
 
-def plain_prompts(net, pipe, art, names, per, seed, how):
+def plain_prompts(net, pipe, art, names, per, seed, sampling):
     """Results for samples of "a cat" and so on, for real drawings, and for controls.
 
     Returns {row: {column: value}} and the samples, `per` of each name.
@@ -147,20 +148,20 @@ def plain_prompts(net, pipe, art, names, per, seed, how):
     known, new = part(art, ~is_new(art)), part(art, is_new(art))
     reference = look(net, real(known, chosen, rng))["features"].unflatten(0, (-1, per))
     others = real(known, chosen, rng)
-    samples = sample(pipe, prompts, seed, how)
+    samples = sample(pipe, prompts, seed, sampling)
     images = {
         "real drawings of the same kind: the floor": others,
         "real, never seen by the classifier": real(new, chosen, rng),
         "real, reconstructed by the tokenizer": reconstruct(pipe, others),
         "**samples**": samples,
-        "samples of the base alone": sample(pipe, prompts, seed, how, superres=False),
+        "samples of the base alone": sample(pipe, prompts, seed, sampling, superres=False),
         "control: class mean": class_means(known, repeated, rng),
-        "control: one decoding step": sample(pipe, prompts, seed, replace(how, steps=1))}
+        "control: one decoding step": sample(pipe, prompts, seed, replace(sampling, steps=1))}
     rows = {}
-    for title, shown in images.items():
-        seen = look(net, shown)
-        features = seen["features"].unflatten(0, (-1, per))
-        of_all, of_100 = named(seen, numbers_of(net, repeated))
+    for title, pictures in images.items():
+        predictions = look(net, pictures)
+        features = predictions["features"].unflatten(0, (-1, per))
+        of_all, of_100 = named(predictions, numbers_of(net, repeated))
         rows[title] = distances(reference, features)
         rows[title][f"named of {len(net.known_names)}"] = share(of_all.view(-1, per))
         rows[title]["named of 100"] = share(of_100.view(-1, per))
@@ -213,38 +214,40 @@ def two_things(net, images, chosen):
             f"one or both of {len(net.known_names)}": torch.maximum(left_all, right_all)}
 
 
-def one_thing(seen, chosen, title, names):
-    """The object, its colour and its count, by what `look` has seen, and all that was asked."""
+def one_thing(predictions, chosen, title, names):
+    """The object, its colour and its count, by the predictions of `look`; and all of it."""
     labels = torch.tensor([labels_of(scene, names) for scene in chosen])
     thing, _, colour, count = labels.unbind(1)
-    found = {}
+    results = {}
     if title == "plurals":
-        found["at least two"] = seen["count"].argmax(1) > 0
+        results["at least two"] = predictions["count"].argmax(1) > 0
     elif title == "counts":
-        found["number"] = seen["count"].argmax(1) == count
-    is_coloured = (seen["colour"].argmax(1) == colour).double()
-    found["colour"] = is_coloured.where(colour >= 0, math.nan)
-    found["thing"] = seen["names"].argmax(1) == thing
-    found = {question: right.double() for question, right in found.items()}
-    asked = torch.stack([right.nan_to_num(1) for right in found.values()])
-    return found | {"all of it": asked.amin(0)}
+        results["number"] = predictions["count"].argmax(1) == count
+    is_coloured = (predictions["colour"].argmax(1) == colour).double()
+    results["colour"] = is_coloured.where(colour >= 0, math.nan)
+    results["thing"] = predictions["names"].argmax(1) == thing
+    results = {question: right.double() for question, right in results.items()}
+    scores = torch.stack([right.nan_to_num(1) for right in results.values()])
+    return results | {"all of it": scores.amin(0)}
 
 
-def more_than_one_word(net, pipe, art, count, seed, how):
+def more_than_one_word(net, pipe, art, count, seed, sampling):
     """{question: {source of the images: (mean, standard error) in percent}}.
 
     Control: the sample of the next prompt, which may show what this one asks for by chance.
     """
-    rows, new = {}, part(art, is_new(art))
+    rows = {}
+    new = part(art, is_new(art))
     for i, title in enumerate(QUESTIONS):
         rng = np.random.default_rng((seed, i))
         chosen, sets, prompts = ask(title, new, count, rng)
-        drawn, samples = real(art, chosen, rng), sample(pipe, prompts, seed, how)
+        drawings = real(art, chosen, rng)
+        samples = sample(pipe, prompts, seed, sampling)
         images = {"samples": samples, "control": samples.roll(1, 0),
-                  "reconstructed": reconstruct(pipe, drawn), "real": drawn,
+                  "reconstructed": reconstruct(pipe, drawings), "real": drawings,
                   "real, never seen": real(new, chosen, rng, sets)}
-        for source, shown in images.items():
-            for question, right in answers(net, shown, chosen, title).items():
+        for source, pictures in images.items():
+            for question, right in answers(net, pictures, chosen, title).items():
                 rows.setdefault(f"{title}: {question}", {})[source] = share(right)
         say(f"{title}: {', '.join(prompts[:3])}, ...")
     return rows
@@ -287,7 +290,8 @@ def counts():
 
 def pairs():
     """Two objects; one on the diagonal."""
-    things, prompts = THINGS[:7], []
+    things = THINGS[:7]
+    prompts = []
     for first in things:
         for second in things:
             both = (first,) if first == second else (first, second)
@@ -296,13 +300,13 @@ def pairs():
     return nouns, nouns, prompts
 
 
-def write_sheets(pipe, seed, how, folder):
+def write_sheets(pipe, seed, sampling, folder):
     """Four sheets of samples, of the first seeds: nothing is chosen."""
     plans = {"things_styles": things_styles, "colours_things": colours_things, "counts": counts,
              "two_things": pairs}
     for name, plan in plans.items():
         rows, columns, prompts = plan()
-        images = to_uint8(pipe.generate(prompts, seed=1000 * seed, sampling=how))
+        images = to_uint8(pipe.generate(prompts, seed=1000 * seed, sampling=sampling))
         sheet = grid(images, len(columns), 1, 4, columns, rows).quantize(256)
         write_png(folder / f"{name}.png", sheet, optimize=True)
 
@@ -327,11 +331,13 @@ def table_of(rows):
     return ["", *table(["", *columns], cells)]
 
 
-def report(found, net, pipe, args, how):
+def report(results, net, pipe, args, sampling):
     """The lines of quality.md."""
-    plain, words, copies = found["plain"], found["words"], found["audit"]
+    plain = results["plain"]
+    words = results["words"]
+    copies = results["audit"]
     full, infinite, quarter = list(next(iter(plain.values())))[:3]
-    settings = ", ".join(f"{name} {value:g}" for name, value in asdict(how).items())
+    settings = ", ".join(f"{name} {value:g}" for name, value in asdict(sampling).items())
     return [
         *heading("Quality"),
         f"{made_by(pipe)} Sampled with {settings}. ± is one standard error, over names or prompts.",
@@ -352,7 +358,7 @@ def report(found, net, pipe, args, how):
         "Two things: the left one is named in the left half of the image, and the right one in the "
         "right half.",
         *table_of(words), "## Copies", "",
-        f"{found['audited']} of the names have drawings of both kinds: those that the base was "
+        f"{results['audited']} of the names have drawings of both kinds: those that the base was "
         "trained on and those kept out of its training (if it was trained with them kept out). "
         "Were samples independent of which is which, a training drawing would be nearer as often "
         "as by chance. Copies: images that are nearer to a training drawing than "
@@ -363,7 +369,7 @@ def report(found, net, pipe, args, how):
         *table_of(copies), "## The classifier itself", "",
         f"{args.scenes} real drawings a row. Trained by `{net.provenance['command']}` in "
         f"{net.provenance['seconds']} s. The base was trained on all sets but OpenMoji.",
-        "", *found["classifier"]]
+        "", *results["classifier"]]
 
 
 def names_to_sample(net, art, count, seed):
@@ -401,33 +407,35 @@ def options():
 
 def main():
     args = options().parse_args()
-    began, out = time.time(), Path(args.out)
+    began = time.time()
+    out = Path(args.out)
     net = load_classifier(args.classifier, args.device)
     pipe = StyleDrop.load(args.weights, args.device)
-    how = replace(BASE_SAMPLING, lambda_b=args.lambda_b, steps=args.steps,
-                  temperature=args.temperature, top_k=args.top_k)
+    sampling = replace(BASE_SAMPLING, lambda_b=args.lambda_b, steps=args.steps,
+                       temperature=args.temperature, top_k=args.top_k)
     art = emoji_objects(net.known_names, smallest=0.9)
     names = names_to_sample(net, art, args.names, args.seed)
     args.names = len(names)
 
-    found = {}
-    found["plain"], samples = plain_prompts(net, pipe, art, names, args.per, args.seed + 1, how)
-    say("\n".join(table_of(found["plain"])))
+    results = {}
+    results["plain"], samples = plain_prompts(net, pipe, art, names, args.per, args.seed + 1,
+                                              sampling)
+    say("\n".join(table_of(results["plain"])))
     repeated = [name for name in names for _ in range(args.per)]
     openmoji = emoji_objects(net.known_names, ["openmoji"], smallest=0.9)
-    found["audit"], found["audited"] = audit(net, pipe, all_drawings(), openmoji, repeated,
-                                             samples, args.seed)
-    found["words"] = more_than_one_word(net, pipe, art, args.scenes, args.seed, how)
-    found["classifier"] = own_figures(net, args.scenes, args.seed)
+    results["audit"], results["audited"] = audit(net, pipe, all_drawings(), openmoji, repeated,
+                                                 samples, args.seed)
+    results["words"] = more_than_one_word(net, pipe, art, args.scenes, args.seed, sampling)
+    results["classifier"] = own_figures(net, args.scenes, args.seed)
     if args.grids:
-        write_sheets(pipe, args.seed, how, out)
+        write_sheets(pipe, args.seed, sampling, out)
 
-    text = "\n".join(report(found, net, pipe, args, how)) + "\n"
+    text = "\n".join(report(results, net, pipe, args, sampling)) + "\n"
     about = dict(command=command(), base=pipe.base_id, machine=machine(args.device),
-                 sampling=asdict(how), names=args.names, per=args.per, prompts=args.scenes,
+                 sampling=asdict(sampling), names=args.names, per=args.per, prompts=args.scenes,
                  seed=args.seed, seconds=round(time.time() - began), classifier=net.provenance)
     write_text(out / "quality.md", text)
-    write_json(out / "quality.json", about | found)
+    write_json(out / "quality.json", about | results)
     say(text)
 
 

@@ -35,7 +35,8 @@ def find_images(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of images")
-    images, skipped = [], []
+    images = []
+    skipped = []
     for path in sorted(folder.iterdir(), key=natural_order):
         if path.is_file() and path.suffix.lower() in SUFFIXES:
             images.append(path)
@@ -71,7 +72,7 @@ def options():
     add("--ref", type=filled, nargs="+", required=True, metavar="IMG",
         help="the style reference, or several")
     add("--prompts", type=filled, required=True, metavar="FILE",
-        help="a text file with one prompt a line: one for each image, or one for all")
+        help="a text file with one prompt per line: one for each image, or one for all")
     add("--clip", type=filled, default=str(Path(WEIGHTS) / "clip.pt"),
         help="our checkpoint, or the weights of a ViT by OpenAI or open_clip "
              "(default: the one that ships)")

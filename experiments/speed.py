@@ -41,14 +41,14 @@ CONTENTS = ("a cat", "a tree", "a house", "a boat")
 def median_seconds(work, repeats):
     """The median time of some calls, after one that is not counted."""
     work()
-    found = []
+    times = []
     for _ in range(repeats):
         began = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return statistics.median(found)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def computing_in(name):
@@ -97,40 +97,50 @@ def sampling(pipe, stage, count, steps):
 
     A step has three forward passes, G^(t), G(t) and G(n), or two where lambda_B is 0.
     """
-    G, how, tuned, low = pipe.muse, SAMPLING, ROUND_1, None
-    if stage == 2:
-        G, how, tuned = pipe.superres, SUPERRES_SAMPLING, SUPERRES
+    if stage == 1:
+        G = pipe.muse
+        settings = SAMPLING
+        tuned = ROUND_1
+        low = None
+    else:
+        G = pipe.superres
+        settings = SUPERRES_SAMPLING
+        tuned = SUPERRES
         low = random_ids(pipe.muse.config, count, pipe.device)
     theta = pipe.new_adapter(G, tuned, torch.Generator().manual_seed(0)).requires_grad_(False)
     content = prompts(count)
     texts = [style_prompt(words, STYLE) for words in content], content, [""] * count
-    how = replace(how, steps=steps)
+    settings = replace(settings, steps=steps)
 
     def work():
         generators = [torch.Generator(pipe.device).manual_seed(i) for i in range(count)]
         with torch.no_grad():
-            pipe.sample_tokens(G, texts, theta, None, 0.0, how, generators, low=low)
+            pipe.sample_tokens(G, texts, theta, None, 0.0, settings, generators, low=low)
     return work
 
 
 def passes(stage):
     """Forward passes in a step of `sampling`."""
-    how = SAMPLING if stage == 1 else SUPERRES_SAMPLING
-    return 3 if how.lambda_b else 2
+    settings = SAMPLING if stage == 1 else SUPERRES_SAMPLING
+    return 3 if settings.lambda_b else 2
 
 
 def tuning(pipe, stage, steps, batch=None):
     """Some steps of Eq. 3 on one reference."""
-    G, how, low = pipe.muse, ROUND_1, None
-    if stage == 2:
-        G, how = pipe.superres, SUPERRES
+    if stage == 1:
+        G = pipe.muse
+        settings = ROUND_1
+        low = None
+    else:
+        G = pipe.superres
+        settings = SUPERRES
         low = random_ids(pipe.muse.config, 1, pipe.device)
-    how = replace(how, steps=steps, batch=batch or how.batch)
+    settings = replace(settings, steps=steps, batch=batch or settings.batch)
     ids = random_ids(G.config, 1, pipe.device)
 
     def work():
-        pipe.fit(G, ids, [style_prompt("a house", STYLE)], how, torch.Generator().manual_seed(0),
-                 low=low)
+        generator = torch.Generator().manual_seed(0)
+        pipe.fit(G, ids, [style_prompt("a house", STYLE)], settings, generator, low=low)
     return work
 
 
@@ -154,13 +164,13 @@ def operations(work):
 
 
 def fastest_product(dtype, device, sizes, repeats):
-    """Operations a second of the fastest product of two square matrices."""
-    found = []
+    """Operations per second of the fastest product of two square matrices."""
+    speeds = []
     for side in sizes:
         a = torch.ones(side, side, dtype=dtype, device=device)
         b = torch.ones(side, side, dtype=dtype, device=device)
-        found.append(2 * side ** 3 / median_seconds(lambda a=a, b=b: a @ b, repeats))
-    return max(found)
+        speeds.append(2 * side ** 3 / median_seconds(lambda a=a, b=b: a @ b, repeats))
+    return max(speeds)
 
 
 def stages(pipe, args):
@@ -170,17 +180,17 @@ def stages(pipe, args):
     number of steps.
     """
     steps, images = (2, 1) if args.quick else (6, 4)
-    found = {}
+    results = {}
     for stage, tuned, sampled in ((1, ROUND_1, SAMPLING), (2, SUPERRES, SUPERRES_SAMPLING)):
         if stage == 2 and pipe.superres is None:
             continue
         name = f"stage {stage}, sampling {images} images, a forward pass"
-        found[name] = parts_of(sampling(pipe, stage, images, steps), steps * passes(stage), args)
-        found[name]["whole"] = sampled.steps * passes(stage)
+        results[name] = parts_of(sampling(pipe, stage, images, steps), steps * passes(stage), args)
+        results[name]["whole"] = sampled.steps * passes(stage)
         name = f"stage {stage}, tuning on {tuned.batch} images, a step"
-        found[name] = parts_of(tuning(pipe, stage, steps), steps, args)
-        found[name]["whole"] = tuned.steps
-    return found
+        results[name] = parts_of(tuning(pipe, stage, steps), steps, args)
+        results[name]["whole"] = tuned.steps
+    return results
 
 
 def parts_of(work, parts, args):
@@ -193,21 +203,21 @@ def parts_of(work, parts, args):
 
 
 def bounds(pipe, args):
-    """{arithmetic: operations a second of the fastest product}."""
+    """{arithmetic: operations per second of the fastest product}."""
     sides = (128,) if args.quick else (512, 1024, 2048)
     return {name: fastest_product(dtype, pipe.device, sides, args.repeats)
             for name, dtype in TYPES.items()}
 
 
-def stages_report(found, bound, rule):
+def stages_report(results, bound, rule):
     """Lines of the report. rule: the arithmetic that styledrop.fast_bf16 chooses here."""
     rows = []
-    for name, one in found.items():
+    for name, one in results.items():
         speed = one["operations"] / one[rule]
         rows.append([name, ms(one["fp32"]), ms(one["bf16"]), f"{one['operations'] / 1e9:.2f}",
                      f"{100 * speed / bound[rule]:.0f} %",
                      f"{one['whole']} of them: {one['whole'] * one[rule]:.1f} s"])
-    ratios = [one["fp32"] / one["bf16"] for one in found.values()]
+    ratios = [one["fp32"] / one["bf16"] for one in results.values()]
     faster = "bf16" if statistics.median(ratios) > 1 else "fp32"
     return [
         f"The rule `styledrop.fast_bf16` chooses {rule} on this machine. By these times {faster} "
@@ -225,24 +235,26 @@ def neighbours(pipe, args):
     steps, images = (2, 1) if args.quick else (6, 4)
     works = {f"sampling, {images} images, {steps} steps": sampling(pipe, 1, images, steps),
              f"tuning, {steps} steps": tuning(pipe, 1, steps)}
-    found = {}
+    results = {}
     for count in THREADS:
         for is_busy in (False, True):
             neighbour = busy_process() if is_busy else contextlib.nullcontext()
             with threads(count), neighbour:
                 times = {name: median_seconds(work, args.repeats) for name, work in works.items()}
-            title = f"{count} thread{'s' * (count > 1)}, "
-            title += "beside a busy process" if is_busy else "alone"
-            found[title] = times
+            title = f"{count} thread{'s' if count > 1 else ''}, "
+            title += "with a busy process" if is_busy else "alone"
+            results[title] = times
             say(title)
-    return found
+    return results
 
 
 def growth(pipe, args):
     """{what grows: {its value: seconds}}, of the first stage."""
-    images, steps, batches = (1, 4, 16), (6, 18, 36), (4, 8, 16)
+    images = (1, 4, 16)
+    steps = (6, 18, 36)
+    batches = (4, 8, 16)
     if args.quick:
-        images, steps, batches = (1, 2), (1, 2), (1, 2)
+        images = steps = batches = (1, 2)
     works = {
         f"images, {steps[0]} decoding steps":
             {n: sampling(pipe, 1, n, steps[0]) for n in images},
@@ -252,11 +264,11 @@ def growth(pipe, args):
             {n: tuning(pipe, 1, 5, n) for n in batches},
         "steps of tuning":
             {n: tuning(pipe, 1, n) for n in steps}}
-    found = {}
+    results = {}
     for axis, cells in works.items():
-        found[axis] = {n: median_seconds(work, args.repeats) for n, work in cells.items()}
+        results[axis] = {n: median_seconds(work, args.repeats) for n, work in cells.items()}
         say(axis)
-    return found
+    return results
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,19 +278,19 @@ def ms(seconds):
     return f"{1000 * seconds:,.0f} ms"
 
 
-def report(found, where, rule):
+def report(results, where, rule):
     """The lines of speed.md. where: machine, threads, arithmetic and base, above every table."""
-    lines = [*heading("Speed"), f"Load average before: {found['load']:.1f}. A time is the median "
-             f"of {found['repeats']}.", "", "## The stages", "", where, "",
-             *stages_report(found["stages"], found["bound"], rule)]
-    if found["neighbours"]:
-        columns = list(next(iter(found["neighbours"].values())))
+    lines = [*heading("Speed"), f"Load average before: {results['load']:.1f}. A time is the median "
+             f"of {results['repeats']}.", "", "## The stages", "", where, "",
+             *stages_report(results["stages"], results["bound"], rule)]
+    if results["neighbours"]:
+        columns = list(next(iter(results["neighbours"].values())))
         rows = [[title, *(ms(seconds) for seconds in one.values())]
-                for title, one in found["neighbours"].items()]
+                for title, one in results["neighbours"].items()]
         lines += ["## Threads and neighbours", "", f"{where} The first stage; the number of "
                   "threads is that of the row.", "", *table(["", *columns], rows)]
     rows = [[axis, str(value), ms(seconds)]
-            for axis, cells in found["growth"].items() for value, seconds in cells.items()]
+            for axis, cells in results["growth"].items() for value, seconds in cells.items()]
     lines += ["## Growth", "", f"{where} The first stage.", "", *table(["", "", "time"], rows)]
     return lines
 
@@ -302,14 +314,15 @@ def main():
     load = os.getloadavg()[0]
     pipe = StyleDrop.load(args.weights, args.device)
     rule = arithmetic(args.device)
-    found = dict(load=load, repeats=args.repeats, base=pipe.base_id, rule=rule)
-    found["stages"], found["bound"] = stages(pipe, args), bounds(pipe, args)
-    found["neighbours"] = neighbours(pipe, args) if args.device == "cpu" else {}
-    found["growth"] = growth(pipe, args)
+    results = dict(load=load, repeats=args.repeats, base=pipe.base_id, rule=rule)
+    results["stages"] = stages(pipe, args)
+    results["bound"] = bounds(pipe, args)
+    results["neighbours"] = neighbours(pipe, args) if args.device == "cpu" else {}
+    results["growth"] = growth(pipe, args)
     where = made_by(pipe)
-    text = "\n".join(report(found, where, rule)) + "\n"
+    text = "\n".join(report(results, where, rule)) + "\n"
     write_text(Path(args.out) / "speed.md", text)
-    write_json(Path(args.out) / "speed.json", dict(where=where, **found))
+    write_json(Path(args.out) / "speed.json", dict(where=where, **results))
     say(text)
 
 

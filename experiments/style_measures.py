@@ -46,12 +46,12 @@ def sorted_projections(points, along):
 
 
 def palette(images):
-    """-> (B, D, Q), a description of the colours."""
+    """Return a description of the colours, (B, D, Q)."""
     return sorted_projections(to_lab(images).flatten(2), directions(32, 3, 0))
 
 
 def texture(images):
-    """-> (B, D, Q), a description of the patches."""
+    """Return a description of the patches, (B, D, Q)."""
     lab = to_lab(images)
     grey = F.unfold(lab[:, :1], GREY_PATCH)                                      # (B, 49, N)
     grey = grey - grey.mean(1, keepdim=True)

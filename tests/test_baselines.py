@@ -201,7 +201,7 @@ def test_object_and_style_by_hand():
     assert found["object kept"] == 0.75 and found["blank"] == 0.25
 
 
-def test_the_best_rate_is_that_of_the_chosen_half():
+def test_the_best_rate_is_that_of_the_validation_references():
     """With the lambda_A that suits it, by the mean of the references."""
     def row(used, rate, lambda_a, score):
         return {"used": used, "method": "LoRA", "rate": rate, "lambda_a": lambda_a,
@@ -284,7 +284,7 @@ def test_the_study_chooses_reports_and_resumes(command, tmp_path, calls):
                if (row["method"], row["lambda_a"]) == ("adapter", 2)]
     assert cells[1][:5] == ["adapter", "0.001", "2", "2", "100.0 ± 0.0 %"]
     assert cells[1][5].startswith(f"{np.mean(palette):.1f} ± ")
-    assert text.count("| LoRA |") == 2 + 2 * 2               # the reported half, then the choice
+    assert text.count("| LoRA |") == 2 + 2 * 2               # the test references, then the choice
 
 
 def test_results_of_another_base_are_not_continued(command, tmp_path):

@@ -171,7 +171,7 @@ def test_what_counts_as_right():
     assert answer(red_cat, "colours, trained", "cat") == right
     assert answer(red_cat, "colours, trained", "dog")["all of it"] == 0
     found = answer(cats, "counts", "cat", count=3)
-    assert math.isnan(found.pop("colour"))                   # nobody asked
+    assert math.isnan(found.pop("colour"))                   # it was not asked
     assert found == {"number": 0, "thing": 1, "all of it": 0}
     assert answer(cats, "plurals", "cat", count=3)["at least two"] == 1
 
@@ -185,7 +185,7 @@ def test_two_things_are_named_in_halves(monkeypatch):
 
     monkeypatch.setattr(quality, "look", look)
     images = torch.ones(2, 3, 64, 64)
-    images[0, 1:, 20:40, 5:25] = -1                          # red, and blue beside it
+    images[0, 1:, 20:40, 5:25] = -1                          # red, and blue next to it
     images[0, :2, 20:40, 40:60] = -1
     images[1, 1:, 20:40, 5:60] = -1                          # red in both halves
     net = SimpleNamespace(known_names=NAMES)
