@@ -82,10 +82,10 @@ def test_shared_weights_are_one_matrix_and_an_offset():
 
 @both_kinds
 def test_initial_weights(is_shared):
-    """"Up" weights are zero, "down" weights normal of sd 0.02, truncated at two sd (B.1.1).
+    """Weights "up" are zero, weights "down" normal of std 0.02, truncated at two std (B.1.1).
 
-    Trap: torch's trunc_normal_ cuts at -2 and 2 by default, which at sd 0.02 cuts nothing. A normal
-    that is truncated at two sd has 0.88 times its sd.
+    Trap: torch's trunc_normal_ cuts at -2 and 2 by default, which at std 0.02 cuts nothing. A
+    normal that is truncated at two std has 0.88 times its std.
     """
     for name, p in Adapter(256, 32, 8, is_shared, generator()).state_dict().items():
         if "up" in name:

@@ -136,7 +136,7 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     """Those of a dead process of this machine go at the next write.
 
     What a live process has there stays, and so does what belongs to another machine (perhaps of a
-    longer name) or to anybody else.
+    longer name) or to another program.
     """
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -563,7 +563,7 @@ def write_vocabulary(path):
 @pytest.mark.parametrize("save, quick_gelu", [(save_openai, None), (save_open_clip, True)])
 def test_foreign_weights_load_with_an_inferred_config(foreign, tmp_path, save, quick_gelu):
     save(foreign, tmp_path / "ViT.pt")
-    write_vocabulary(tmp_path / VOCABULARY_FILE)             # beside it, where it is found
+    write_vocabulary(tmp_path / VOCABULARY_FILE)             # next to it, where it is found
     loaded = load_clip(tmp_path / "ViT.pt", quick_gelu=quick_gelu)
     assert loaded.config == foreign.config
     images, texts = noise_images(2, 50), ["a cat", "a house"]
@@ -728,7 +728,7 @@ def test_two_commands_do_not_share_a_run(tmp_path):
     lock.touch()
     words = f"another command is working on .*remove {lock}"
     with pytest.raises(ValueError, match=words), alone(tmp_path):
-        pytest.fail("it works beside the other one")
+        pytest.fail("it works at the same time as the other one")
     assert names_in(tmp_path) == [lock.name]
 
 

@@ -3,6 +3,7 @@
 Styles: test_styles.py. Picture files: test_reading.py.
 """
 
+import math
 import unicodedata
 import zlib
 from types import SimpleNamespace
@@ -67,7 +68,7 @@ def test_tables_name_the_same_sets_and_sheets():
 def test_every_tile_is_on_its_sheet_once(sheet):
     tiles = [int(row["tile"]) for row in NAMES if row["sheet"] == sheet]
     assert tiles == list(range(len(tiles)))
-    rows = -(-len(tiles) // COLUMNS)
+    rows = math.ceil(len(tiles) / COLUMNS)
     with Image.open(english.HERE / "sheets" / f"{sheet}.webp") as image:
         assert image.size == (COLUMNS * TILE, rows * TILE)
 
@@ -87,14 +88,14 @@ def test_openmoji_is_held_out(everything):
 
 
 def test_a_tenth_of_the_drawings_is_kept_out_of_training(everything):
-    """By lot: the CRC-32 of set and name. Every name still has a drawing to be learned from."""
+    """At random, by the CRC-32 of set and name. Every name still has a drawing to learn from."""
     rows = [row for row in NAMES if ROLES[row["set"]] == "training"]
     pairs = {(row["set"], row["name"]) for row in rows}
     kept_out = data.kept_out_pairs()
     assert 0.08 < len(kept_out) / len(pairs) < 0.12
-    by_lot = {(s, name) for s, name in pairs if zlib.crc32(f"{s}/{name}".encode()) % 10 == 0}
-    assert kept_out <= by_lot
-    assert len(by_lot - kept_out) < 0.2 * len(by_lot)
+    drawn = {(s, name) for s, name in pairs if zlib.crc32(f"{s}/{name}".encode()) % 10 == 0}
+    assert kept_out <= drawn
+    assert len(drawn - kept_out) < 0.2 * len(drawn)
     assert set(zip(everything.sets, everything.names)) == pairs - kept_out
     assert set(everything.names) == set(data.names()) == {name for _, name in pairs}
 
@@ -126,7 +127,7 @@ def test_a_single_drawing_of_a_name_takes_no_random_number(art):
     assert rng.random() == other.random()
 
 
-def test_what_nobody_has_drawn(art):
+def test_what_no_set_has_drawn(art):
     with pytest.raises(ValueError, match="no set 'nosuch' in data/sets.tsv"):
         data.Art(sets=("nosuch",))
     with pytest.raises(ValueError, match="no drawing 'nosuch' in twemoji"):
@@ -196,7 +197,7 @@ def test_a_caption_without_style_mostly_shows_none(captioned):
 
 
 def test_rare_words_for_objects(captioned):
-    """ "a [V] cat" and "an object" are rare, but the base knows them."""
+    """The words "a [V] cat" and "an object" are rare, but the base knows them."""
     rare = np.mean(["a [V] " in caption for caption in captioned.captions])
     generic = np.mean([caption.startswith("an object") for caption in captioned.captions])
     assert 0.005 < rare < RARE
@@ -263,7 +264,7 @@ def test_the_same_scenes_at_both_sizes():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three pictures of one colour, with their captions beside them."""
+    """Three pictures of one colour, with their captions next to them."""
     for i, colour in enumerate(("red", "blue", "lime")):
         Image.new("RGB", (8, 8), colour).save(tmp_path / f"{i}.png")
         (tmp_path / f"{i}.txt").write_text(f"a {colour} kite\n")
@@ -313,7 +314,7 @@ def test_pictures_of_many_kinds(tmp_path, suffix):
 
 
 def test_other_files_are_named(folder):
-    """Trap: a picture in a rare format is missing in training, and nobody is told."""
+    """Trap: a picture in a rare format is missing in training without a note."""
     (folder / "notes.md").touch()
     (folder / "3.heic").touch()
     (folder / "4.txt").write_text("a kite without a picture")
@@ -526,8 +527,8 @@ def test_a_fifth_of_the_coloured_objects_is_held_out():
         for colour in scenes.COLOURS:
             found.append(scenes.is_held_out(Scene((name,), (colour,))))
     assert 0.18 < np.mean(found) < 0.22
-    by_lot = zlib.crc32(b"orange|cat") % 5 == 0
-    assert scenes.is_held_out(Scene(("cat",), ("orange",))) == by_lot
+    is_drawn = zlib.crc32(b"orange|cat") % 5 == 0
+    assert scenes.is_held_out(Scene(("cat",), ("orange",))) == is_drawn
     assert not scenes.is_held_out(Scene(("cat",), count=3))
 
 

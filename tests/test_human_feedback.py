@@ -40,7 +40,7 @@ class Session:
         self.result.append(self.page.wait(open_browser, self.said.append))
 
     def ask(self, place="", body=None, root=None, headers=None):
-        """-> status, headers and body of one request below the token."""
+        """Return status, headers and body of one request below the token."""
         url = urlsplit(self.address)
         if root is None:
             root = url.path

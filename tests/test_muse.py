@@ -339,11 +339,11 @@ def test_tokens_are_sampled_by_the_softmax(top_k, most):
     """
     n = 20_000
     logits = torch.randn(8, generator=generator()) * 1.5
-    likeliest = logits.argsort(descending=True)[:top_k or 8]
-    probabilities = logits[likeliest].double().softmax(0)
+    most_probable = logits.argsort(descending=True)[:top_k or 8]
+    probabilities = logits[most_probable].double().softmax(0)
     u = uniform(generator(1), 1, n)
     tokens = draw_tokens(logits.expand(1, n, 8), top_k, u)
-    counts = tokens.flatten().bincount(minlength=8)[likeliest]
+    counts = tokens.flatten().bincount(minlength=8)[most_probable]
     assert counts.sum() == n
     assert chi_squared(counts, probabilities) <= most
 
@@ -368,12 +368,12 @@ def test_temperature_does_not_flatten_the_softmax():
 
 @pytest.mark.parametrize("top_k", [0, 3])
 def test_the_ends_of_the_uniform_numbers(top_k):
-    """The likeliest and the least likely code of the k."""
+    """The most and the least probable code of the k."""
     logits = torch.randn(8, generator=generator()) * 1.5
-    likeliest = logits.argsort(descending=True)[:top_k or 8]
+    most_probable = logits.argsort(descending=True)[:top_k or 8]
     ends = torch.tensor([[1e-20, 1 - 2 ** -24]])
     tokens = draw_tokens(logits.expand(1, 2, 8), top_k, ends)[0]
-    assert tokens.tolist() == [likeliest[0], likeliest[-1]]
+    assert tokens.tolist() == [most_probable[0], most_probable[-1]]
 
 
 def test_a_rounded_sum_gives_no_code_beyond_the_last():
@@ -452,11 +452,11 @@ def test_presets_fit_together(name):
 
 
 @pytest.mark.parametrize("presets", [PRESETS, SUPERRES], ids=["base", "second"])
-def test_initial_weights_are_truncated_at_two_sd(presets):
-    """sd 0.02; before a skip they are divided by the square root of three times the depth.
+def test_initial_weights_are_truncated_at_two_std(presets):
+    """Of std 0.02; before a skip they are divided by the square root of three times the depth.
 
-    Trap: torch's trunc_normal_ cuts at -2 and 2 by default, which at sd 0.02 cuts nothing. A normal
-    that is truncated at two sd has 0.88 times its sd.
+    Trap: torch's trunc_normal_ cuts at -2 and 2 by default, which at std 0.02 cuts nothing. A
+    normal that is truncated at two std has 0.88 times its std.
     """
     config = replace(presets["toy"], width=128, layers=3, text_width=128, text_layers=2)
     muse = seeded(lambda: Muse(config))

@@ -43,7 +43,7 @@ def new_rows(step, fresh):
 
 
 def test_replay_keeps_the_last_steps():
-    """The new ones first; the others are of the last `window` steps, each beside its own caption.
+    """The new ones first; the others are of the last `window` steps, each with its own caption.
 
     Traps: images and captions from different rows; the oldest alone; rows that were never written.
     """
@@ -585,7 +585,7 @@ def test_weights_say_where_they_come_from(stage):
 
 
 def test_the_machine_is_that_of_the_run(monkeypatch):
-    """Trap: a GPU is named that only stood beside the CPU."""
+    """Trap: a GPU is named that was there but not used."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU at {device}")
     for device in ("cpu", torch.device("cpu")):
@@ -696,7 +696,7 @@ def test_a_base_from_scratch(stage, own_pictures, monkeypatch):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_files_that_are_left_out_are_named_once(stage, own_pictures, name):
-    """Trap: a picture of a rare kind is missing in training, and nobody is told."""
+    """Trap: a picture of a rare kind is missing in training without a note."""
     code, _, err = stage(name, "run", "--steps", 1, "--data", own_pictures)
     assert code == 0
     line, = err.splitlines()

@@ -210,7 +210,7 @@ def test_a_jpeg_of_many_scans(tmp_path):
     ("a\0b.png", "cannot be a name"), ("", "is a folder"), ("pipe.png", "a device or a pipe"),
     ("circle.png", "links go in a circle"), ("two\nlines.png", "no picture at")])
 def test_a_path_that_is_no_file(tmp_path, name, words):
-    """In our own words, and without waiting for a pipe that nobody writes to."""
+    """In our own words, and without waiting for a pipe to which nothing is written."""
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "circle.png").symlink_to(tmp_path / "circle.png")
     assert words in refusal(tmp_path / name)
@@ -396,7 +396,7 @@ def test_colours_by_chromaticity_and_gamma(tmp_path, gamma, primaries):
 
 
 def test_chromaticities_of_srgb_change_nothing(tmp_path):
-    """Nor do those that make no sense, nor any beside an sRGB chunk."""
+    """Nor do those that make no sense, nor any together with an sRGB chunk."""
     line, zero = (0.3, 0.3) * 4, (0,) * 8
     for chunks in ([gama(0.45455), chrm(PRIMARIES[1])], [chrm(line)], [chrm(zero), gama(0)],
                    [chunk(b"sRGB", b"\0"), chrm(ADOBE), gama(1)]):
@@ -564,7 +564,7 @@ def test_upright_by_a_raw_profile(tmp_path, name):
     chunk(b"tEXt", b"transparency\0none"),                  # a name that Pillow uses for itself
     chunk(b"gAMA", b"\0"), chunk(b"iCCP", b"p\0\0nonsense")], ids=lambda bad: str(bad[4:16]))
 def test_bad_metadata_never_refuses_a_good_picture(tmp_path, bad):
-    """What is intact beside it still counts."""
+    """Other metadata that is intact still counts."""
     assert difference(write(tmp_path / "a.png", png(SCENE, bad)), SCENE) == 0
     exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"
     assert difference(save(tmp_path / "a.jpg", SCENE, exif=exif), SCENE) < 16

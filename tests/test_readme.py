@@ -68,7 +68,7 @@ def runnable():
 
 
 def test_the_commands_run_in_their_order(cli, weights2, picture, tmp_path):
-    """With toy weights, two steps and a small pool, in one folder, as somebody would type them."""
+    """With toy weights, two steps and a small pool, in one folder, as a user would type them."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     picture("my_picture.png")
     (tmp_path / "my_picture.png").rename(tmp_path / "my_picture.jpg")

@@ -112,7 +112,7 @@ def pool(pipe, make_adapter):
 
 @pytest.mark.parametrize("i", [0, 5, 6, 17])
 def test_a_pool_has_the_images_of_a_prompt_in_a_row(pipe, make_adapter, pool, i):
-    """Trap: images beside the wrong prompt."""
+    """Trap: images with the wrong prompt."""
     assert len(pool.images) == 18
     assert pool.contents == ["a cat"] * 6 + ["a tree"] * 6 + ["an owl"] * 6
     alone = pipe.generate(pool.contents[i], style=make_adapter(), seed=3 + i)
@@ -390,7 +390,7 @@ def test_fewer_rounds_than_there_are_is_refused(rounds, finished, refused_round,
 # -- the page outlives the choice
 
 def ask(address, place, body=None):
-    """-> status and body of one request below the page's address."""
+    """Return status and body of one request below the page's address."""
     url = urlsplit(address)
     connection = http.client.HTTPConnection(url.netloc, timeout=10)
     connection.request("GET" if body is None else "POST", url.path + place, body)

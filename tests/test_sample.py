@@ -25,7 +25,7 @@ CONTENT = ["--content", "runs/object"]
 TWO = [*STYLE, *CONTENT]
 SIDE = 32                               # pixels of a toy image
 GAP = 2                                 # between two of them; on the sheet all are twice as large
-LEFT = 48                               # pixels of the words beside the rows
+LEFT = 48                               # pixels of the words to the left of the rows
 TOP = 8                                 # and of one line above the columns
 
 
@@ -58,7 +58,7 @@ def pixels_of(path="sample.png"):
 
 
 def cell(sheet, row, column, left=0, top=0):
-    """One image of a sheet with words of these sizes beside and above the images."""
+    """One image of a sheet with words of these sizes to the left and above."""
     y = top + GAP + row * (SIDE + GAP)
     x = left + GAP + column * (SIDE + GAP)
     return sheet[y:y + SIDE, x:x + SIDE]
@@ -115,7 +115,7 @@ OTHER_OPTIONS = ["--lambda-grid", "--out", "--trace", "--words", "--weights", "-
 
 
 def test_every_option_has_an_effect(run_sample):
-    """Trap: an option that nobody reads."""
+    """Trap: an option that has no effect."""
     options = [action.option_strings[-1] for action in sample.options()._actions]
     assert sorted(options) == sorted([option for option, *_ in OPTIONS] + OTHER_OPTIONS)
     seen = set()
@@ -129,7 +129,7 @@ def test_every_option_has_an_effect(run_sample):
 
 @pytest.mark.parametrize("options", [[], [*CAT, "--style", "runs/new", "--lambda-grid"]])
 def test_words(run_sample, pipe2, options):
-    """--words: those of the base, one a line, and nothing is sampled."""
+    """The words of the base, one per line; nothing is sampled."""
     code, out, err = run_sample("--words", *options)
     assert (code, err) == (0, "")
     assert out.splitlines() == sorted(pipe2.words)
@@ -141,7 +141,7 @@ def test_words(run_sample, pipe2, options):
 @pytest.mark.parametrize("prompts, num, rows, columns, left, top", [
     (1, 3, 1, 3, 0, 0), (2, 2, 2, 2, LEFT, 0), (9, 1, 9, 1, LEFT, 0), (1, 18, 3, 8, 0, 0)])
 def test_sheets(run_sample, prompts, num, rows, columns, left, top):
-    """One prompt in rows of eight; several in a row each, with words beside them.
+    """One prompt in rows of eight; several in a row each, with words to their left.
 
     The seeds are said. Trap: only the first image can be sampled again.
     """
@@ -341,7 +341,7 @@ def test_a_line_at_least_about_every_five_seconds(run_sample, slow_passes, optio
 
 # -- refusals
 
-REFUSALS = [                            # options beside a prompt, and words of the one line
+REFUSALS = [                            # options in addition to a prompt; words of the message
     (["--prompt", "", "--out", "new/deep/a.png"], "is empty"), (["--prompt", "\udcff"], "UTF-8"),
     (["--style-phrase", "\udcff"], "UTF-8"), (["--content", "\udcff"], "UTF-8"),
     (["--style", "runs/\udcff"], "UTF-8"), (["--prompt", "x" * 100_000], "100,000 characters"),

@@ -153,7 +153,7 @@ def test_update_equals_a_loop(quantizer):
 
 
 def test_first_batch_starts_the_codebook(quantizer):
-    """Trap: a codebook of zeros assigns every feature to code 0 for ever."""
+    """Trap: a codebook of zeros assigns every feature to code 0 and never changes."""
     quantizer.codes.zero_()
     z = random_features()
     _, ids, _ = quantizer(z)

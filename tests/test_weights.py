@@ -121,7 +121,7 @@ def loss_of(pipe, ids, prompts, mask):
 
 @torch.no_grad()
 def test_muse_listens_to_the_text(pipe):
-    """With all masked, the right name makes a drawing's tokens likelier than another name."""
+    """With all masked, the right name makes a drawing's tokens more probable than another."""
     images, names = drawings("training", 50, ("twemoji",))
     ids = pipe.vqgan.encode(images).flatten(1)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -133,7 +133,7 @@ def test_muse_listens_to_the_text(pipe):
 @NEW_BASE
 @torch.no_grad()
 def test_muse_reads_a_style(pipe):
-    """Of nine styles, the words of an image's own make its tokens the likeliest, mostly."""
+    """Of nine styles, the words of an image's own mostly make its tokens most probable."""
     art = data.Art(sets=("twemoji",))
     rgba = art.drawings[art.find("house", "twemoji")]
     nine = [Style(medium=medium, ground=ground)
