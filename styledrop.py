@@ -87,11 +87,11 @@ class Sampling:
     lambda_a_content: float = 1.0   # strength of a content adapter; the paper has one lambda_A
 
 
-ROUND_1 = Tuning(steps=50, lr=1e-3, batch=8, d_prj=12, is_shared=False, mask_power=4, views=16)
-ROUND_2 = Tuning(steps=100, lr=1e-3, batch=8, d_prj=12, is_shared=False, mask_power=4, views=16)
+ROUND_1 = Tuning(steps=50, lr=2e-3, batch=8, d_prj=20, is_shared=False, mask_power=4, views=16)
+ROUND_2 = Tuning(steps=100, lr=2e-3, batch=8, d_prj=20, is_shared=False, mask_power=4, views=16)
 SUPERRES = Tuning(steps=60, lr=1e-3, batch=4, d_prj=8, is_shared=False, mask_power=1)
 
-SAMPLING = Sampling(lambda_a=1.5, lambda_b=6.0, steps=18, temperature=4.5, top_k=8)
+SAMPLING = Sampling(lambda_a=1.0, lambda_b=6.0, steps=18, temperature=4.5, top_k=8)
 BASE_SAMPLING = Sampling(lambda_a=0.0, lambda_b=1.0, steps=18, temperature=1.0, top_k=8)   # Eq. 1
 SUPERRES_SAMPLING = Sampling(lambda_a=1.0, lambda_b=0.0, steps=12, temperature=1.0, top_k=8)
 

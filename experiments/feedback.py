@@ -43,7 +43,7 @@ from styledrop import RARE_TOKEN, ROUND_1, ROUND_2, SAMPLING
 RESULTS = Path(__file__).with_name("results")
 SEEDS = list(range(len(OBJECTS)))
 POOL = 8                                # images for each prompt
-LAMBDAS = (0.0, 1.0, 2.0)               # lambda_A of round 1, beside the default
+LAMBDAS = (0.0, 0.5, 1.5, 2.0)          # other lambda_A that round 1 is sampled with
 CHOOSERS = ("clip", "random", "oracle")
 MEASURES = ("object kept", "palette", "texture", "blank", "copied tokens")
 

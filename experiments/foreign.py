@@ -59,12 +59,12 @@ YES_OR_NO = ("object kept", "palette", "texture", "blank", "leak")
 
 # What --sweep tries, one change at a time from the defaults: settings of styledrop.Tuning (H, rate,
 # steps, masking) and of styledrop.Sampling
-SWEEP = [dict(), dict(lambda_a=0), dict(lambda_a=0.5), dict(lambda_a=1), dict(lambda_a=2),
+SWEEP = [dict(), dict(lambda_a=0), dict(lambda_a=0.5), dict(lambda_a=1.5), dict(lambda_a=2),
          dict(lambda_a=3), dict(lambda_b=1), dict(lambda_b=2), dict(lambda_b=4), dict(lambda_b=8),
          dict(temperature=1), dict(top_k=3), dict(top_k=0), dict(views=1), dict(steps=30),
-         dict(steps=100), dict(d_prj=4), dict(d_prj=32), dict(is_shared=True), dict(lr=3e-4),
-         dict(lr=3e-3), dict(mask_power=1), dict(mask_power=2), dict(mask_power=8),
-         dict(style="words"), dict(content="an object")]
+         dict(steps=100), dict(d_prj=4), dict(d_prj=12), dict(d_prj=40), dict(is_shared=True),
+         dict(lr=5e-4), dict(lr=1e-3), dict(lr=3e-3), dict(mask_power=1), dict(mask_power=2),
+         dict(mask_power=8), dict(style="words"), dict(content="an object")]
 
 
 @dataclass
@@ -214,6 +214,9 @@ ARMS = {"tuned": "**tuned on the reference**", "base": "control: the base withou
         "words": "control: the style in a person's words",
         "other": "control: another reference's adapter", "reference": "the reference itself"}
 
+MINUS = {"words": "minus the style in words", "other": "minus another reference's adapter",
+         "base": "minus the base"}
+
 
 def write_report(pipe, ruler, rows):
     """results/foreign.md: one table of the arms, one of the references.
@@ -246,12 +249,12 @@ def write_report(pipe, ruler, rows):
               "interval excludes zero; equal: it lies within 5 points of zero.", ""]
     compared = ("object kept", "palette", "texture")
     body = []
-    for name in ("words", "other", "base"):
+    for name, words in MINUS.items():
         cells = []
         for key in compared:
             cells.append(decided([np.mean(tuned[key]) - np.mean(control[key])
                                   for tuned, control in zip(rows["tuned"], rows[name])]))
-        body.append([ARMS[name], *cells])
+        body.append([words, *cells])
     lines += table(["", *compared], body)
     lines += ["## Each reference", ""]
     body = []

@@ -403,6 +403,9 @@ def test_the_report(command, tmp_path, calls, pipe2):
         assert float(rows[title][6].split(" ± ")[0]) == pytest.approx(style, abs=1e-3)
     leaks = 100 * np.mean(found["measures"]["tuned"][0]["leak"])
     assert rows[foreign.ARMS["tuned"]][5] == f"{leaks:.1f} ± nan %"      # of the first one alone
+    gains = [np.mean(one["palette"]) - np.mean(other["palette"])
+             for one, other in zip(found["measures"]["tuned"], found["measures"]["other"])]
+    assert rows[foreign.MINUS["other"]][1].startswith(f"{100 * np.mean(gains):+.1f} ± ")
     own = rows[foreign.ARMS["reference"]]
     assert own[0] == own[5] == "-" and own[1] == own[2] == "100.0 ± 0.0 %"
     kept = 100 * np.mean(found["measures"]["tuned"][1]["object kept"])
