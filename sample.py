@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import os
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from commandline.notes import note_unknown
 from commandline.options import (Parser, add_base_options, filled, load_pipeline, number, text,
                                  whole)
 from commandline.terminal import SamplingProgress, run_command, say
+from data.folder import SUFFIXES
 from data.pictures import grid
 from styledrop import (AT_ONCE, BASE_SAMPLING, SAMPLING, Sampling, check_device, style_prompt,
                        to_uint8)
@@ -113,15 +115,42 @@ def check_options(args):
     if args.lambda_grid and images > 1:
         raise ValueError("--lambda-grid shows one prompt and one seed")
     is_sheet = args.out.lower().endswith(".png")
+    if not is_sheet and Path(args.out).suffix.lower() in SUFFIXES:
+        raise ValueError("images are written as PNG; give --out a name that ends in .png, or the "
+                         "name of a folder")
     if not is_sheet and (args.gamma_sweep or args.lambda_grid):
         raise ValueError("a sweep is one picture: the name of --out must end in .png")
     if is_sheet and images > MOST_ON_A_SHEET:
         raise ValueError(f"a sheet has at most {MOST_ON_A_SHEET} images; for single files give "
                          "--out the name of a folder, such as --out cats")
+    if args.trace and not is_sheet:
+        raise ValueError("--trace needs one sheet: the name of --out must end in .png")
     if args.trace and (args.gamma_sweep or args.lambda_grid or images > AT_ONCE):
         raise ValueError(f"--trace follows at most {AT_ONCE} images and no sweep")
     if args.trace and not args.trace.lower().endswith(".gif"):
         raise ValueError("the name of --trace must end in .gif")
+
+
+def check_out(args):
+    """Raise ValueError if --out or --trace cannot be written, or numbered files are there already.
+
+    A NAME.png or NAME.gif that the user has typed is replaced.
+    """
+    is_sheet = args.out.lower().endswith(".png")
+    check_place(args.out, "--out", is_folder=not is_sheet)
+    if args.trace is not None:
+        check_place(args.trace, "--trace", is_folder=False)
+    if is_sheet:
+        return
+    for index in range(1, len(args.prompt) * args.num + 1):
+        file = numbered(args.out, index)
+        if os.path.lexists(file):
+            raise ValueError(f"{file} already exists; give another --out")
+
+
+def numbered(folder, index):
+    """The path of a single file, from 00001.png on."""
+    return Path(folder) / f"{index:05d}.png"
 
 
 def find_style(args):
@@ -188,7 +217,7 @@ def sample_files(args, generate, folder, facts):
         images = to_uint8(generate(part, seed=args.seed + start, on_step=progress.on_step))
         for i, image in enumerate(images):
             info = text_chunks(facts, [part[i]], args.seed + start + i)
-            write_png(folder / f"{start + i + 1:05d}.png", grid(image[None], 1, SCALE, 0),
+            write_png(numbered(folder, start + i + 1), grid(image[None], 1, SCALE, 0),
                       pnginfo=info)
         progress.on_batch(start + len(part))
 
@@ -238,8 +267,9 @@ def write_trace(pipe, path, steps):
     """Write a GIF of the decoding steps, with 128 colours per frame and a pause on the last."""
     frames = [frame.quantize(128, dither=Image.Dither.NONE) for frame in trace_frames(pipe, steps)]
     duration = [120] * (len(frames) - 1) + [2000]            # milliseconds
-    write_whole(path, lambda file: frames[0].save(file, "GIF", save_all=True, loop=0,
-                                                  append_images=frames[1:], duration=duration))
+    write_whole(os.path.realpath(path),                      # a link stays one
+                lambda file: frames[0].save(file, "GIF", save_all=True, loop=0,
+                                            append_images=frames[1:], duration=duration))
     say(path)
 
 
@@ -270,12 +300,7 @@ def main():
     args.style = str(run or "none")
     style = None if run is None else load_run(run, "style")
     content = None if args.content is None else load_run(args.content, "content")
-    for path, option in ((args.out, "--out"), (args.trace, "--trace")):
-        if path is not None:
-            check_place(path, option)
-    is_sheet = args.out.lower().endswith(".png")
-    if is_sheet and Path(args.out).is_dir():
-        raise ValueError(f"{args.out} is a folder; give another name")
+    check_out(args)
     if style is None and content is not None and args.style_phrase:
         raise ValueError("with --content, --style-phrase also needs a style adapter; without one, "
                          "write the words into the prompt")
@@ -294,7 +319,7 @@ def main():
     facts = dict(asdict(sampling), **settings, num=args.num, style=args.style,
                  content=args.content or "none", base=pipe.base_id)
     trace = [] if args.trace else None
-    if not is_sheet:
+    if not args.out.lower().endswith(".png"):
         sample_files(args, generate, Path(args.out), facts)
     else:
         if args.gamma_sweep:
@@ -305,7 +330,8 @@ def main():
             picture = lambda_grid(args, generate)
         else:
             picture = sample_sheet(args, generate, trace)
-        write_png(args.out, picture, pnginfo=text_chunks(facts, args.prompt, args.seed))
+        info = text_chunks(facts, args.prompt, args.seed)
+        write_png(os.path.realpath(args.out), picture, pnginfo=info)         # a link stays one
     last = args.seed + len(args.prompt) * args.num - 1
     seeds = f"seed {args.seed}" if last == args.seed else f"seeds {args.seed} to {last}"
     say(f"{args.out}: {seeds}")

@@ -31,6 +31,7 @@ from checkpoint.files import (check_place, clear_leftovers, partial_prefix, read
                               write_log, write_png)
 from checkpoint.runs import alone, is_finished, was_made
 from checkpoint.weights import fingerprint
+from clip_feedback import VOCABULARY_FILE
 from commandline.notes import knows_some, note_unknown
 from commandline.options import (Parser, add_base_options, filled, load_pipeline, number, text,
                                  whole)
@@ -42,7 +43,7 @@ from human_feedback import rounds
 from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, SUPERRES_SAMPLING, WEIGHTS, arithmetic,
                        check_device, style_prompt, to_tensor, to_uint8)
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent    # also where train.py is called through a link
 PREVIEW = ("a cat", "a tree", "a car", "an apple", "a rocket", "a fish")
 CONTENT_PREVIEW = ("watercolor", "flat vector on navy", "gold and purple", "line drawing",
                    "halftone")           # styles in which an object is previewed
@@ -117,8 +118,9 @@ def main():
     prompts = rounds.read_prompts(args.pool_prompts)
     rounds.check_rounds(args, out, prompts)
     pipe = load_pipeline(args)
-    if args.rounds > 1:
-        pipe.clip.eval()                 # loads CLIP now, so a damaged file is found before tuning
+    if args.rounds > 1 and pipe.clip.tokenizer is None:      # a damaged file is found here, too
+        raise ValueError(f"{args.weights}/clip.pt has no vocabulary; put {VOCABULARY_FILE} next to "
+                         "it, or if it was made by pretrain.clip, train it again")
     paths = [find_reference(path) for path in args.ref]
     references = [data.read_reference(path, pipe.resolution) for path in paths]
     references = to_tensor(np.stack(references))             # (R, 3, H, W)
@@ -127,7 +129,7 @@ def main():
                   batch=args.batch, d_prj=args.d_prj, superres=args.superres, seed=args.seed,
                   base=pipe.base_id, pictures=fingerprint({"references": references}))
     # config.json also records these; commands that differ only in these count as the same
-    config = dict(recipe, ref=paths, weights=Path(args.weights).name,
+    config = dict(recipe, ref=[Path(path).name for path in paths], weights=Path(args.weights).name,
                   arithmetic=arithmetic(args.device))
 
     if not was_made(out / "config.json", recipe):
@@ -153,7 +155,9 @@ def check_out(out):
     check_place(out)
     if not out.exists():
         return
-    if out.is_dir() and not any(out.iterdir()):              # an empty folder will do
+    if is_empty(out):                                        # an empty folder will do
+        if os.path.ismount(out):                             # which no other folder can replace
+            raise ValueError(f"{out} is a mount point; give --out a folder inside it")
         return
     if not (out / "config.json").exists() or not (out / "adapter.pt").exists():
         raise ValueError(f"{out} already exists, but is not a run folder; give another --out")
@@ -162,6 +166,11 @@ def check_out(out):
     except ValueError:
         raise ValueError(f"{out / 'config.json'} is damaged; give another --out, or move "
                          f"{out} away") from None
+
+
+def is_empty(out):
+    """Is this an empty folder?"""
+    return out.is_dir() and not any(out.iterdir())
 
 
 def find_reference(path):
@@ -196,11 +205,23 @@ def say_what_is_next(args, out, contents, began):
     say(f"{out}: {' '.join(names)}  ({time.time() - began:.0f} s, "
         f"peak memory {peak_memory():.0f} MB)")
     prompt = contents[0] if args.kind == "content" else "a cat"
-    script = str(Path(sys.argv[0]).parent / "sample.py")
-    command = ["python", script, "--prompt", prompt, f"--{args.kind}", str(out)]
+    run = "./none" if str(out) == "none" else str(out)       # --style none is the base
+    script = Path(sys.argv[0])
+    if script.is_symlink():
+        script = script.resolve()
+    command = ["python", str(script.parent / "sample.py")]
+    command += with_value("--prompt", prompt)
+    command += with_value(f"--{args.kind}", run)
     if args.weights != WEIGHTS:
-        command += ["--weights", args.weights]
+        command += with_value("--weights", args.weights)
     say("next: " + shlex.join(command))
+
+
+def with_value(option, value):
+    """An option and its value as arguments; a value that begins with a dash needs "="."""
+    if value.startswith("-"):
+        return [f"{option}={value}"]
+    return [option, value]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,30 +231,40 @@ def first_round(args, out, pipe, references, config):
     """Tune on the references (Eq. 3) and draw previews. The run folder is created at the end."""
     contents = config["content"]
     style = config["style"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(out.parent)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=partial_prefix()) as temporary:
+    place = out.resolve()                                    # where `out` may be a link to
+    place.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(place.parent)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=partial_prefix()) as temporary:
         run = Path(temporary) / "run"
         run.mkdir()
         tuning = replace(ROUND_1, steps=args.steps, lr=args.lr, batch=args.batch, d_prj=args.d_prj)
         progress = TuningProgress()
         adapter = pipe.tune(references, contents, style, args.seed, args.superres, tuning, progress)
         say(describe(pipe, adapter))
-        adapter.save(run / "adapter.pt")
-        write_json(run / "config.json", config)
-        write_log(run / "log.jsonl", progress.log)
+        adapter.about["kind"] = args.kind
+        try:
+            adapter.save(run / "adapter.pt")
+            write_json(run / "config.json", config)
+            write_log(run / "log.jsonl", progress.log)
+        except OSError as error:
+            error.filename = str(out)                        # the temporary name would mean nothing
+            raise
         if args.kind == "content":
             prompts = [style_prompt(contents[0], words) for words in ("", *CONTENT_PREVIEW)]
         else:
             prompts = PREVIEW
         before, after = previews(pipe, adapter, prompts, args)
         sheet = before_after(to_uint8(references), to_uint8(before), to_uint8(after), prompts)
-        write_png(run / "samples.png", sheet)
-        note_blank(to_uint8(after))
         try:
-            os.replace(run, out)
+            write_png(run / "samples.png", sheet)
+        except OSError as error:                             # a full disk must not cost the adapter
+            reason = (error.strerror or str(error)).lower()
+            note(f"{out / 'samples.png'} could not be written: {reason}")
+        note_blank(to_uint8(after), args.kind)
+        try:
+            os.replace(run, place)
         except OSError:
-            if not out.exists():
+            if is_empty(out) or not out.exists():
                 raise
             raise ValueError(f"another command has just made {out}; give another --out") from None
 
@@ -276,12 +307,15 @@ def before_after(references, before, after, prompts):
                 top=["reference", *prompts], left=["before", "after"])
 
 
-def note_blank(images):
+def note_blank(images, kind):
     """Warn if any of the previews, uint8 (B, H, W, 3), is blank, and say what to do."""
     blank = sum(is_one_colour(image) for image in images)
+    advice = f"Use less of the style: sample.py --lambda-a {SAMPLING.lambda_a - 0.5:g}"
+    if kind == "content":
+        less = SAMPLING.lambda_a_content - 0.5
+        advice = f"Use less of the object: sample.py --lambda-a-content {less:g}"
     if blank:
-        note(f"{blank} of {len(images)} previews are blank. Use less of the style: "
-             f"sample.py --lambda-a {SAMPLING.lambda_a - 0.5:g}")
+        note(f"{blank} of {len(images)} previews are blank. {advice}")
 
 
 if __name__ == "__main__":

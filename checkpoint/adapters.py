@@ -11,11 +11,15 @@ from .files import write_whole
 from .weights import build, read_checkpoint
 
 
+LONGEST_STYLE = 2000                    # characters, as many as train.py takes
+
+
 class TunedAdapter(nn.Module):
     """The adapters of both stages, and how they were made.
 
     adapter: the first stage's; superres: the second stage's (Table S3, third column), or None;
-    about: a dict with the fingerprint of the base, the style phrase, the prompts and the settings.
+    about: a dict with the fingerprint of the base, the style phrase, the prompts and the settings;
+    the commands add the kind, "style" or "content".
     """
 
     def __init__(self, adapter, superres=None, about=None):
@@ -54,6 +58,8 @@ def load_adapter(path):
         tuned.about = dict(saved["about"])
         if not all(isinstance(tuned.about.get(name, ""), str) for name in ("base", "style")):
             raise ValueError("its base and style are not text")
+        if len(tuned.style) > LONGEST_STYLE:
+            raise ValueError(f"its style has {len(tuned.style):,} characters")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not fit this version's adapters: {error}; "
                          "tune it again") from None

@@ -116,11 +116,17 @@ def write_log(path, lines):
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def check_place(path, option="--out"):
-    """Raise ValueError if nothing could be written at `path`, before the work is done."""
-    whole = Path(os.path.abspath(path))
-    if whole.is_symlink() and not whole.exists():
+def check_place(path, option="--out", is_folder=True):
+    """Raise ValueError, before the work, if a folder (or a file) cannot be written at `path`."""
+    whole = Path(os.path.realpath(path))
+    if Path(path).is_symlink() and not whole.exists():
         raise ValueError(f"{path} is a broken link; give another {option}")
+    if is_folder and whole.is_file():
+        raise ValueError(f"{path} is a file, not a folder; give another {option}")
+    if not is_folder and whole.is_dir():
+        raise ValueError(f"{path} is a folder, not a file; give another {option}")
+    if whole.is_file() and not os.access(whole, os.W_OK):
+        raise ValueError(f"{path} is read-only; give another {option}")
     try:
         existing = next(place for place in (whole, *whole.parents) if place.exists())
         folder = existing

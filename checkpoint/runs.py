@@ -8,11 +8,15 @@ refused, so nothing that a person has made is ever replaced.
 
 import contextlib
 import json
+import math
+import os
 import platform
 from pathlib import Path
 
 from .adapters import load_adapter
 from .files import clear_leftovers, partial_prefix, read_json
+
+KINDS = ["style", "content"]
 
 
 def kind_of(run):
@@ -22,13 +26,17 @@ def kind_of(run):
     except ValueError:
         return None
     kind = config.get("kind")
-    return kind if kind in ("style", "content") else None
+    return kind if kind in KINDS else None
 
 
 def newest_run(root="runs"):
     """The style run in `root` that was made last; None where there is none."""
     newest = None
-    newest_time = 0.0
+    newest_time = -math.inf
+    for folder in (Path(root), *Path(root).glob("*")):
+        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+            raise ValueError(f"no permission to look into {folder}; give --style RUN, or change "
+                             "its permissions")
     for path in Path(root).glob("*/adapter.pt"):
         if kind_of(path.parent) != "content" and path.stat().st_mtime > newest_time:
             newest = path.parent
@@ -39,14 +47,17 @@ def newest_run(root="runs"):
 def load_run(run, kind):
     """The adapter of a run folder or adapter file. Raises ValueError if it is of another kind.
 
-    kind: "style" or "content". The kind is read from config.json in the folder.
+    kind: "style" or "content". The file says its kind; for older files, config.json next to it.
     """
     run = Path(run)
+    adapter = load_adapter(run)
     folder = run if run.is_dir() else run.parent
-    actual = kind_of(folder)
-    if actual is not None and actual != kind and (folder / "adapter.pt").exists():
+    actual = adapter.about.get("kind")
+    if actual not in KINDS and (folder / "adapter.pt").exists():
+        actual = kind_of(folder)
+    if actual in KINDS and actual != kind:
         raise ValueError(f"{run} was trained with --kind {actual}; give it as --{actual}")
-    return load_adapter(run)
+    return adapter
 
 
 def was_made(path, recipe):

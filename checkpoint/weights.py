@@ -40,6 +40,8 @@ def read_weights(path):
     if any(entry.filename.endswith("constants.pkl") for entry in entries):
         raise TorchScript(f"{path} is a TorchScript archive; it contains code and is not opened")
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        if all(entry.compress_type == zipfile.ZIP_STORED for entry in entries):
+            raise damaged                # its sizes contradict each other
         raise ValueError(f"{path} is compressed, as torch.save never writes; it is not opened")
     try:
         with warnings.catch_warnings():

@@ -5,6 +5,7 @@ stopped command resumes after its last finished part, and no choice is ever repl
 """
 
 import contextlib
+import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from checkpoint.runs import was_made
 from checkpoint.weights import fingerprint
 from commandline.notes import note_unknown
 from commandline.options import LONGEST
-from commandline.terminal import SamplingProgress, say
+from commandline.terminal import Progress, SamplingProgress, say
 from commandline.tuning import TuningProgress, describe
 from data.folder import read_text
 from data.pictures import grid
@@ -70,9 +71,14 @@ def choose_by_clip(pipe, pool, generator=None):
 
     The paper does not say whether that text names the style. Here it does not.
     """
-    scores = clip_feedback.text_score(pipe.clip, pool.images, pool.contents)
-    scores = scores.view(len(pool.prompts), -1)              # (P, K)
-    return indices_in_pool(clip_feedback.select_best(scores), scores.shape[1])
+    count = len(pool.images) // len(pool.prompts)
+    progress = Progress("CLIP's scores: prompt")
+    scores = []
+    for images, prompt in zip(pool.images.split(count), pool.prompts):
+        scores.append(clip_feedback.text_score(pipe.clip, images, prompt))
+        progress(len(scores), len(pool.prompts))
+    best = clip_feedback.select_best(torch.stack(scores))    # of scores (P, K)
+    return indices_in_pool(best, count)
 
 
 def choose_at_random(pipe, pool, generator):
@@ -170,7 +176,10 @@ def read_choice(path, recipe, count):
     """The indices in choice.json, or None where there is none. Raises ValueError: see was_made."""
     if not was_made(path, recipe):
         return None
-    chosen = check_choice(read_json(path).get("chosen"), count, path)
+    try:
+        chosen = check_choice(read_json(path).get("chosen"), count, f'"chosen" in {path}')
+    except ValueError as error:
+        raise ValueError(f"{error}; move it away to choose anew") from None
     if not chosen:
         raise ValueError(f"{path} contains no choice; move it away to choose anew")
     return chosen
@@ -216,17 +225,25 @@ def pool_of(pipe, here, adapter, recipe):
         progress = SamplingProgress("pool: picture", len(prompts) * count)
         pool = sample_pool(pipe, prompts, count, adapter, recipe["seed"] + 1, progress.on_batch,
                            on_step=progress.on_step)
-        write_png(here / "pool.png", grid(to_uint8(pool.images), count, gap=0))
-        write_json(here / "pool.json", recipe)
+        picture = grid(to_uint8(pool.images), count, gap=0)
+        write_png(here / "pool.png", picture)
+        write_json(here / "pool.json", dict(recipe, pixels=hash_of(picture)))
     try:
         sheet = np.asarray(Image.open(here / "pool.png"))
     except Exception:                                        # Pillow has many
         sheet = np.zeros((0, 0, 0))
     size = sheet.shape[1] // count
-    if not size or sheet.shape != (len(prompts) * size, count * size, 3):
+    pixels = read_json(here / "pool.json").get("pixels", hash_of(sheet))     # older ones have none
+    is_same = pixels == hash_of(sheet)
+    if not is_same or not size or sheet.shape != (len(prompts) * size, count * size, 3):
         raise ValueError(f"{here / 'pool.png'} is not the pool that was sampled; move {here} away")
     tiles = sheet.reshape(len(prompts), size, count, size, 3).swapaxes(1, 2)
     return Pool(to_tensor(tiles.reshape(-1, size, size, 3)), prompts, adapter.style)
+
+
+def hash_of(picture):
+    """A hash of the pixels of a picture, a Pillow image or an array."""
+    return hashlib.sha256(np.asarray(picture).tobytes()).hexdigest()[:12]
 
 
 def choose(args, here, pipe, pool, references, recipe, pick, pages):
@@ -271,6 +288,7 @@ def adapter_of(args, here, pipe, pool, chosen, style, recipe, turn):
                             replace(ROUND_2, batch=args.batch), progress)
         say(describe(pipe, adapter))
         write_log(here / "log.jsonl", progress.log)
+        adapter.about["kind"] = "style"
         adapter.save(here / "adapter.pt")
         write_json(here / "adapter.json", recipe)
     return load_adapter(here)

@@ -169,13 +169,14 @@ def with_free_space(monkeypatch, size):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
 
 
-@pytest.mark.parametrize("place", ["new", "new/deep/run", "folder", "text.txt"])
-def test_a_place_that_can_be_written(tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("place, is_folder", [
+    ("new", True), ("new", False), ("new/deep/run", True), ("folder", True), ("text.txt", False)])
+def test_a_place_that_can_be_written(tmp_path, monkeypatch, place, is_folder):
     """It is left as it was."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.txt").touch()
     with_free_space(monkeypatch, LEAST_FREE)
-    check_place(tmp_path / place)
+    check_place(tmp_path / place, is_folder=is_folder)
     assert names_in(tmp_path) == ["folder", "text.txt"]
 
 
@@ -198,6 +199,16 @@ def test_a_full_disk_is_noticed_first(tmp_path, monkeypatch, place):
     with_free_space(monkeypatch, LEAST_FREE - 1)
     with pytest.raises(ValueError, match=one_line(f"{tmp_path / place}.*no space left.*--out")):
         check_place(tmp_path / place)
+
+
+@pytest.mark.parametrize("place, is_folder, reason", [
+    ("text.txt", True, "is a file, not a folder"), ("folder", False, "is a folder, not a file")])
+def test_a_place_of_the_other_kind(tmp_path, place, is_folder, reason):
+    """Trap: it is noticed when the work is done."""
+    (tmp_path / "text.txt").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=one_line(f"{tmp_path / place} {reason}; .*--trace")):
+        check_place(tmp_path / place, "--trace", is_folder=is_folder)
 
 
 # -- JSON
@@ -385,6 +396,16 @@ def test_a_compressed_archive_is_not_unpacked(tmp_path):
         read_weights(path)
 
 
+def test_a_damaged_size_is_not_called_compression(saved_adapter, tmp_path):
+    """One byte of the archive's directory is changed."""
+    content = bytearray(saved_adapter.read_bytes())
+    content[content.index(b"PK\1\2") + 27] ^= 1             # of an entry's size
+    path = tmp_path / "adapter.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=one_line("is damaged")):
+        read_weights(path)
+
+
 @pytest.mark.parametrize("name", ["missing.pt", "."])
 def test_there_is_no_such_file(tmp_path, name):
     with pytest.raises(FileNotFoundError, match="no file of weights at"):
@@ -502,11 +523,13 @@ def test_wrong_types_inside_of_a_field(saved_adapter, tmp_path, field):
             assert read_or_refuse(path, load_adapter) is None, (name, value)
 
 
-@pytest.mark.parametrize("name", ["base", "style"])
-def test_base_and_style_are_text(saved_adapter, tmp_path, name):
-    """Trap: a number as a style phrase is a traceback when a prompt is made of it."""
+@pytest.mark.parametrize("name, value", [("base", 7), ("style", 7), ("style", "x" * 2001)])
+def test_base_and_style_are_text(saved_adapter, tmp_path, name, value):
+    """Traps: a number as a style phrase is a traceback when a prompt is made of it; a phrase of
+    millions of letters takes minutes to read.
+    """
     saved = torch.load(saved_adapter, weights_only=True)
-    saved["about"][name] = 7
+    saved["about"][name] = value
     torch.save(saved, tmp_path / "adapter.pt")
     assert read_or_refuse(tmp_path / "adapter.pt", load_adapter) is None
 
@@ -662,6 +685,22 @@ def test_the_newest_run_is_a_style(run):
     assert newest_run(run.parent / "nowhere") is None
 
 
+def test_a_run_without_a_time_is_found(run):
+    """Archives are unpacked with the time 0. Trap: "there is no run"."""
+    os.utime(run / "adapter.pt", (0, 0))
+    assert newest_run(run.parent) == run
+
+
+@pytest.mark.parametrize("place", ["", "run"])
+def test_folders_that_may_not_be_read_are_named(run, monkeypatch, place):
+    """Trap: "there is no run", or an older one is used in silence."""
+    closed = run.parent / place
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and real(path, mode))
+    with pytest.raises(ValueError, match=one_line(f"no permission to look into {closed}; give")):
+        newest_run(run.parent)
+
+
 @pytest.mark.parametrize("name", ["", "adapter.pt"], ids=["folder", "file"])
 def test_a_run_of_the_other_kind_is_refused(run, name):
     """Trap: the adapter of an object, given as a file, is used as a style."""
@@ -669,6 +708,27 @@ def test_a_run_of_the_other_kind_is_refused(run, name):
     load_run(run / name, "content")
     with pytest.raises(ValueError, match=one_line("trained with --kind content; .*--content")):
         load_run(run / name, "style")
+
+
+@pytest.mark.parametrize("kind, other", [("content", "style"), ("style", "content")])
+@pytest.mark.parametrize("name", ["c.pt", "run/c.pt"])
+def test_an_adapter_file_says_its_kind(run, kind, other, name):
+    """Wherever it was copied to, even into the run folder of another kind."""
+    write_json(run / "config.json", dict(kind=other))
+    path = run.parent / name
+    TunedAdapter(Adapter(8, 1, 1, True), about=dict(kind=kind)).save(path)
+    load_run(path, kind)
+    with pytest.raises(ValueError, match=one_line(f"trained with --kind {kind}; .*--{kind}")):
+        load_run(path, other)
+
+
+@pytest.mark.parametrize("about", [{}, {"kind": 7}, {"kind": "\x1b[2J"}], ids=str)
+def test_an_adapter_file_without_a_kind_is_taken_for_either(run, about):
+    """Older files have none."""
+    path = run.parent / "c.pt"
+    TunedAdapter(Adapter(8, 1, 1, True), about=about).save(path)
+    load_run(path, "style")
+    load_run(path, "content")
 
 
 def test_a_run_was_made_by_its_recipe(run):

@@ -14,14 +14,16 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from conftest import noise_images
+from conftest import Clock, noise_images
 from PIL import Image
 
+import clip_feedback
 import sample
 import train
 from checkpoint.adapters import load_adapter
 from checkpoint.weights import fingerprint
 from clip_feedback import style_score, text_score
+from commandline import terminal
 from human_feedback import rounds as rounds_
 from human_feedback.page import ChoicePage, Picking
 from human_feedback.rounds import (FEEDBACK, POOL_PROMPTS, choose_at_random, choose_by_clip,
@@ -134,6 +136,22 @@ def test_clip_chooses_the_image_nearest_to_its_text(pipe, pool):
     assert choose_by_clip(pipe, pool) == best
 
 
+def test_scores_of_a_large_pool_are_not_silent(pipe, pool, monkeypatch, capsys):
+    """Trap: all images are scored at once, and nothing is said meanwhile."""
+    clock = Clock()
+    real = clip_feedback.image_features
+
+    def slow_features(clip, images):
+        clock.now += len(images)
+        return real(clip, images)
+
+    monkeypatch.setattr(terminal, "time", clock)
+    monkeypatch.setattr(clip_feedback, "image_features", slow_features)
+    choose_by_clip(pipe, pool)
+    assert capsys.readouterr().out.splitlines() == [
+        f"CLIP's scores: prompt {i}/3  {6 * i} s" for i in (1, 2, 3)]
+
+
 def test_random_choice_follows_from_its_generator(pipe, pool):
     def choose(seed):
         return choose_at_random(pipe, pool, torch.Generator().manual_seed(seed))
@@ -186,6 +204,7 @@ def test_two_rounds(rounds, calls, name):
     first, second = load_adapter(RUN / "round1"), load_adapter(RUN / "round2")
     assert second.adapter.config == first.adapter.config | dict(is_shared=True, d_prj=2)
     newest = load_adapter(RUN)
+    assert first.about["kind"] == second.about["kind"] == newest.about["kind"] == "style"
     assert fingerprint(second.state_dict()) == fingerprint(newest.state_dict())
     assert list(read_json("scores.json")) == ["base", "round 1", "round 2", "scorer"]
     _, ((_, images, contents, style, *_), _) = tuned
@@ -301,6 +320,15 @@ def test_damaged_files(finished, refused_round, name):
         assert f"{name}.json" in refused_round(*PERSON)
 
 
+@pytest.mark.parametrize("chosen", [[99], ["x"], 7])
+def test_a_damaged_choice_is_named(finished, refused_round, chosen):
+    finished(*CLIP)
+    path = RUN / "round2/choice.json"
+    path.write_text(json.dumps(read_json("round2/choice.json") | {"chosen": chosen}))
+    line = refused_round(*CLIP)
+    assert f'"chosen" in {path} must be a list of numbers from 0 to 11; move it away' in line
+
+
 def test_damaged_clicks(rounds, refused_round, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, "choose")
@@ -322,12 +350,13 @@ def test_the_advice_about_a_damaged_part_works(rounds, finished, refused_round, 
     assert read_json("round2/choice.json")["chosen"] == [0, 4, 8]
 
 
-def test_a_pool_of_other_pictures_is_refused(rounds, refused_round):
-    """Trap: the numbers of a choice mean other pictures."""
+@pytest.mark.parametrize("size", [(64, 47), (64, 48)])
+def test_a_pool_of_other_pictures_is_refused(rounds, refused_round, size):
+    """Of its size or another. Trap: the numbers of a choice mean other pictures."""
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, "choose")
         rounds(*CLIP)
-    Image.new("RGB", (64, 47)).save(RUN / "round2/pool.png")
+    Image.new("RGB", size).save(RUN / "round2/pool.png")
     assert "pool.png is not the pool that was sampled" in refused_round(*CLIP)
 
 

@@ -357,18 +357,46 @@ REFUSALS = [                            # options in addition to a prompt; words
     (["--content", "runs/nothing"], "nothing"), (["--style", "runs/foreign"], "tuned on base"),
     (["--style", "runs/object"], "--content"), (["--content", "runs/new"], "--style"),
     (["--content", "runs/new/adapter.pt"], "--style"), (["--out", "folder.png"], "is a folder"),
-    (["--trace", "file/a.gif"], "--trace"), (["--out", "file/a.png"], "--out")]
+    (["--trace", "file/a.gif"], "--trace"), (["--out", "file/a.png"], "--out"),
+    (["--trace", "a.gif", "--out", "cats"], "--out must end in .png"),
+    (["--trace", "folder.gif"], "folder.gif is a folder, not a file; give another --trace"),
+    (["--out", "file"], "file is a file, not a folder"), (["--out", "cat.JPG"], "written as PNG"),
+    (["--out", "mine", "--num", 2], "mine/00002.png already exists; give another --out"),
+    (["--out", "linked"], "linked/00001.png already exists")]
 
 
 @pytest.mark.parametrize("options, words", REFUSALS)
 def test_refusals(run_sample, refused, weights, make_adapter, options, words):
     """One line that names the mistake, exit code 2, and no file."""
     make_adapter(base="another").save("runs/foreign/adapter.pt")
-    for folder in ("runs/unfinished", "folder.png"):
+    for folder in ("runs/unfinished", "folder.png", "folder.gif", "mine", "linked"):
         Path(folder).mkdir()
+    Path("mine/00002.png").write_text("mine")
+    Path("linked/00001.png").symlink_to("missing.png")
     Path("file").write_text("")
     line = refused(sample.main, *CAT, "--steps", 1, "--weights", weights, *options)
     assert re.search(words, line), line
+
+
+def test_a_file_that_may_not_be_written_is_refused(run_sample, refused, monkeypatch):
+    """As with mode 444. Trap: it is replaced, since that needs the folder's permission alone."""
+    Path("keep.png").write_text("mine")
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: (
+        Path(path).name != "keep.png" and real(path, mode)))             # tests run as root
+    line = refused(sample.main, *CAT, *STYLE, "--out", "keep.png")
+    assert "keep.png is read-only; give another --out" in line
+
+
+def test_links_are_followed(run_sample):
+    """Trap: the link is replaced by a file."""
+    for link, file in (("a.png", "b.png"), ("a.gif", "b.gif")):
+        Path(file).write_text("old")
+        Path(link).symlink_to(file)
+    assert run_sample(*CAT, *STYLE, "--out", "a.png", "--trace", "a.gif")[0] == 0
+    for link, file in (("a.png", "b.png"), ("a.gif", "b.gif")):
+        assert Path(link).is_symlink()
+        assert Path(file).read_bytes() != b"old"
 
 
 def test_without_a_prompt(refused):

@@ -24,6 +24,7 @@ from conftest import contents
 from PIL import Image
 
 import data
+import sample
 import styledrop
 import train
 from checkpoint.adapters import load_adapter
@@ -83,15 +84,18 @@ def test_run_folder(tune, pipe, tmp_path):
     assert (adapter.about["steps"], adapter.about["seed"]) == (2, 5)
     for name in ("lr", "batch", "d_prj", "is_shared", "mask_power"):
         assert adapter.about[name] == getattr(styledrop.ROUND_1, name)
+    assert adapter.about["kind"] == "style"
     assert "first stage: step 2/2" in out
 
 
-def test_the_run_says_what_it_was_made_of(tune, weights, pipe):
-    """config.json has no absolute path of the weights, which tells of the user's machine."""
+def test_the_run_says_what_it_was_made_of(tune, weights, pipe, tmp_path):
+    """config.json has no path of weights or references, which would tell of the user's machine."""
     tune("--weights", weights, "--style", "flat vector")
     config = read_json("runs/ref/config.json")
     assert config["weights"] == weights.name
-    assert str(weights) not in Path("runs/ref/config.json").read_text()
+    assert config["ref"] == ["ref.png"]
+    for path in (weights, tmp_path):
+        assert str(path) not in Path("runs/ref/config.json").read_text()
     assert (config["kind"], config["content"], config["style"]) == (
         "style", ["a house"], "flat vector")
     assert config["base"] == pipe.base_id
@@ -221,10 +225,31 @@ def test_an_object(tune, weights, picture):
     assert code == 0
     about = load_adapter("runs/my house").about
     assert (about["style"], about["prompts"]) == ("", ["it's [V]"] * 3)
+    assert about["kind"] == "content"
     last = out.splitlines()[-1]
     assert shlex.split(last) == [
         "next:", "python", "sample.py", "--prompt", "it's [V]", "--content", "runs/my house",
         "--weights", str(weights)]
+
+
+@pytest.mark.parametrize("options, style, content, prompt", [
+    (["--content=a house", "--out", "none"], "./none", None, "a cat"),
+    (["--content=a house", "--out=-x"], "-x", None, "a cat"),
+    (["--kind", "content", "--content=-dash", "--out=--x"], None, "--x", "-dash")])
+def test_the_command_to_try_next_works(cli, weights, picture, options, style, content, prompt):
+    """Traps: names that are read as options; --style none, which is the base."""
+    code, out, _ = cli(train.main, "--ref", picture(), "--weights", weights, "--steps", 1, *options)
+    assert code == 0
+    command = shlex.split(out.splitlines()[-1])[3:]
+    args = sample.options().parse_args(command)
+    assert (args.style, args.content, args.prompt) == (style, content, [prompt])
+
+
+def test_the_command_to_try_next_where_train_is_a_link(tune):
+    """Trap: sample.py in the folder of the link, where there is none."""
+    Path("train.py").symlink_to(ROOT / "train.py")
+    _, out, _ = tune()
+    assert shlex.split(out.splitlines()[-1])[2] == str(ROOT / "sample.py")
 
 
 def test_previews_of_an_object_say_all_of_their_prompts(tune, monkeypatch):
@@ -302,10 +327,23 @@ def test_control_characters_of_a_config_do_not_reach_the_terminal(tune):
     assert (out + err).replace("\n", "").isprintable()
 
 
-def test_an_empty_folder_will_do(tune):
+@pytest.mark.parametrize("out", ["runs/a", "link"])
+def test_an_empty_folder_will_do(tune, out):
+    """Also behind a link. Trap: a link cannot be replaced by a folder, and the adapter is lost."""
     Path("runs/a").mkdir(parents=True)
-    assert tune("--out", "runs/a")[0] == 0
+    Path("link").symlink_to("runs/a")
+    assert tune("--out", out)[0] == 0
     assert names_in("runs/a") == RUN
+    assert Path("link").is_symlink()
+
+
+def test_a_mount_point_is_refused_before_tuning(refused, picture, monkeypatch):
+    """Trap: it cannot be replaced by the finished folder, and the adapter is lost."""
+    Path("mount").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mount")
+    monkeypatch.setattr(StyleDrop, "load", lambda *_: pytest.fail("too late"))
+    line = refused(train.main, "--ref", picture(), "--out", "mount")
+    assert "mount is a mount point; give --out a folder inside it" in line
 
 
 @pytest.mark.parametrize("reference, folder", [
@@ -356,7 +394,7 @@ REFUSALS = [                            # options, and words of the one line
     (["--ref", "good.png", "--content", "a", "--content", "b", "--content", "c"], "not 3"),
     (["--ref", "good.png", "--style", "x" * 100_000], "100,000 characters"),
     (["--ref", "good.png", "--out", "folder"], "folder already exists, but is not a run folder"),
-    (["--ref", "good.png", "--out", "text.txt"], "text.txt already exists, but is not a run"),
+    (["--ref", "good.png", "--out", "text.txt"], "text.txt is a file, not a folder"),
     (["--ref", "good.png", "--out", "text.txt/a"], "text.txt"),
     (["--ref", "good.png", "--out", f"new/{'a' * 300}"], "too long"),
     (["--ref", "good.png", "--out", "link"], "broken link"),
@@ -369,6 +407,7 @@ REFUSALS = [                            # options, and words of the one line
     (["--ref", "good.png", "--rounds", 2, "--pool-prompts", "text.txt"], "write one per line"),
     (["--ref", "good.png", "--rounds", 2, "--pool-prompts", "long.txt"], "100,000 characters"),
     (["--ref", "good.png", "--rounds", 2, "--weights", "no_clip"], "clip.pt"),
+    (["--ref", "good.png", "--rounds", 2, "--weights", "no_words"], "clip.pt has no vocabulary"),
     (["--ref", "good.png", "--seed=--"], "--seed")]
 
 
@@ -384,6 +423,9 @@ def test_refusals(refused, weights, picture, tmp_path, options, words):
     (tmp_path / "link").symlink_to("missing")
     shutil.copytree(weights, tmp_path / "no_clip")
     (tmp_path / "no_clip" / "clip.pt").unlink()
+    shutil.copytree(weights, tmp_path / "no_words")
+    clip = torch.load(weights / "clip.pt", weights_only=True)
+    torch.save(clip | {"merges": None}, tmp_path / "no_words" / "clip.pt")
     line = refused(train.main, "--weights", weights, *options)
     assert re.search(words, line), line
 
@@ -399,6 +441,26 @@ def test_a_full_disk_is_noticed_before_training(refused, picture, monkeypatch):
     monkeypatch.setattr(StyleDrop, "load", lambda *_: pytest.fail("too late"))
     line = refused(train.main, "--ref", picture(), "--out", "runs/new")
     assert "runs/new cannot be written: no space left on device; give another --out" in line
+
+
+def full_disk(path, *_, **__):
+    raise OSError(28, "No space left on device", str(path))
+
+
+def test_a_disk_that_fills_up_does_not_cost_the_adapter(tune, monkeypatch):
+    """Trap: with the sheet of previews, everything is lost."""
+    monkeypatch.setattr(train, "write_png", full_disk)
+    code, _, err = tune()
+    assert code == 0
+    assert "runs/ref/samples.png could not be written: no space left on device" in err
+    assert names_in("runs/ref") == [name for name in RUN if name != "samples.png"]
+
+
+def test_a_full_disk_names_the_run(tune, monkeypatch):
+    """Trap: the name of a temporary file."""
+    monkeypatch.setattr(train, "write_log", full_disk)
+    code, _, err = tune()
+    assert code == 2 and err.endswith("error: runs/ref: no space left on device\n")
 
 
 @pytest.mark.parametrize("parameter", [math.nan, math.inf])
@@ -445,11 +507,15 @@ def test_a_line_at_least_about_every_five_seconds(tune, weights2, slow_passes):
     assert max(np.diff(times)) <= 8                          # a step of decoding has three passes
 
 
-def test_blank_previews_are_said(tune, monkeypatch):
+@pytest.mark.parametrize("kind, option", [
+    ("style", f"--lambda-a {styledrop.SAMPLING.lambda_a - 0.5:g}"),
+    ("content", f"--lambda-a-content {styledrop.SAMPLING.lambda_a_content - 0.5:g}")])
+def test_blank_previews_are_said(tune, monkeypatch, kind, option):
+    """With the option that matters for this kind of adapter."""
     monkeypatch.setattr(train, "is_one_colour", lambda image: True)
-    code, _, err = tune()
+    code, _, err = tune("--kind", kind)
     assert code == 0
-    assert "note: 6 of 6 previews are blank" in err and "--lambda-a" in err
+    assert "note: 6 of 6 previews are blank" in err and err.endswith(f"sample.py {option}\n")
 
 
 # -- signals and terminals
@@ -536,3 +602,18 @@ def test_another_command_was_faster(tune, monkeypatch):
     code, _, err = tune()
     assert code == 2 and "another command has just made runs/ref; give another --out" in err
     assert contents(Path("runs")) == {"ref": None, "ref/adapter.pt": b"theirs"}
+
+
+def test_another_reason_is_not_called_another_command(tune, monkeypatch):
+    """Trap: the message blames a command that never ran."""
+    real = os.replace
+
+    def busy(source, target):
+        if Path(source).is_dir():
+            raise OSError(16, "Device or resource busy", str(source), None, str(target))
+        real(source, target)
+
+    Path("runs/ref").mkdir(parents=True)
+    monkeypatch.setattr(os, "replace", busy)
+    code, _, err = tune()
+    assert code == 2 and "busy" in err and "another command" not in err
