@@ -34,6 +34,7 @@ EOW = "</w>"                                      # ends the last symbol of a wo
 VOCABULARY_FILE = "bpe_simple_vocab_16e6.txt.gz"  # OpenAI's merges, which public weights need
 OPENAI_MERGES = 49152 - 256 - 2                   # the file lists more merges than the models use
 LONGEST_WORD = 1000                               # bytes; longer than any model's context
+LONGEST_SYMBOL = 256                              # characters; OpenAI's longest has about 30
 
 # Contractions, runs of letters, single digits, runs of other characters but spaces. Unlike in CLIP,
 # "<|endoftext|>" in a prompt is plain text: no prompt can end early.
@@ -139,7 +140,7 @@ def as_pair(merge):
     a, b = merge.split() if isinstance(merge, str) else merge
     if not isinstance(a, str) or not isinstance(b, str):
         raise TypeError("a merge must be two strings")
-    if len(a) + len(b) > 256:          # OpenAI's longest has about 30
+    if len(a) + len(b) > LONGEST_SYMBOL:
         raise ValueError("a symbol is too long")
     return a, b
 

@@ -56,8 +56,8 @@ def number(kind, low, high, above=False):
         too_low = value <= low if above else value < low
         if too_low or not value <= high:                     # "not <=" also catches NaN
             least = f"above {low}" if above else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"{text[:80]} must be {least} and at most "
-                                             f"{high:,.15g}")
+            most = f"{high:,}" if kind is int else f"{high:,.15g}"
+            raise argparse.ArgumentTypeError(f"{text[:80]} must be {least} and at most {most}")
         return value
     return parse
 

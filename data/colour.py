@@ -173,7 +173,7 @@ def find_white(values, image, path):
 
 def varies(values):
     """Does any channel of (height, width, channels) hold more than one value?"""
-    return bool((values.min((0, 1)) < values.max((0, 1))).any())
+    return bool((values != values[0, 0]).any())
 
 
 def stated_white(image, path):
@@ -311,7 +311,10 @@ def measured_colours(gamma, chromaticity):
             transfer = exponent
     if isinstance(chromaticity, tuple) and min(chromaticity) > 0:
         differs = np.abs(np.subtract(chromaticity, BT709)).max() > 0.005
-        if differs and np.isfinite(matrix_to_srgb(chromaticity)).all():
+        corners = np.reshape(chromaticity, (4, 2))[1:]       # red, green, blue
+        area = np.abs(np.linalg.det(np.column_stack([corners, np.ones(3)]))) / 2
+        # sRGB's triangle has an area of 0.11; in one without area, three colours cannot be told
+        if differs and area > 0.01 and np.isfinite(matrix_to_srgb(chromaticity)).all():
             primaries = chromaticity
     return Colours(transfer, primaries)
 

@@ -32,10 +32,10 @@ class Folder:
         for file, words in pairs:
             if not words:
                 raise ValueError(f"{file} has an empty caption; say what it shows")
+        self.images = np.stack([read_image(file, size) for file, _ in pairs])
         used = {file.resolve() for file, _ in pairs} | {table.resolve()}
         used |= {file.with_suffix(".txt").resolve() for file, _ in pairs}
         self.skipped = sorted(file.name for file in path.iterdir() if file.resolve() not in used)
-        self.images = np.stack([read_image(file, size) for file, _ in pairs])
         self.captions = [words for _, words in pairs]
         digest = hashlib.sha256(self.images.tobytes())
         digest.update("\n".join(self.captions).encode())
@@ -60,9 +60,12 @@ class Folder:
 def read_captions(table):
     """The rows of captions.tsv -> [(path of the picture, its caption)]."""
     pairs = []
-    for line in read_text(table).splitlines():
-        file, _, words = line.partition("\t")
+    for number, line in enumerate(read_text(table).splitlines(), 1):
+        file, tab, words = line.partition("\t")
         if line.strip() and file.strip() != "file":          # skip the header row
+            if not tab and not (table.parent / file.strip()).exists():
+                raise ValueError(f"{table}, line {number}, has no tab between file and caption; "
+                                 "put one there")
             pairs.append((table.parent / file.strip(), " ".join(words.split())))
     return pairs
 
@@ -71,8 +74,8 @@ def read_caption_files(path):
     """NAME.txt next to each picture -> [(path of the picture, its caption)]."""
     pairs = []
     for file in sorted(path.iterdir()):
-        if file.suffix.lower() not in SUFFIXES:
-            continue
+        if file.name.startswith(".") or file.suffix.lower() not in SUFFIXES:
+            continue                                         # ._NAME.png are macOS's notes
         caption_file = file.with_suffix(".txt")
         if not caption_file.exists():
             raise ValueError(f"{file} has no caption; write {caption_file.name} next to it")

@@ -387,6 +387,9 @@ OTHER_FILES = {                         # how they begin, and what a message say
 PICTURES = {PNG_SIGNATURE: "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"BM": "BMP",
             b"II*\0": "TIFF", b"MM\0*": "TIFF", b"8BPS": "PSD"}
 
+UNREADABLE = ("looks like {}, but Pillow cannot read it: it is damaged or of a rare kind; save it "
+              "again as PNG")
+
 
 def what_else(head):
     """Say what a file is that Pillow cannot open, and what to do. head: its first 1,024 bytes."""
@@ -397,6 +400,8 @@ def what_else(head):
         return what_container(head)
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return VIDEO
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return UNREADABLE.format("WebP")
     text = head.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html")):
         return "is a web page, not a picture; download the picture itself"
@@ -406,8 +411,7 @@ def what_else(head):
         return "is text, not a picture"
     for start, kind in PICTURES.items():
         if head.startswith(start):
-            return (f"looks like {kind}, but Pillow cannot read it: it is damaged or of a rare "
-                    "kind; save it again as PNG")
+            return UNREADABLE.format(kind)
     return "is not a picture, or is in a format that Pillow cannot read; convert it to PNG"
 
 

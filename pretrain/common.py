@@ -22,7 +22,7 @@ import torch.distributed as dist
 import data
 from checkpoint.files import check_place, write_text, write_whole
 from checkpoint.weights import load_model, read_checkpoint
-from clip_feedback import Tokenizer, merge_pair, split_words
+from clip_feedback import LONGEST_SYMBOL, Tokenizer, merge_pair, split_words
 from commandline.options import Parser, filled, number, whole
 from commandline.terminal import note, say
 from muse import Muse, MuseConfig
@@ -135,6 +135,8 @@ def train_merges(texts, n_merges, earlier=()):
 
     def count_word(w, sign):
         for pair in zip(words[w], words[w][1:]):
+            if len(pair[0]) + len(pair[1]) > LONGEST_SYMBOL:             # of a web address
+                continue
             pairs[pair] += sign * weight[w]
             if sign > 0:
                 where[pair].add(w)
@@ -404,8 +406,11 @@ class Run:
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(saved["parts"][name])
-            self.step = saved["step"]
-            self.minutes = saved["minutes"]
+            step = saved["step"]
+            if type(step) is not int or not 0 <= step <= self.args.steps:
+                raise ValueError                             # reworded below
+            self.step = step
+            self.minutes = float(saved["minutes"])
         except (KeyError, RuntimeError, ValueError, TypeError):
             raise ValueError(f"{path} does not fit this version; give another --out") from None
         if self.rank == 0:

@@ -84,6 +84,7 @@ def test_numbers_in_bounds(kind, low, high, above, argument, expected):
 @pytest.mark.parametrize("kind, low, high, above, argument, words", [
     (int, 1, 5, False, "0", "at least 1 and at most 5"),
     (int, 1, 10**6, False, "1000001", "at most 1,000,000"),
+    (int, 0, 2**62, False, str(2**62 + 1), "at most 4,611,686,018,427,387,904"),
     (float, 0, 1, True, "0", "above 0"), (float, 0, 1, False, "nan", "at least 0"),
     (int, 1, 5, False, "2.5", "'2.5' is not a whole number"),
     (float, 0, 1, False, "a", "'a' is not a number")])

@@ -319,7 +319,8 @@ def test_other_files_are_named(folder):
     (folder / "3.heic").touch()
     (folder / "4.txt").write_text("a kite without a picture")
     (folder / "older").mkdir()
-    assert data.Folder(folder, 8).skipped == ["3.heic", "4.txt", "notes.md", "older"]
+    (folder / "._0.png").write_bytes(b"\0\5\x16\7")         # a note of macOS's on 0.png
+    assert data.Folder(folder, 8).skipped == ["._0.png", "3.heic", "4.txt", "notes.md", "older"]
 
 
 def test_the_fingerprint_knows_every_picture_and_caption(folder):
@@ -339,6 +340,8 @@ def test_the_fingerprint_knows_every_picture_and_caption(folder):
     ("x.md", b"", "write x.txt"), ("x.txt", b" \n", "x.png has an empty caption"),
     ("captions.tsv", b"", "no pictures"), ("captions.tsv", b"y.png\ta cat\n", "no picture at"),
     ("captions.tsv", b"x.png\t\xff\n", "not UTF-8"),
+    ("captions.tsv", b"x.png\ta\nx.png,a\n", "captions.tsv, line 2, has no tab between file and"),
+    ("captions.tsv", b"x\0.png\ta cat\n", "cannot be a name"),
     ("captions.tsv", b"x.png\t \n", "x.png has an empty caption")])
 def test_folders_that_are_refused(tmp_path, name, content, words):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")

@@ -402,12 +402,16 @@ def damage_checkpoint(how):
         saved["recipe"] = [saved["recipe"]]
     elif how == "parts":
         saved["parts"] = {}
-    else:
+    elif how == "step":
         del saved["step"]
+    else:
+        saved |= how
     torch.save(saved, path)
 
 
-@pytest.mark.parametrize("how", ["cut", "recipe", "parts", "step"])
+@pytest.mark.parametrize("how", [
+    "cut", "recipe", "parts", "step", dict(step=None), dict(step="x"), dict(step=math.nan),
+    dict(step=-1), dict(step=10**9), dict(minutes=None)], ids=str)
 def test_a_damaged_checkpoint_is_one_line(stage, how):
     """Trap: a traceback, or worse, a fresh start over what was there."""
     stage("vqgan", "run", "--steps", 1)
@@ -480,6 +484,12 @@ def test_refusals(stage, tmp_path, monkeypatch, name, options, words, processes)
         monkeypatch.setenv("WORLD_SIZE", "2")
     assert_refused(stage(name, "run", *options), words)
     assert contents(tmp_path) == {}
+
+
+def test_a_file_in_place_of_the_folder_is_noticed_before_training(stage, tmp_path):
+    (tmp_path / "text.txt").write_text("mine")
+    assert_refused(stage("vqgan", "text.txt"), "text.txt is a file, not a folder")
+    assert contents(tmp_path) == {"text.txt": b"mine"}
 
 
 def test_a_full_disk_is_noticed_before_training(stage, monkeypatch):
@@ -638,6 +648,14 @@ def test_init_extends_the_vocabulary(tmp_path, kind, presets):
     for name, weight in old.state_dict().items():
         if name != "text_encoder.token.weight":
             assert torch.equal(model.state_dict()[name], weight.half().float())
+
+
+def test_a_caption_with_a_web_address_can_be_learned():
+    """Trap: a symbol of hundreds of letters, which no file of weights may have."""
+    address = "".join(f"{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(300))
+    tokenizer = Tokenizer(train_merges([f"a cat {address}"], 10_000))
+    assert len(tokenizer.encode("a cat")) == 2
+    assert 2 < len(tokenizer.encode(address)) < 10
 
 
 def test_init_of_the_same_words_changes_nothing(tmp_path):

@@ -139,6 +139,7 @@ def test_damaged_and_large_files(tmp_path):
     for name, content, words in [
             ("empty.png", b"", "is empty"), ("half.png", whole[:len(whole) // 2], "truncated"),
             ("header.png", whole[:12], "looks like PNG"),
+            ("header.webp", b"RIFF\x24\0\0\0WEBP", "looks like WebP"),
             ("garbled.tif", garbled, ""),                    # Pillow's versions find other faults
             ("large.png", claim(9_000), "9000 x 9000"),
             ("bomb.png", claim(20_000), "too many pixels")]:           # refused by Pillow itself
@@ -398,8 +399,9 @@ def test_colours_by_chromaticity_and_gamma(tmp_path, gamma, primaries):
 def test_chromaticities_of_srgb_change_nothing(tmp_path):
     """Nor do those that make no sense, nor any together with an sRGB chunk."""
     line, zero = (0.3, 0.3) * 4, (0,) * 8
+    point = (*PRIMARIES[1][:2], 1e-5, 1e-5, 1e-5, 2e-5, 0.15, 0.06)
     for chunks in ([gama(0.45455), chrm(PRIMARIES[1])], [chrm(line)], [chrm(zero), gama(0)],
-                   [chunk(b"sRGB", b"\0"), chrm(ADOBE), gama(1)]):
+                   [chrm(point)], [chunk(b"sRGB", b"\0"), chrm(ADOBE), gama(1)]):
         assert difference(write(tmp_path / "a.png", png(SCENE, *chunks)), SCENE) == 0
 
 
