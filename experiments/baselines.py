@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 import muse
-from checkpoint.files import read_json, write_json, write_text
+from checkpoint.files import check_place, read_json, write_json, write_text
 from commandline.options import Parser, add_base_options, filled, load_pipeline, whole
 from commandline.terminal import run_command, say
 from experiments.common import heading, made_by, percent, table
@@ -341,6 +341,7 @@ def main():
     parser.add_argument("--out", type=filled, default=str(RESULTS), help="folder of the results")
     add_base_options(parser)
     args = parser.parse_args()
+    check_place(args.out)
     used = "chosen" if args.choose else "reported"
     study(load_pipeline(args), used, args.references, Path(args.out))
 

@@ -23,8 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+from checkpoint.files import check_place
 from checkpoint.weights import load_model, save_model
-from commandline.options import Parser, number, whole
+from commandline.options import Parser, filled, number, whole
 from commandline.terminal import run_command, say
 from data import Scene, scenes, styles
 from data.english import read_table
@@ -309,7 +310,7 @@ def options():
     """The command's options."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--out", default=str(FILE), help="the file to write (default: %(default)s)")
+    add("--out", type=filled, default=str(FILE), help="the file to write (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--chunks", type=whole(1, 10**6), default=1000, help="batches of new images")
     add("--reuse", type=whole(1, 64), default=4, help="steps after each chunk")
@@ -324,6 +325,7 @@ def options():
 
 def main():
     args = options().parse_args()
+    check_place(args.out, is_folder=False)
     began = time.time()
     torch.manual_seed(args.seed)
     art = emoji_objects(smallest=0.75, bent=0.04)

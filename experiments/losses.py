@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from checkpoint.files import write_png, write_text
+from checkpoint.files import check_place, write_png, write_text
 from commandline.options import Parser, filled
 from commandline.terminal import run_command, say
 from experiments.common import heading, table
@@ -115,6 +115,7 @@ def options():
 
 def main():
     args = options().parse_args()
+    check_place(args.out)
     lines = heading("Losses of the shipped base")
     sheet = []
     for stage in NOTES:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from checkpoint.files import write_png, write_text
+from checkpoint.files import check_place, write_png, write_text
 from commandline.options import Parser, filled, whole
 from commandline.terminal import run_command, say
 from experiments.common import heading, made_by, table
@@ -45,7 +45,7 @@ class Measured:
 
 
 def measure(script, *arguments):
-    """Run a script as a user does. Raises RuntimeError with its output where it fails."""
+    """Run a script as a user does. Raises ValueError with its last line where it fails."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "parts.json"
         began = time.time()
@@ -59,7 +59,8 @@ def measure(script, *arguments):
             output.seek(0)
             text = output.read()
         if process.returncode:
-            raise RuntimeError(f"{script} failed:\n{text}")
+            last = text.strip().rpartition("\n")[2]
+            raise ValueError(f"{script} failed: {last}")
         parts = json.loads(report.read_text())
     return Measured(seconds, usage.ru_maxrss / 1024, parts, text)
 
@@ -127,6 +128,7 @@ def options():
 
 def main():
     args = options().parse_args()
+    check_place(args.out)
     examples = read_examples(Path(args.examples))[:args.first]
     more = [] if args.weights == WEIGHTS else ["--weights", args.weights]
     tuned = {}

@@ -15,7 +15,6 @@ trusted. (The shipped file was trained with --steps 2200.)
 Shapes: B pictures (B, 3, 64, 64) in [-1, 1], D features, K names.
 """
 
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
+from checkpoint.files import check_place
 from checkpoint.weights import load_model, save_model
+from commandline.options import Parser, filled, number, whole
+from commandline.terminal import run_command
 from data import free_styles
 from experiments.classifier import Residual
 from styledrop import StyleDrop, autocast, to_tensor
@@ -270,16 +272,18 @@ def ceiling(judge, names, role, kind, count=1000):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--every", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default=str(WEIGHTS))
-    train(parser.parse_args())
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--steps", type=whole(1, 10**6), default=6000)
+    add("--batch", type=whole(16, 65536), default=96)
+    add("--lr", type=number(float, 0, 1, above=True), default=3e-3)
+    add("--every", type=whole(1, 10**6), default=200, help="steps between two lines of progress")
+    add("--seed", type=whole(0, 2**31), default=0)
+    add("--out", type=filled, default=str(WEIGHTS), help="the file to write (default: %(default)s)")
+    args = parser.parse_args()
+    check_place(args.out, is_folder=False)
+    train(args)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

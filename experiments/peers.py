@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from checkpoint.files import write_text
+from checkpoint.files import check_place, write_text
 from commandline.options import Parser, filled, whole
 from commandline.terminal import run_command, say
 from experiments.common import heading, table
@@ -131,6 +131,7 @@ def options():
 
 def main():
     args = options().parse_args()
+    check_place(args.out)
     rows = []
     for name, make in PEERS.items():
         rows.append([name, *measure(make, args.steps, args.repeats)])

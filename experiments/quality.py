@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-from checkpoint.files import write_json, write_png, write_text
-from commandline.options import Parser, number, whole
+from checkpoint.files import check_place, write_json, write_png, write_text
+from commandline.options import Parser, filled, number, whole
 from commandline.terminal import run_command, say
 from data import Scene, drawing, english, scenes, styles
 from data.pictures import grid
@@ -390,7 +390,7 @@ def options():
     add("--classifier", default=str(FILE))
     add("--weights", default=WEIGHTS, help="folder of the base to measure")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", default=str(RESULTS), help="folder of the results")
+    add("--out", type=filled, default=str(RESULTS), help="folder of the results")
     add("--names", type=whole(4, 300), default=256,
         help="how many objects plain prompts name (default: %(default)s)")
     add("--per", type=whole(2, 64), default=4, help="images of each name (default: %(default)s)")
@@ -409,6 +409,7 @@ def main():
     args = options().parse_args()
     began = time.time()
     out = Path(args.out)
+    check_place(out)
     net = load_classifier(args.classifier, args.device)
     pipe = StyleDrop.load(args.weights, args.device)
     sampling = replace(BASE_SAMPLING, lambda_b=args.lambda_b, steps=args.steps,
@@ -434,9 +435,9 @@ def main():
     about = dict(command=command(), base=pipe.base_id, machine=machine(args.device),
                  sampling=asdict(sampling), names=args.names, per=args.per, prompts=args.scenes,
                  seed=args.seed, seconds=round(time.time() - began), classifier=net.provenance)
+    say(text)
     write_text(out / "quality.md", text)
     write_json(out / "quality.json", about | results)
-    say(text)
 
 
 if __name__ == "__main__":

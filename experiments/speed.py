@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import styledrop
-from checkpoint.files import write_json, write_text
+from checkpoint.files import check_place, write_json, write_text
 from commandline.options import Parser, filled, whole
 from commandline.terminal import run_command, say
 from experiments.common import heading, made_by, table
@@ -309,6 +309,7 @@ def options():
 
 def main():
     args = options().parse_args()
+    check_place(args.out)
     if args.quick:
         args.repeats = 1
     load = os.getloadavg()[0]

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ from PIL import Image
 
 from checkpoint.clip import load_clip
 from clip_feedback import style_score, text_score
-from experiments import common, losses, main_job, peers, score, speed, timing
+from experiments import (baselines, classifier, common, losses, main_job, object_judge, peers,
+                         quality, score, speed, timing)
 from styledrop import to_uint8
 
 
@@ -197,6 +199,18 @@ def test_the_main_job_is_reported(cli, tmp_path, weights2, monkeypatch):
         assert Image.open(tmp_path / "out" / sheet).size == (40, 40)
 
 
+def test_a_command_that_fails_is_one_line(monkeypatch):
+    """Its last line, without the lines above it."""
+    real = subprocess.Popen
+
+    def failing(command, **settings):
+        return real(["sh", "-c", "echo one; echo no base; exit 2"], **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", failing)
+    with pytest.raises(ValueError, match="^train.py failed: no base$"):
+        main_job.measure("train.py")
+
+
 # -- speed.py and peers.py
 
 def test_operations_are_counted_by_hand():
@@ -265,6 +279,23 @@ def test_peers_that_are_not_installed_are_named(cli, tmp_path, monkeypatch):
 
 
 # -- all of them
+
+@pytest.mark.parametrize("module", [baselines, classifier, losses, main_job, object_judge, peers,
+                                    quality, speed])
+@pytest.mark.parametrize("out, words", [
+    ("text.txt/new", "text.txt/new cannot be written"), ("", "is empty")])
+def test_a_place_that_cannot_be_written_is_noticed_first(refused, tmp_path, module, out, words):
+    """Trap: a classifier is trained for hours, and lost."""
+    (tmp_path / "text.txt").touch()
+    assert words in refused(module.main, "--out", out)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--batch", 4], "at least 16"), (["--steps", 0], "at least 1"), (["--every", 0], "at least 1"),
+    (["--lr", "x"], "not a number")])
+def test_settings_of_the_judge_are_checked(refused, options, words):
+    assert words in refused(object_judge.main, *options)
+
 
 @pytest.mark.parametrize("name", sorted(
     path.stem for path in Path(common.__file__).parent.glob("*.py") if path.stem != "__init__"))
