@@ -47,7 +47,7 @@ from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, autocast, guided_logits,
 RESULTS = Path(__file__).with_name("results")
 SEEDS = list(range(len(OBJECTS)))
 LAMBDAS = (0, 1, 2)                     # lambda_A
-RANK = 2                                # of LoRA, which then trains about as much as the adapter
+RANK = 3                                # of LoRA, which then trains about as much as the adapter
 
 
 # --------------------------------------------------------------------------------------------------

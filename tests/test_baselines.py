@@ -282,7 +282,7 @@ def test_the_study_chooses_reports_and_resumes(command, tmp_path, calls):
              if line.startswith("| adapter | ")]
     palette = [100 * row["palette"] for row in again.rows
                if (row["method"], row["lambda_a"]) == ("adapter", 2)]
-    assert cells[1][:5] == ["adapter", "0.001", "2", "2", "100.0 ± 0.0 %"]
+    assert cells[1][:5] == ["adapter", f"{ROUND_1.lr:g}", "2", "2", "100.0 ± 0.0 %"]
     assert cells[1][5].startswith(f"{np.mean(palette):.1f} ± ")
     assert text.count("| LoRA |") == 2 + 2 * 2               # the test references, then the choice
 
