@@ -2,6 +2,7 @@
 
     python -m experiments.foreign               # results/foreign.md, foreign.json, pictures
     python -m experiments.foreign --sweep       # results/foreign_sweep.md: settings, an hour
+    python -m experiments.foreign --sweep views --confirm    # results/foreign_confirm.md
     python -m experiments.foreign --sweep lambda_a lambda_b --references 6      # only these
 
 experiments/foreign/ has 64 openly licensed references: paintings, prints, photographs, renders and
@@ -291,17 +292,21 @@ def columns_of_two(images, width):
 
 
 # --------------------------------------------------------------------------------------------------
-# The sweep, on the half that chooses; the first stage alone, at its own 64 pixels
+# The sweep, on the validation references; the first stage alone, at its own 64 pixels
 
-def sweep(pipe, settings, count):
-    """results/foreign_sweep.md, a row for each change of SWEEP, on `count` references of the half.
+def sweep(pipe, settings, count, is_confirmed=False):
+    """results/foreign_sweep.md: a row for each change of SWEEP, on `count` validation references.
 
-    settings: names of those to change, or an empty list for all of them.
+    settings: names of those to change, or an empty list for all of them. is_confirmed: use the test
+    references, and write results/foreign_confirm.md. This is for a setting that was already chosen.
     """
-    references = load_references("chosen", pipe.resolution)
+    used, half, name = "chosen", "validation", "foreign_sweep.md"
+    if is_confirmed:
+        used, half, name = "reported", "test", "foreign_confirm.md"
+    references = load_references(used, pipe.resolution)
     ruler, objects, adapters = Ruler(pipe, references), list(OBJECTS), {}
     some = range(0, len(references), max(1, len(references) // count))[:count]
-    lines = heading("Settings compared on the validation half of the foreign pictures")
+    lines = heading(f"Settings compared on the {half} half of the foreign pictures")
     lines += [made_by(pipe), "", f"{len(some)} references, {len(OBJECTS)} objects of each, "
               "first seeds, the first stage alone. One setting differs from the defaults in each "
               "row. Errors are standard errors over references.", ""]
@@ -318,7 +323,7 @@ def sweep(pipe, settings, count):
         words = ", ".join(f"{name} {value}" for name, value in changes.items()) or "the defaults"
         body.append([words, *cells])
         say(f"{words}: {'  '.join(cells)}  ({time.time() - began:.0f} s)")
-        write_text(RESULTS / "foreign_sweep.md", "\n".join(lines + table(
+        write_text(RESULTS / name, "\n".join(lines + table(
             ["", "object kept", "nearest palette", "nearest texture", "blank", "copied tokens"],
             body)))
 
@@ -353,12 +358,14 @@ def main():
     parser.add_argument("--sweep", nargs="*", metavar="SETTING",
                         help="compare these settings (if none is named, all) on validation data")
     parser.add_argument("--references", type=whole(1, 1000), default=12,
-                        help="how many validation pictures --sweep uses (default: %(default)s)")
+                        help="how many pictures --sweep uses (default: %(default)s)")
+    parser.add_argument("--confirm", action="store_true",
+                        help="with --sweep: on test data, for settings that were already chosen")
     add_base_options(parser)
     args = parser.parse_args()
     pipe = load_pipeline(args)
     if args.sweep is not None:
-        sweep(pipe, args.sweep, args.references)
+        sweep(pipe, args.sweep, args.references, args.confirm)
     else:
         report(pipe)
 

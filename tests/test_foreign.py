@@ -456,6 +456,19 @@ def test_the_sweep_changes_one_setting_a_row(command, tmp_path, monkeypatch, cal
     assert [(how.lambda_a, how.steps) for how in hows[2:]] == [(3, SAMPLING.steps)] * 2
 
 
+@pytest.mark.parametrize("options, used, name", [
+    ([], "chosen", "foreign_sweep.md"), (["--confirm"], "reported", "foreign_confirm.md")])
+def test_only_a_confirmation_sees_test_references(command, tmp_path, monkeypatch, calls, options,
+                                                  used, name):
+    """Trap: settings are chosen on what is reported."""
+    monkeypatch.setattr(foreign, "SWEEP", [dict(), dict(views=1), dict(lambda_a=3)])
+    loaded = calls(foreign, "load_references")
+    command("--sweep", "views", *options)
+    assert [positional[0] for positional, _ in loaded] == [used]
+    text = (tmp_path / "results" / name).read_text()
+    assert "| views 1 |" in text and "lambda_a" not in text
+
+
 def test_every_setting_of_the_sweep_exists():
     known = {*vars(ROUND_1), *vars(SAMPLING), "style", "content"}
     assert all(changes.keys() <= known for changes in foreign.SWEEP) and {} in foreign.SWEEP
