@@ -188,6 +188,28 @@ def test_table_s3_is_the_code():
         assert [float(cell) for cell in table[name]] == [getattr(how, field) for how in sampling]
 
 
+def test_the_changes_to_try_are_those_that_were_measured():
+    """Each row of the table, of a change in code, beside its row of foreign_sweep.md."""
+    rows = {}
+    for line in (RESULTS / "foreign_sweep.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        name, _, value = cells[0].partition(" ")
+        if name == "the":
+            rows["none"] = cells
+        elif value.replace(".", "").isdigit():
+            rows[name, float(value)] = cells
+    tried = [line for line in section("In Python").splitlines() if "%" in line]
+    assert len(tried) >= 5
+    for line in tried:
+        change, kept, palette, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        key = "none"
+        if change != key:
+            name, value = re.search(r"(\w+)=([\w.-]+)", change).groups()
+            key = name, float(value)
+        measured = [cell.split(" ± ")[0] + " %" for cell in rows[key][1:3]]
+        assert [kept, palette] == measured, change
+
+
 def test_the_share_of_parameters_is_the_one_that_train_prints():
     share, = re.findall(r"not shared: ([\d.]+%) of G", README)
     assert f", {share} of the base's" in (RESULTS / "main_job.md").read_text(encoding="utf-8")
