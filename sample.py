@@ -38,8 +38,8 @@ from commandline.options import (Parser, add_base_options, filled, load_pipeline
 from commandline.terminal import SamplingProgress, run_command, say
 from data.folder import SUFFIXES
 from data.pictures import grid
-from styledrop import (AT_ONCE, BASE_SAMPLING, SAMPLING, Sampling, check_device, style_prompt,
-                       to_uint8)
+from styledrop import (AT_ONCE, BASE_SAMPLING, SAMPLING, Sampling, check_device,
+                       default_sampling, style_prompt, to_uint8)
 
 SCALE = 2                               # images are enlarged this many times in the PNG
 MOST_ON_A_SHEET = 256                   # images; more go to a folder
@@ -101,6 +101,11 @@ def options():
     return parser
 
 
+def wants_sheet(args):
+    """Is --out one picture of all images, and not a folder of single files?"""
+    return args.out.lower().endswith(".png")
+
+
 def check_options(args):
     """Raise ValueError if options contradict each other."""
     images = len(args.prompt or ()) * args.num
@@ -114,7 +119,7 @@ def check_options(args):
         raise ValueError("give --gamma-sweep or --lambda-grid, not both")
     if args.lambda_grid and images > 1:
         raise ValueError("--lambda-grid shows one prompt and one seed")
-    is_sheet = args.out.lower().endswith(".png")
+    is_sheet = wants_sheet(args)
     if not is_sheet and Path(args.out).suffix.lower() in SUFFIXES:
         raise ValueError("images are written as PNG; give --out a name that ends in .png, or the "
                          "name of a folder")
@@ -136,7 +141,7 @@ def check_out(args):
 
     A NAME.png or NAME.gif that the user has typed is replaced.
     """
-    is_sheet = args.out.lower().endswith(".png")
+    is_sheet = wants_sheet(args)
     check_place(args.out, "--out", is_folder=not is_sheet)
     if args.trace is not None:
         check_place(args.trace, "--trace", is_folder=False)
@@ -312,14 +317,13 @@ def main():
     phrase = style.style if args.style_phrase is None else args.style_phrase
     note_unknown(pipe, *(style_prompt(prompt, phrase) for prompt in args.prompt))
 
-    defaults = BASE_SAMPLING if style is None and content is None else SAMPLING
-    sampling = sampling_settings(args, defaults)
+    sampling = sampling_settings(args, default_sampling(style, content))
     settings = dict(gamma=args.gamma, style_phrase=args.style_phrase, superres=args.superres)
     generate = partial(pipe.generate, style=style, content=content, sampling=sampling, **settings)
     facts = dict(asdict(sampling), **settings, num=args.num, style=args.style,
                  content=args.content or "none", base=pipe.base_id)
     trace = [] if args.trace else None
-    if not args.out.lower().endswith(".png"):
+    if not wants_sheet(args):
         sample_files(args, generate, Path(args.out), facts)
     else:
         if args.gamma_sweep:

@@ -96,6 +96,13 @@ BASE_SAMPLING = Sampling(lambda_a=0.0, lambda_b=1.0, steps=18, temperature=1.0, 
 SUPERRES_SAMPLING = Sampling(lambda_a=1.0, lambda_b=0.0, steps=12, temperature=1.0, top_k=8)
 
 
+def default_sampling(style, content):
+    """The first stage's settings with these adapters, or with None for both, as in Eq. 1."""
+    if style is None and content is None:
+        return BASE_SAMPLING
+    return SAMPLING
+
+
 # --------------------------------------------------------------------------------------------------
 # The pipeline
 
@@ -274,7 +281,7 @@ class StyleDrop:
         another base, or if the numbers of phrases, seeds and prompts differ.
         """
         if sampling is None:
-            sampling = BASE_SAMPLING if style is None and content is None else SAMPLING
+            sampling = default_sampling(style, content)
         sampling = replace(sampling, **changes)
         c = [prompts] if isinstance(prompts, str) else list(prompts)
         if style_phrase is None:

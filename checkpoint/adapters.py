@@ -10,8 +10,7 @@ from adapter import Adapter
 from .files import write_whole
 from .weights import build, read_checkpoint
 
-
-LONGEST_STYLE = 2000                    # characters, as many as train.py takes
+LONGEST_STYLE = 2000                    # characters; train.py takes as many
 
 
 class TunedAdapter(nn.Module):

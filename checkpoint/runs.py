@@ -1,9 +1,9 @@
 """The folder of a run, and what a later command may do with it.
 
 A run folder holds adapter.pt, config.json, log.jsonl and samples.png; rounds of feedback add
-round1/, round2/ and so on. Each part is stored together with the recipe that made
-it. The same command resumes a run after its last finished part. A command with another recipe is
-refused, so nothing that a person has made is ever replaced.
+round1/, round2/ and so on. Each part is stored together with the recipe that made it. The same
+command resumes a run after its last finished part. A command with another recipe is refused, so
+nothing that a person has made is ever replaced.
 """
 
 import contextlib

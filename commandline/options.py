@@ -6,9 +6,10 @@ import sys
 
 import torch
 
+from checkpoint.adapters import LONGEST_STYLE
 from styledrop import WEIGHTS, StyleDrop
 
-LONGEST = 2000                          # characters of a prompt or a name
+LONGEST = LONGEST_STYLE                 # characters of a prompt or a name
 
 
 class Parser(argparse.ArgumentParser):

@@ -36,10 +36,10 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 import muse
-from checkpoint.files import check_place, read_json, write_json, write_text
+from checkpoint.files import check_place, write_json, write_text
 from commandline.options import Parser, add_base_options, filled, load_pipeline, whole
 from commandline.terminal import run_command, say
-from experiments.common import heading, made_by, percent, table
+from experiments.common import heading, made_by, percent, read_results, table
 from experiments.foreign import OBJECTS, Ruler, load_references
 from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, autocast, guided_logits,
                        random_views, shuffled, style_prompt)
@@ -200,7 +200,9 @@ MEASURES = ("object kept", "palette", "texture", "object and style", "blank", "c
 
 def study(pipe, used, how_many, out):
     """Try all methods on the first validation or test references; write both files after each."""
-    results = read_results(pipe, out / "baselines.json")
+    settings = dict(base=pipe.base_id, tuning=asdict(ROUND_1), sampling=asdict(SAMPLING), rank=RANK,
+                    steps=STEPS)
+    results = read_results(out / "baselines.json", settings)
     tries = [(method, rate) for method, rates in RATES.items() for rate in rates]
     if used == "reported":
         best = best_rates(results["rows"])
@@ -218,17 +220,6 @@ def study(pipe, used, how_many, out):
         write_json(out / "baselines.json", results)
         write_text(out / "baselines.md", "\n".join(report(pipe, results["rows"])))
         say(f"reference {i + 1} of {min(how_many, len(references))}: {reference.file}")
-
-
-def read_results(pipe, path):
-    """The results to continue. Raises ValueError if they have another base or settings."""
-    settings = dict(base=pipe.base_id, tuning=asdict(ROUND_1), sampling=asdict(SAMPLING), rank=RANK,
-                    steps=STEPS)
-    results = read_json(path) or dict(settings=settings, rows=[])
-    if results.get("settings") != settings:
-        raise ValueError(f"{path} has another base or other settings; move it away, or give "
-                         "another --out")
-    return results
 
 
 def try_out(pipe, ruler, i, method, rate):

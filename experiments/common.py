@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoint.files import read_json
 from pretrain.common import machine
 
 AMONG = 100                             # classes in the easier task "named of 100"
@@ -116,6 +117,18 @@ def reconstruct(pipe, images):
 
 # --------------------------------------------------------------------------------------------------
 # Reports
+
+def read_results(path, settings):
+    """The results to continue: a dict of settings and rows, without rows if there is no file.
+
+    Raises ValueError if the file was made with other settings, such as another base.
+    """
+    results = read_json(path) or dict(settings=settings, rows=[])
+    if results.get("settings") != settings:
+        raise ValueError(f"{path} has another base or other settings; move it away, or give "
+                         "another --out")
+    return results
+
 
 def command():
     """The command that is running, as a user types it."""

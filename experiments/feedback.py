@@ -29,11 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint.files import read_json, write_json, write_text
+from checkpoint.files import check_place, write_json, write_text
 from commandline.options import Parser, add_base_options, filled, load_pipeline, whole
 from commandline.terminal import run_command, say
-from experiments.common import decided, heading, made_by, percent, table
-from experiments.foreign import OBJECTS, Ruler, columns_of, load_references
+from experiments.common import decided, heading, made_by, percent, read_results, table
+from experiments.foreign import MEASURES, OBJECTS, Ruler, columns_of, load_references
 from experiments.object_judge import name_scores
 from experiments.style_measures import is_nearest, palette
 from human_feedback.rounds import (POOL_PROMPTS, choose_at_random, choose_by_clip, indices_in_pool,
@@ -45,7 +45,6 @@ SEEDS = list(range(len(OBJECTS)))
 POOL = 8                                # images for each prompt
 LAMBDAS = (0.0, 0.5, 1.5, 2.0)          # other lambda_A that round 1 is sampled with
 CHOOSERS = ("clip", "random", "oracle")
-MEASURES = ("object kept", "palette", "texture", "blank", "copied tokens")
 
 
 def choose_by_oracle(ruler, i, pool):
@@ -127,16 +126,15 @@ def main():
     parser.add_argument("--out", type=filled, default=str(RESULTS), help="folder of the results")
     add_base_options(parser)
     args = parser.parse_args()
-    pipe, out = load_pipeline(args), Path(args.out)
+    check_place(args.out)
+    pipe = load_pipeline(args)
+    out = Path(args.out)
     references = load_references("reported", pipe.resolution)
     ruler = Ruler(pipe, references)
     path = out / "feedback.json"
     settings = dict(base=pipe.base_id, round_1=asdict(ROUND_1), round_2=asdict(ROUND_2),
                     sampling=asdict(SAMPLING), pool=[args.prompts, POOL])
-    results = read_json(path) or dict(settings=settings, rows=[])
-    if results["settings"] != settings:
-        raise ValueError(f"{path} has another base or other settings; move it away, or give "
-                         "another --out")
+    results = read_results(path, settings)
     done = {row["reference"] for row in results["rows"]}
     for i, reference in enumerate(references[:args.references]):
         if reference.file not in done:

@@ -56,6 +56,7 @@ SHOWN = 6                               # objects on the contact sheet
 FIRST = ("bazille_ramparts.webp", "hokusai_poppies.webp", "neon_cocktail_sign.webp",
          "clay_rabbit.webp", "watercolor_pears.webp", "embroidered_bird.webp")   # README's picture
 RIVALS = 19                             # other references that a sample is held against
+MEASURES = ("object kept", "palette", "texture", "blank", "copied tokens")
 YES_OR_NO = ("object kept", "palette", "texture", "blank", "leak")
 
 # What --sweep tries, one change at a time from the defaults: settings of styledrop.Tuning (H, rate,
@@ -236,8 +237,7 @@ def write_report(pipe, ruler, rows):
         for key in rows[name][0]:
             means[key] = [np.mean(row[key]) for row in rows[name]]
         means["leak"] = np.where(can_leak, means["leak"], math.nan)
-        cells = [percent(means[key]) for key in ("object kept", "palette", "texture", "blank",
-                                                 "copied tokens", "leak")]
+        cells = [percent(means[key]) for key in (*MEASURES, "leak")]
         if name == "reference":                              # it shows something else
             cells[0] = cells[5] = "-"
         body.append([words, *cells, with_error(means["style score"], digits=3)])
@@ -248,7 +248,7 @@ def write_report(pipe, ruler, rows):
               "## Tuned minus control", "",
               "Percentage points with a 95 % interval, paired over references. More, less: the "
               "interval excludes zero; equal: it lies within 5 points of zero.", ""]
-    compared = ("object kept", "palette", "texture")
+    compared = MEASURES[:3]
     body = []
     for name, words in MINUS.items():
         cells = []
@@ -318,8 +318,7 @@ def sweep(pipe, settings, count, is_confirmed=False):
         for i in some:
             images = tuned_with(pipe, references[i], changes, adapters)
             rows.append(ruler.measure(images, objects, i, with_clip=False))
-        cells = [percent([np.mean(row[key]) for row in rows])
-                 for key in ("object kept", "palette", "texture", "blank", "copied tokens")]
+        cells = [percent([np.mean(row[key]) for row in rows]) for key in MEASURES]
         words = ", ".join(f"{name} {value}" for name, value in changes.items()) or "the defaults"
         body.append([words, *cells])
         say(f"{words}: {'  '.join(cells)}  ({time.time() - began:.0f} s)")

@@ -1,8 +1,16 @@
 """A choice from a pool: numbers on a contact sheet, "3,17,20", or indices in a file."""
 
+import hashlib
 import re
 
+import numpy as np
+
 from data.pictures import grid
+
+
+def hash_of(pixels):
+    """A hash of the pixels of a pool, an array or a Pillow image."""
+    return hashlib.sha256(np.asarray(pixels).tobytes()).hexdigest()[:12]
 
 
 def check_choice(chosen, count, name="the choice"):

@@ -4,7 +4,6 @@ A small server on 127.0.0.1 shows page.html under an address with a random token
 kept on disk at once, so a reload, a second tab or a restart continues the same choice.
 """
 
-import hashlib
 import io
 import json
 import math
@@ -22,7 +21,7 @@ from PIL import Image
 
 from checkpoint.files import write_text
 
-from .choice import check_choice
+from .choice import check_choice, hash_of
 
 PAGE = Path(__file__).with_name("page.html")
 POLICY = ("default-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; "
@@ -40,7 +39,7 @@ class Picking:
         self.count = len(images)
         self.prompts = list(prompts)
         self.path = Path(path)
-        self.pool = hashlib.sha256(images.tobytes()).hexdigest()[:12]
+        self.pool = hash_of(images)
         self.lock = threading.Lock()
         self.done = threading.Event()
         self.chosen = []

@@ -5,7 +5,6 @@ stopped command resumes after its last finished part, and no choice is ever repl
 """
 
 import contextlib
-import hashlib
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from data.folder import read_text
 from data.pictures import grid
 from styledrop import ROUND_2, style_prompt, to_tensor, to_uint8
 
-from .choice import check_choice, contact_sheets, parse_picks
+from .choice import check_choice, contact_sheets, hash_of, parse_picks
 from .page import ChoicePage, check_port
 
 # 30 prompts with the structure of Table S2 (animals, faces, fruit, buildings), in known words
@@ -233,17 +232,12 @@ def pool_of(pipe, here, adapter, recipe):
     except Exception:                                        # Pillow has many
         sheet = np.zeros((0, 0, 0))
     size = sheet.shape[1] // count
-    pixels = read_json(here / "pool.json").get("pixels", hash_of(sheet))     # older ones have none
-    is_same = pixels == hash_of(sheet)
+    pixels = hash_of(sheet)
+    is_same = read_json(here / "pool.json").get("pixels", pixels) == pixels  # older ones have none
     if not is_same or not size or sheet.shape != (len(prompts) * size, count * size, 3):
         raise ValueError(f"{here / 'pool.png'} is not the pool that was sampled; move {here} away")
     tiles = sheet.reshape(len(prompts), size, count, size, 3).swapaxes(1, 2)
     return Pool(to_tensor(tiles.reshape(-1, size, size, 3)), prompts, adapter.style)
-
-
-def hash_of(picture):
-    """A hash of the pixels of a picture, a Pillow image or an array."""
-    return hashlib.sha256(np.asarray(picture).tobytes()).hexdigest()[:12]
 
 
 def choose(args, here, pipe, pool, references, recipe, pick, pages):

@@ -261,7 +261,7 @@ def test_a_png_says_how_to_sample_it_again(run_sample, pipe2, monkeypatch, optio
         command += ["--" + name.replace("_", "-"), value]
     os.utime("runs/old/adapter.pt", (2e9, 2e9))
     changed = replace(styledrop.SAMPLING, lambda_a=9.0, lambda_b=9.0, temperature=9.0)
-    monkeypatch.setattr(sample, "SAMPLING", changed)
+    monkeypatch.setattr(styledrop, "SAMPLING", changed)
     assert run_sample(*command, "--out", "again.png")[0] == 0
     assert Path("again.png").read_bytes() == Path("sample.png").read_bytes()
 
