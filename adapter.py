@@ -17,7 +17,10 @@ PLACEMENTS = ("cross", "mlp")           # after cross-attention, after the MLP (
 
 
 def apply_adapter(emb, wd, wu):
-    """emb (B, P, D), wd (D, H), wu (H, D) -> emb + gelu(emb wd) wu; gelu by tanh, as in JAX."""
+    """emb (B, P, D), wd (D, H), wu (H, D) -> emb + gelu(emb wd) wu (B, P, D).
+
+    gelu is its tanh approximation, JAX's default.
+    """
     return emb + F.gelu(emb @ wd, approximate="tanh") @ wu
 
 
@@ -76,7 +79,7 @@ class Adapter(nn.Module):
     def forward(self):
         """Return a function (h (B, P, D), layer, placement) -> A(h), which Muse.forward calls.
 
-        All weights are generated once for each forward pass of G, and not in each layer.
+        The weights are generated once per forward pass of G, not once per layer.
         """
         weights = {placement: generate() for placement, generate in self.generators.items()}
 

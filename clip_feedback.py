@@ -36,7 +36,7 @@ OPENAI_MERGES = 49152 - 256 - 2                   # the file lists more merges t
 LONGEST_WORD = 1000                               # bytes; longer than any model's context
 LONGEST_SYMBOL = 256                              # characters; OpenAI's longest has about 30
 
-# Contractions, runs of letters, single digits, runs of other characters but spaces. Unlike in CLIP,
+# Contractions, runs of letters, single digits, runs of other non-space characters. Unlike in CLIP,
 # "<|endoftext|>" in a prompt is plain text: no prompt can end early.
 WORD = regex.compile(r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
@@ -94,7 +94,7 @@ class Tokenizer:
         self.joined = {}                          # cache: word -> its pieces
 
     def pieces(self, word):
-        """A word's BPE symbols: merge the pair that was learned first, until none is left."""
+        """A word's BPE symbols: apply the earliest-learned merge that fits, until none fits."""
         if word not in self.joined:
             pieces = word
             while len(pieces) > 1:
@@ -233,7 +233,8 @@ class Block(nn.Module):
         N = x.shape[1]
         device = x.device
         mask = torch.ones(N, N, dtype=torch.bool, device=device).triu(1) if self.causal else None
-        bf16 = torch.is_autocast_enabled("cuda")       # on CPUs, attention's backward is 15x slower
+        # in fp32 on CPUs, where attention's backward pass is 15 times slower in bf16
+        bf16 = device.type == "cuda" and torch.is_autocast_enabled("cuda")
         with torch.autocast(device.type, enabled=bf16):
             h = self.ln_1(x.float())
             x = x + self.attn(h, h, h, attn_mask=mask, need_weights=False)[0]
@@ -327,7 +328,10 @@ class ResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """An image tower and a text tower. Raises ValueError if tokenizer and config do not fit."""
+    """An image tower and a text tower.
+
+    Raises ValueError if the config is invalid, or has another vocabulary size than the tokenizer.
+    """
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -379,7 +383,7 @@ class CLIP(nn.Module):
         length = self.config.context_length
         for text in [texts] if isinstance(texts, str) else texts:
             if not self.tokenizer.fits(text, length):
-                warnings.warn(f"only the first {length - 2} tokens are used of {text[:60]!r}...",
+                warnings.warn(f"only the first {length - 2} tokens of {text[:60]!r}... are used",
                               stacklevel=2)
         return self.tokenizer(texts, length).to(self.logit_scale.device)
 

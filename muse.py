@@ -99,7 +99,7 @@ class Attention(nn.Module):
     def forward(self, x, context, mask=None):
         """x (B, P, D), context (B, L, D), mask (B, L): the keys that may be seen -> (B, P, D)."""
         q, k, v = self.split(self.q(x)), self.split(self.k(context)), self.split(self.v(context))
-        if x.device.type == "cpu":                          # its backward pass in bf16 is very slow
+        if x.device.type == "cpu":           # where attention's backward pass in bf16 is very slow
             q, k, v = q.float(), k.float(), v.float()
         if mask is not None:
             mask = mask[:, None, None, :]                   # (B, 1, 1, L)
@@ -149,7 +149,7 @@ class Block(nn.Module):
 
 
 def initialise(model, layers):
-    """Truncated normal weights with standard deviation 0.02, cut off at two of them (MaskGIT).
+    """Normal weights with standard deviation 0.02, truncated at two standard deviations (MaskGIT).
 
     The matrices just before a skip connection are also divided by sqrt(3 layers).
     """
@@ -365,15 +365,16 @@ def decode(logits_fn, batch, tokens, mask_id, steps, temperature, generator, top
         confidence = log_p.gather(-1, sampled[..., None])[..., 0] + noise
         confidence = confidence.masked_fill(~masked, math.inf)
 
-        # 3. mask the least confident again: floor(N gamma) of them, but at least 1 and fewer than
-        #    before. After the last step this has no effect, since `sampled` is returned
-        before = int(masked[0].sum())                        # the same in every row
-        n_mask = min(before - 1, math.floor(tokens * mask_ratio(ratio)))
-        n_mask = max(1, n_mask)
-        rank = confidence.argsort(1).argsort(1)              # 0: the least confident
-        next_mask = rank < n_mask
-        ids = sampled.masked_fill(next_mask, mask_id)
+        # 3. unless this is the last step, mask the least confident again: floor(N gamma) of them,
+        #    but at least 1 and fewer than before
+        kept = torch.ones_like(masked)
+        if step + 1 < steps:
+            before = int(masked[0].sum())                    # the same in every row
+            n_mask = min(before - 1, math.floor(tokens * mask_ratio(ratio)))
+            n_mask = max(1, n_mask)
+            rank = confidence.argsort(1).argsort(1)          # 0: the least confident
+            kept = rank >= n_mask
+            ids = sampled.masked_fill(~kept, mask_id)
         if on_step is not None:
-            kept = ~next_mask if step + 1 < steps else torch.ones_like(next_mask)
             on_step(step, sampled, kept)
     return sampled

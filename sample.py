@@ -3,7 +3,7 @@
     python sample.py --prompt "a cat"                                   # in the newest run's style
     python sample.py --prompt "a cat" --prompt "a house" --num 4 --out cats.png
     python sample.py --prompt "a cat" --num 1000 --out cats             # a folder of single files
-    python sample.py --prompt "a cat" --style runs/house --lambda-a 1 --seed 7
+    python sample.py --prompt "a cat" --style runs/house --lambda-a 1.5 --seed 7
     python sample.py --prompt "a cat" --style none                      # the base without a style
     python sample.py --prompt "a cat" --trace cat.gif                   # the tokens filling in
     python sample.py --prompt "a [V] teapot" --style runs/glow --content runs/teapot --gamma 0.6
@@ -63,7 +63,8 @@ def options():
     add("--content", type=filled, metavar="RUN",
         help="the run folder of an object: my object in my style")
     add("--style-phrase", type=text, metavar="WORDS",
-        help="style phrase in place of the run's own; with --style none, the base is given it")
+        help="style phrase to use instead of the run's own; with --style none, it is given to the "
+             "base")
     add("--lambda-a", type=strength,
         help=f"strength of the style in the first stage (Eq. 4; default: {SAMPLING.lambda_a:g})")
     add("--lambda-b", type=strength,
@@ -83,10 +84,10 @@ def options():
     add("--steps", type=whole(1, 1000),
         help=f"decoding steps of the first stage (default: {SAMPLING.steps})")
     add("--temperature", type=number(float, 0, 1000),
-        help=f"randomness of the order of decoding (default: {SAMPLING.temperature:g}, "
+        help=f"randomness in which tokens are decoded first (default: {SAMPLING.temperature:g}, "
              f"without an adapter {BASE_SAMPLING.temperature:g})")
     add("--top-k", type=whole(0, 2**31),
-        help="tokens of the first stage are sampled from this many most probable ones; 0: all "
+        help="sample each token of the first stage from the TOP_K most probable ones; 0: from all "
              f"(default: {SAMPLING.top_k})")
     add("--num", type=whole(1, 10000), default=1, help="images for each prompt (default: 1)")
     add("--seed", type=whole(0, 2**62), default=0,
@@ -131,15 +132,15 @@ def check_options(args):
     if args.trace and not is_sheet:
         raise ValueError("--trace needs one sheet: the name of --out must end in .png")
     if args.trace and (args.gamma_sweep or args.lambda_grid or images > AT_ONCE):
-        raise ValueError(f"--trace follows at most {AT_ONCE} images and no sweep")
+        raise ValueError(f"--trace needs at most {AT_ONCE} images and no sweep")
     if args.trace and not args.trace.lower().endswith(".gif"):
         raise ValueError("the name of --trace must end in .gif")
 
 
 def check_out(args):
-    """Raise ValueError if --out or --trace cannot be written, or numbered files are there already.
+    """Raise ValueError if --out or --trace cannot be written, or if --out has numbered files.
 
-    A NAME.png or NAME.gif that the user has typed is replaced.
+    An existing NAME.png or NAME.gif is overwritten.
     """
     is_sheet = wants_sheet(args)
     check_place(args.out, "--out", is_folder=not is_sheet)
@@ -179,7 +180,7 @@ def find_style(args):
 # Samples. The parameter `generate` is StyleDrop.generate, with this command's adapters and settings
 
 def sampling_settings(args, defaults):
-    """A styledrop.Sampling: the defaults, changed by the options that were given."""
+    """A styledrop.Sampling: the defaults, changed by the options of its fields' names."""
     given = {}
     for field in fields(Sampling):
         value = getattr(args, field.name)
@@ -213,7 +214,7 @@ def sample_sheet(args, generate, trace=None):
 
 
 def sample_files(args, generate, folder, facts):
-    """Write a PNG for each prompt and seed into a folder, by batches. facts: see text_chunks."""
+    """Write a PNG for each prompt and seed into a folder, in batches. facts: see text_chunks."""
     prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
     progress = SamplingProgress("image", len(prompts))
     folder.mkdir(parents=True, exist_ok=True)
@@ -272,7 +273,7 @@ def write_trace(pipe, path, steps):
     """Write a GIF of the decoding steps, with 128 colours per frame and a pause on the last."""
     frames = [frame.quantize(128, dither=Image.Dither.NONE) for frame in trace_frames(pipe, steps)]
     duration = [120] * (len(frames) - 1) + [2000]            # milliseconds
-    write_whole(os.path.realpath(path),                      # a link stays one
+    write_whole(os.path.realpath(path),                      # a link stays a link
                 lambda file: frames[0].save(file, "GIF", save_all=True, loop=0,
                                             append_images=frames[1:], duration=duration))
     say(path)
@@ -302,7 +303,6 @@ def main():
         return
     check_options(args)
     run = find_style(args)
-    args.style = str(run or "none")
     style = None if run is None else load_run(run, "style")
     content = None if args.content is None else load_run(args.content, "content")
     check_out(args)
@@ -311,16 +311,17 @@ def main():
                          "write the words into the prompt")
     if style is None and args.gamma_sweep:
         raise ValueError("--gamma-sweep mixes two adapters: give --style RUN too")
-    if args.style_phrase is None and style is None:
-        args.style_phrase = ""
+    style_phrase = args.style_phrase
+    if style_phrase is None and style is None:
+        style_phrase = ""
     pipe = load_pipeline(args)
-    phrase = style.style if args.style_phrase is None else args.style_phrase
+    phrase = style.style if style_phrase is None else style_phrase
     note_unknown(pipe, *(style_prompt(prompt, phrase) for prompt in args.prompt))
 
     sampling = sampling_settings(args, default_sampling(style, content))
-    settings = dict(gamma=args.gamma, style_phrase=args.style_phrase, superres=args.superres)
+    settings = dict(gamma=args.gamma, style_phrase=style_phrase, superres=args.superres)
     generate = partial(pipe.generate, style=style, content=content, sampling=sampling, **settings)
-    facts = dict(asdict(sampling), **settings, num=args.num, style=args.style,
+    facts = dict(asdict(sampling), **settings, num=args.num, style=str(run or "none"),
                  content=args.content or "none", base=pipe.base_id)
     trace = [] if args.trace else None
     if not wants_sheet(args):
@@ -335,7 +336,8 @@ def main():
         else:
             picture = sample_sheet(args, generate, trace)
         info = text_chunks(facts, args.prompt, args.seed)
-        write_png(os.path.realpath(args.out), picture, pnginfo=info)         # a link stays one
+        # so that a link stays a link
+        write_png(os.path.realpath(args.out), picture, pnginfo=info)
     last = args.seed + len(args.prompt) * args.num - 1
     seeds = f"seed {args.seed}" if last == args.seed else f"seeds {args.seed} to {last}"
     say(f"{args.out}: {seeds}")

@@ -32,7 +32,7 @@ __all__ = ["BASE_SAMPLING", "ROUND_1", "ROUND_2", "SAMPLING", "Sampling", "Style
            "guided_logits", "load_adapter", "mix_logits", "style_prompt", "to_tensor", "to_uint8"]
 
 WEIGHTS = str(Path(__file__).parent / "weights" / "tiny")      # the shipped base
-RARE_TOKEN = "[V*]"     # stands for a style without a name (4.4.1), in training captions as well
+RARE_TOKEN = "[V*]"     # stands for a style without a name (4.4.1), also in the base's captions
 AT_ONCE = 16            # images sampled in one batch, to limit the memory
 
 
@@ -97,7 +97,7 @@ SUPERRES_SAMPLING = Sampling(lambda_a=1.0, lambda_b=0.0, steps=12, temperature=1
 
 
 def default_sampling(style, content):
-    """The first stage's settings with these adapters, or with None for both, as in Eq. 1."""
+    """The first stage's defaults: SAMPLING with an adapter, BASE_SAMPLING (Eq. 1) without."""
     if style is None and content is None:
         return BASE_SAMPLING
     return SAMPLING
@@ -186,11 +186,11 @@ class StyleDrop:
              on_step=None, **changes):
         """Tune an adapter for each stage on references (Eq. 3) -> a TunedAdapter with .save(path).
 
-        images (R, 3, H, W) in [-1, 1]: the references, at the pipeline's resolution; at the first
-        stage's resolution, only that stage is tuned. prompts: R content phrases. style: the style
-        phrase that is appended to them; train.py gives RARE_TOKEN, and "" appends nothing.
-        superres: also tune the second stage, if there is one, with the settings SUPERRES. tuning:
-        settings of the first stage; `changes` overrides some of them, as in steps=100.
+        images (R, 3, H, W) in [-1, 1]: the references, at the pipeline's resolution. If they have
+        the first stage's resolution instead, only that stage is tuned. prompts: R content phrases.
+        style: the style phrase that is appended to them; train.py gives RARE_TOKEN, and "" appends
+        nothing. superres: also tune the second stage, if there is one, with the settings SUPERRES.
+        tuning: settings of the first stage; changes: single ones to override, such as steps=100.
         on_step(step, steps, loss) is called after each step. Raises ValueError if the numbers of
         images and prompts differ, or if a loss or the adapter becomes NaN or infinite.
         """
@@ -275,7 +275,7 @@ class StyleDrop:
         seed: image i is sampled with seed + i, whatever batch it is in; or a list of B seeds.
         negative: the prompt n. superres: also sample the second stage, if there is one, with
         SUPERRES_SAMPLING. sampling: settings of the first stage, by default SAMPLING with an
-        adapter and BASE_SAMPLING without; `changes` overrides some of them, as in lambda_a=2.
+        adapter and BASE_SAMPLING without; changes: single ones to override, such as lambda_a=2.
         on_step: see muse.decode; it is called in both stages of each batch. on_batch(done) is
         called after each batch of AT_ONCE images. Raises ValueError if an adapter belongs to
         another base, or if the numbers of phrases, seeds and prompts differ.
@@ -344,7 +344,8 @@ class StyleDrop:
         def forward_pass(prompts, theta=None):
             """G(v, T(prompts)), or with theta G^(v, T(prompts), theta): a function of v.
 
-            T and the low-resolution tokens are read once, since only v changes from step to step.
+            T's states and those of the low-resolution tokens are computed once, since only v
+            changes from step to step.
             """
             text, text_mask = self.embed(G, prompts)
             adapters = None
@@ -423,7 +424,7 @@ def random_views(images, count, generator):
     if count == 1:
         return images[:, None]
     shape = len(images), count - 1
-    side = 0.8 + 0.2 * torch.rand(*shape, 1, generator=generator)                # 1: all of it
+    side = 0.8 + 0.2 * torch.rand(*shape, 1, generator=generator)    # a share of the image's side
     uniform = 2 * torch.rand(2, *shape, 2, generator=generator) - 1              # in [-1, 1]
     inside, beyond = uniform[0], uniform[1]
     affine = torch.zeros(*shape, 2, 3)           # maps places in the crop to places in the image
@@ -448,7 +449,7 @@ def shuffled(count, batch, generator):
 
 
 # --------------------------------------------------------------------------------------------------
-# Arithmetic
+# Precision
 
 def fast_bf16(device):
     """Does this device multiply in bf16 at least as fast as in fp32?
@@ -470,7 +471,7 @@ def fast_bf16(device):
 
 
 def cpu_vendor():
-    """A text in which the system names the CPU's vendor, or ""."""
+    """A string of the operating system that contains the CPU vendor's name; "" if there is none."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(errors="replace").splitlines():
@@ -479,7 +480,7 @@ def cpu_vendor():
     return platform.processor()                              # "AMD64 Family ... AuthenticAMD"
 
 
-def arithmetic(device):
+def precision(device):
     """The precision of G's matrix products on a device: "bf16" or "fp32"."""
     return "bf16" if fast_bf16(device) else "fp32"
 
@@ -491,7 +492,7 @@ def check_device(device):
 
 
 def autocast(device):
-    """A context for G's matrix products: bf16 where that is fast, else fp32. device: "cpu", ..."""
+    """A context for G's matrix products, on "cpu" or "cuda": bf16 where that is fast, else fp32."""
     return torch.autocast(device, torch.bfloat16, enabled=fast_bf16(device))
 
 

@@ -6,7 +6,7 @@
     python train.py --ref house.png --rounds 2 --feedback clip          # or human, or random
     python train.py --ref 1.png 2.png --kind content --content "a [V] teapot"
 
-This file reads the options and keeps the run folder. The training loop is StyleDrop.fit in
+This file parses the options and manages the run folder. The training loop is StyleDrop.fit in
 styledrop.py (Eq. 3). The base is trained by `python -m pretrain.muse` and the other scripts in
 pretrain/.
 """
@@ -40,10 +40,10 @@ from commandline.tuning import TuningProgress, describe
 from data.pictures import grid
 from data.reading import is_one_colour
 from human_feedback import rounds
-from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, SUPERRES_SAMPLING, WEIGHTS, arithmetic,
-                       check_device, style_prompt, to_tensor, to_uint8)
+from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, SUPERRES_SAMPLING, WEIGHTS, check_device,
+                       precision, style_prompt, to_tensor, to_uint8)
 
-ROOT = Path(__file__).resolve().parent    # also where train.py is called through a link
+ROOT = Path(__file__).resolve().parent    # resolved, in case train.py is called through a link
 PREVIEW = ("a cat", "a tree", "a car", "an apple", "a rocket", "a fish")
 CONTENT_PREVIEW = ("watercolor", "flat vector on navy", "gold and purple", "line drawing",
                    "halftone")           # styles in which an object is previewed
@@ -83,7 +83,7 @@ def options():
     add("--feedback", choices=("clip", "human", "random"), default="clip",
         help="how images are chosen (default: %(default)s)")
     add("--pick", metavar="3,17,20", type=text,
-        help="with --feedback human: choose these numbers instead of in the browser")
+        help="with --feedback human: choose these numbers, instead of choosing in the browser")
     add("--port", type=whole(0, 65535), default=0, help="port of the page (default: any free one)")
     add("--pool", type=whole(1, 1024), default=8,
         help="images sampled for each prompt (default: %(default)s; the paper: 64)")
@@ -98,13 +98,12 @@ def check_options(args):
         raise ValueError('a content adapter needs the name of its object: --content "a [V] teapot"')
     if args.kind == "content" and args.rounds > 1:
         raise ValueError("rounds of feedback are for styles; leave out --rounds or --kind content")
-    if args.kind == "content" and len(args.content) == 1:    # one name for all of its pictures
-        args.content = args.content * len(args.ref)          # (the one option that is changed here)
-    if args.content and len(args.content) != len(args.ref):
+    is_for_all = args.kind == "content" and len(args.content) == 1   # one name, all its pictures
+    if args.content and not is_for_all and len(args.content) != len(args.ref):
         raise ValueError(f"{len(args.ref)} references need as many --content phrases, "
                          f"not {len(args.content)}")
     if args.pick is not None and (args.rounds == 1 or args.feedback != "human"):
-        raise ValueError("--pick is a person's choice; give --rounds 2 --feedback human too")
+        raise ValueError("--pick needs --rounds 2 --feedback human")
 
 
 def main():
@@ -118,7 +117,8 @@ def main():
     prompts = rounds.read_prompts(args.pool_prompts)
     rounds.check_rounds(args, out, prompts)
     pipe = load_pipeline(args)
-    if args.rounds > 1 and pipe.clip.tokenizer is None:      # a damaged file is found here, too
+    # reading pipe.clip also finds a damaged file before the long work
+    if args.rounds > 1 and pipe.clip.tokenizer is None:
         raise ValueError(f"{args.weights}/clip.pt has no vocabulary; put {VOCABULARY_FILE} next to "
                          "it, or if it was made by pretrain.clip, train it again")
     paths = [find_reference(path) for path in args.ref]
@@ -128,9 +128,9 @@ def main():
     recipe = dict(kind=args.kind, content=contents, style=style, steps=args.steps, lr=args.lr,
                   batch=args.batch, d_prj=args.d_prj, superres=args.superres, seed=args.seed,
                   base=pipe.base_id, pictures=fingerprint({"references": references}))
-    # config.json also records these; commands that differ only in these count as the same
+    # config.json also records what follows, which does not count when two commands are compared
     config = dict(recipe, ref=[Path(path).name for path in paths], weights=Path(args.weights).name,
-                  arithmetic=arithmetic(args.device))
+                  precision=precision(args.device))
 
     if not was_made(out / "config.json", recipe):
         first_round(args, out, pipe, references, config)
@@ -156,7 +156,7 @@ def check_out(out):
     if not out.exists():
         return
     if is_empty(out):                                        # an empty folder will do
-        if os.path.ismount(out):                             # which no other folder can replace
+        if os.path.ismount(out):                             # os.replace cannot replace it
             raise ValueError(f"{out} is a mount point; give --out a folder inside it")
         return
     if not (out / "config.json").exists() or not (out / "adapter.pt").exists():
@@ -183,6 +183,8 @@ def find_reference(path):
 def phrases(args, pipe):
     """The content phrases of the references and the style phrase that they share."""
     contents = args.content
+    if args.kind == "content" and len(contents) == 1:        # the name of the object
+        contents = contents * len(args.ref)
     if contents is None:
         contents = [UNKNOWN_CONTENT] * len(args.ref)
         say('--content is not given, so the picture is called "an object". If you say what it '
@@ -231,7 +233,7 @@ def first_round(args, out, pipe, references, config):
     """Tune on the references (Eq. 3) and draw previews. The run folder is created at the end."""
     contents = config["content"]
     style = config["style"]
-    place = out.resolve()                                    # where `out` may be a link to
+    place = out.resolve()                                    # the real path, if `out` is a link
     place.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(place.parent)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=partial_prefix()) as temporary:
@@ -292,7 +294,7 @@ def previews(pipe, adapter, prompts, args):
 
 
 def before_after(references, before, after, prompts):
-    """One sheet: samples of the base above, of the tuned model below; on the left, the reference.
+    """One sheet: the base's samples above, the tuned model's below, the reference on the left.
 
     With several references, the first is shown above and the last below.
 
@@ -310,9 +312,9 @@ def before_after(references, before, after, prompts):
 def note_blank(images, kind):
     """Warn if any of the previews, uint8 (B, H, W, 3), is blank, and say what to do."""
     blank = sum(is_one_colour(image) for image in images)
-    advice = f"Use less of the style: sample.py --lambda-a {SAMPLING.lambda_a - 0.5:g}"
+    advice = f"Use less of the style: sample.py --lambda-a {SAMPLING.lambda_a / 2:g}"
     if kind == "content":
-        less = SAMPLING.lambda_a_content - 0.5
+        less = SAMPLING.lambda_a_content / 2
         advice = f"Use less of the object: sample.py --lambda-a-content {less:g}"
     if blank:
         note(f"{blank} of {len(images)} previews are blank. {advice}")

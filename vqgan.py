@@ -25,7 +25,7 @@ class VQGANConfig:
     codebook_size: int = 1024           # V
     code_width: int = 32                # d; codes live on the unit sphere of this dimension
     decay: float = 0.97                 # decay of the codebook's moving averages
-    revive_below: float = 0.03          # a code used less than this times the average use is dead
+    revive_below: float = 0.03          # a code is dead below this share of the average usage
 
     @property
     def factor(self):                   # f: side of a token in pixels
@@ -62,7 +62,10 @@ class Norm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(conv(silu(norm(x))))). The last convolution starts at zero: an identity."""
+    """x + conv(silu(conv(silu(norm(x))))).
+
+    The last convolution starts at zero, so a new block is the identity.
+    """
 
     def __init__(self, channels, kernel=3):
         super().__init__()
@@ -128,7 +131,7 @@ class Quantizer(nn.Module):
         self.config = config
         V, d = config.codebook_size, config.code_width
         self.register_buffer("codes", torch.zeros(V, d))
-        self.register_buffer("usage", torch.ones(V))        # moving average; 1: as often as average
+        self.register_buffer("usage", torch.ones(V))        # moving averages; 1: a fair share
         self.register_buffer("sums", torch.zeros(V, d))     # moving sums of each code's features
 
     def forward(self, z):

@@ -10,7 +10,7 @@ from adapter import Adapter
 from .files import write_whole
 from .weights import build, read_checkpoint
 
-LONGEST_STYLE = 2000                    # characters; train.py takes as many
+LONGEST_STYLE = 2000                    # in characters; train.py accepts as many
 
 
 class TunedAdapter(nn.Module):

@@ -118,23 +118,23 @@ def write_log(path, lines):
 
 def check_place(path, option="--out", is_folder=True):
     """Raise ValueError, before the work, if a folder (or a file) cannot be written at `path`."""
-    whole = Path(os.path.realpath(path))
-    if Path(path).is_symlink() and not whole.exists():
+    real = Path(os.path.realpath(path))
+    if Path(path).is_symlink() and not real.exists():
         raise ValueError(f"{path} is a broken link; give another {option}")
-    if is_folder and whole.is_file():
+    if is_folder and real.is_file():
         raise ValueError(f"{path} is a file, not a folder; give another {option}")
-    if not is_folder and whole.is_dir():
+    if not is_folder and real.is_dir():
         raise ValueError(f"{path} is a folder, not a file; give another {option}")
-    if whole.is_file() and not os.access(whole, os.W_OK):
+    if real.is_file() and not os.access(real, os.W_OK):
         raise ValueError(f"{path} is read-only; give another {option}")
     try:
-        existing = next(place for place in (whole, *whole.parents) if place.exists())
+        existing = next(place for place in (real, *real.parents) if place.exists())
         folder = existing
-        if whole.is_file():
+        if real.is_file():
             folder = existing.parent
         # try the path's new parts inside a temporary folder: their names could be too long
         with tempfile.TemporaryDirectory(dir=folder, prefix=partial_prefix()) as trial:
-            Path(trial, whole.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+            Path(trial, real.relative_to(existing)).mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < LEAST_FREE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:

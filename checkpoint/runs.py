@@ -20,7 +20,7 @@ KINDS = ["style", "content"]
 
 
 def kind_of(run):
-    """Return "style" or "content", by the run's config.json; None where that does not say."""
+    """Return "style" or "content", as the run's config.json says, or None if it does not."""
     try:
         config = read_json(Path(run) / "config.json") or {}
     except ValueError:
@@ -102,7 +102,7 @@ def is_finished(out, rounds):
     for number in range(2, rounds + 1):
         here = f"round{number}"
         parts += [f"{here}/choice.json", f"{here}/adapter.json", f"{here}/adapter.pt"]
-    config = read_json(out / "config.json") or {}            # which is written last
+    config = read_json(out / "config.json") or {}            # it is written last
     return config.get("round", 1) == rounds and all((out / part).exists() for part in parts)
 
 

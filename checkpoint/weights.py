@@ -1,7 +1,6 @@
-"""Weights: written in half precision, read as tensors and never as code.
+"""Reading and writing weights. Files are read as tensors; no code in them is ever run.
 
-No code in a file is ever run. A file that does not fit its model is refused with a one-line message
-that says why.
+A file that does not fit its model is refused with a one-line message that says why.
 """
 
 import hashlib
@@ -55,7 +54,10 @@ def read_weights(path):
 
 
 def read_checkpoint(path, kind):
-    """The dict in a file whose "kind" is `kind`. Raises ValueError with one line for others."""
+    """The dict in a file whose "kind" is `kind`.
+
+    Raises ValueError, with a one-line message, for any other file.
+    """
     if not Path(path).is_file():
         raise ValueError(f"no {kind} file at {path}")
     saved = read_weights(path)
@@ -78,7 +80,7 @@ def save_model(path, kind, model, provenance, **more):
 def load_model(path, kind, config_class, model_class):
     """The model that `save_model` wrote, frozen, in fp32 and eval mode, and the dict it came in.
 
-    Raises ValueError in one line where the file does not fit.
+    Raises ValueError, with a one-line message, if the file does not fit.
     """
     saved = read_checkpoint(path, kind)
     try:
@@ -135,7 +137,7 @@ def is_size(name, value, declared):
 class SkipInitialisation(torch.overrides.TorchFunctionMode):
     """Skip the random initialisation of weights, which are about to be overwritten.
 
-    On the meta device it would only cost time: PyTorch would import its compiler (seconds).
+    On the meta device it has no effect, but makes PyTorch import its compiler, which takes seconds.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -148,8 +150,8 @@ class SkipInitialisation(torch.overrides.TorchFunctionMode):
 def build(make, weights):
     """The model that make() returns, with `weights` ({name: tensor}), in fp32 and in eval mode.
 
-    make() runs on the meta device, where tensors have shapes but no memory. Raises ValueError in
-    one line where make() fails, or for the first weight that does not fit.
+    make() runs on the meta device, where tensors have shapes but no memory. Raises ValueError,
+    with a one-line message, if make() fails, or for the first weight that does not fit.
     """
     try:
         with torch.device("meta"), SkipInitialisation():

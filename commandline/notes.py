@@ -1,4 +1,4 @@
-"""Notes about prompts: words that are in no training caption, and text beyond the last token."""
+"""Notes about prompts: words that no training caption contains, and text that is cut off."""
 
 import difflib
 import re
@@ -25,7 +25,7 @@ def unknown_words(words, text):
 
 
 def near_words(words, word):
-    """Up to three words of the vocabulary that are spelled like `word` or contain each other."""
+    """Up to three known words that are spelled like `word`, contain it, or are contained in it."""
     near = difflib.get_close_matches(word, sorted(words), 3, 0.75)
     if len(word) > 2:
         inside = [known for known in words
@@ -38,7 +38,7 @@ def near_words(words, word):
 def note_unknown(pipe, *texts):
     """Print notes on what the base of `pipe` (a StyleDrop) does not understand in some texts.
 
-    These are text beyond the last token that T reads, and words that are in no training caption.
+    That is text beyond the last token that T reads, and words that no training caption contains.
     """
     length = pipe.muse.config.text_length
     if not all(pipe.tokenizer.fits(text, length) for text in texts):
@@ -49,9 +49,9 @@ def note_unknown(pipe, *texts):
     for word, near in unknown.items():
         excerpt = word if len(word) < 50 else word[:40] + "..."
         suggestion = f"; similar known words: {', '.join(near)}" if near else ""
-        note(f"the base has never read {excerpt!r}{suggestion}")
+        note(f"the base does not know {excerpt!r}{suggestion}")
     if len(unknown) == MOST:
-        note("there may be more words that the base has never read")
+        note("there may be more words that the base does not know")
 
 
 def knows_some(pipe, phrase):

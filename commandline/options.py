@@ -15,7 +15,7 @@ LONGEST = LONGEST_STYLE                 # characters of a prompt or a name
 class Parser(argparse.ArgumentParser):
     """A wrong option is an error of one line, like every other mistake (see run_command).
 
-    Options cannot be abbreviated: a later version could have another option that it fits.
+    Options cannot be abbreviated: a new option could make an abbreviation ambiguous.
     """
 
     def __init__(self, **settings):
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         for argument in sys.argv[1:] if args is None else args:
             if argument.startswith("--"):
                 option = argument.partition("=")[0]
-                if argument.endswith("=--"):                 # argparse would read []
+                if argument.endswith("=--"):                 # argparse would read an empty list
                     self.error(f"{argument} has no value")
             elif option is not None and looks_like_option(argument):
                 self.error(f"{argument} is not an option; if it is a value, write "
@@ -39,7 +39,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def looks_like_option(argument):
-    """Would argparse take an argument of one dash for an option? Not a number, nor words."""
+    """Would argparse take an argument that begins with one dash for an option?
+
+    It does not if the argument is a number or contains a space.
+    """
     if not argument.startswith("-") or argument.startswith("--") or argument in ("-", "-h"):
         return False
     is_number = re.fullmatch(r"-(\d+|\d*\.\d+)", argument)
@@ -69,7 +72,7 @@ def whole(low, high):
 
 
 def text(argument):
-    """An argparse type: text that a file can hold."""
+    """An argparse type: text that is valid UTF-8 and not too long."""
     try:
         argument.encode()
     except UnicodeEncodeError:

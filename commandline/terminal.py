@@ -31,7 +31,7 @@ class LostReader:
         try:
             self.stream.write(words)
             self.stream.flush()
-        except OSError:                                      # from now on, write to nowhere
+        except OSError:                                      # write to nowhere, at the exit too
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
@@ -57,7 +57,7 @@ def note(line):
 
 
 class Progress:
-    """Says how far a long job is, about every five seconds, and always at its end if asked.
+    """Prints how far a long job has come: at most every five seconds, and when done = total.
 
     Call the object with (done, total, words) as often as you like.
     """
@@ -76,7 +76,7 @@ class Progress:
 
 
 class SamplingProgress(Progress):
-    """How many images are sampled, and the decoding step of the next ones.
+    """Prints how many images have been sampled, and the decoding step of the current batch.
 
     on_step and on_batch are those of StyleDrop.generate.
     """
@@ -107,7 +107,7 @@ def peak_memory():
 def run_command(main):
     """Run a script's main(). A mistake of the user is one line on stderr and exit code 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)     # see the scripts' first lines
-    warnings.filterwarnings("ignore", "only the first")      # CLIP's; notes.py has said it
+    warnings.filterwarnings("ignore", "only the first")      # of CLIP; notes.py notes the same
     stderr = None if sys.stderr is None else LostReader(sys.stderr)
     with contextlib.redirect_stderr(stderr):
         line = mistake_in(main)
@@ -135,7 +135,7 @@ def mistake_in(main):
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not is_memory and "can't allocate memory" not in str(error):  # PyTorch's message on CPU
             raise
-        line = "out of memory; ask for less at once"
+        line = "out of memory; use a smaller --batch, or sample fewer images at once"
     line = " ".join(line.split())
     if len(line) > 500:
         line = f"{line[:240]} ... {line[-240:]}"

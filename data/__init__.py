@@ -3,10 +3,14 @@
 art.py          the drawings as training pictures with captions
 scenes.py       what a picture shows, and the words for it
 drawing.py      places, shapes and colours of drawings
-styles.py       styles that have words; free_styles.py: those that have none; paint.py: tools
+styles.py       styles that have words
+free_styles.py  styles that have none
+paint.py        noise, blur and other image operations that both use
 english.py      articles, plurals, synonyms
 folder.py       a folder of your own captioned pictures
-reading.py      any picture file as pixels; colour.py: what its values mean; metadata.py: its notes
+reading.py      any picture file as pixels
+colour.py       what its colour values mean
+metadata.py     what its metadata say
 pictures.py     contact sheets
 build.py        how the sprite sheets were made
 """

@@ -52,7 +52,7 @@ def words():
 
 @functools.lru_cache(None)
 def kept_out_pairs():
-    """The (set, name) pairs of a tenth of the training sets' drawings, which no training sees.
+    """The (set, name) pairs of the tenth of the training sets' drawings that the base does not see.
 
     They are for an audit: samples of a base that has memorised its training drawings are nearer to
     those than to these. A pair is kept out where the CRC-32 of "set/name" is divisible by 10,
@@ -70,8 +70,8 @@ class Art:
     """The drawings of some sets, as uint8 (n, size, size, 4) with straight alpha, in `.drawings`.
 
     sets: names from sets.tsv; by default all of a role ("training", "held-out"). For each drawing,
-    `.names` has its name, `.sets` its icon set, `.hands` that set's style phrase, `.boxes` the box
-    that it covers of its tile, and `.middles` its median luminance. `.index` is
+    `.names` has its name, `.sets` its icon set, `.style_phrases` that set's style phrase, `.boxes`
+    its bounding box in the tile, and `.middles` its median luminance. `.index` is
     {set: {name: [i, ...]}}: a set may have several drawings of a name, such as a woman with several
     skin colours.
     kept_out: False leaves out the drawings that are kept out of training (`kept_out_pairs`), True
@@ -104,7 +104,7 @@ class Art:
                     if ((row["set"], row["name"]) in kept_out_pairs()) == kept_out]
         self.names = [row["name"] for row in rows]
         self.sets = [row["set"] for row in rows]
-        self.hands = [table[s]["style"] for s in self.sets]
+        self.style_phrases = [table[s]["style"] for s in self.sets]
         sheets = {}
         for sheet in {row["sheet"] for row in rows}:
             picture = Image.open(HERE / "sheets" / f"{sheet}.webp")
@@ -142,7 +142,7 @@ class Art:
         return self.index[set_name][name][0]
 
     def content(self, i, rng=None):
-        """Content phrase of drawing i; with rng, sometimes a synonym, "the", no article."""
+        """Content phrase of drawing i; with rng, sometimes with a synonym, "the" or no article."""
         return scenes.phrase(Scene((self.names[i],)), rng)
 
     def batch(self, n, rng, resolution):
@@ -156,7 +156,7 @@ class Art:
         captions = []
         bare = self.bare > 0 and rng.random() < self.bare
         for _ in range(n):
-            i = int(rng.random() * len(self.names))          # with compose: only its icon set
+            i = int(rng.random() * len(self.names))          # with compose: to choose an icon set
             scene = Scene((self.names[i],))
             if self.compose:
                 scene = scenes.sample(rng, names=self.names_of[self.sets[i]])
@@ -168,7 +168,7 @@ class Art:
                 rgba = drawing.place_anywhere(rgba, rng, smallest)
             images.append(styles.apply(style, rgba, rng))
             content = scenes.phrase(scene, rng)
-            style_words = styles.phrase(style, self.hands[i], rng)
+            style_words = styles.phrase(style, self.style_phrases[i], rng)
             if self.compose and rng.random() < RARE and content.startswith("a "):
                 content = content.replace("a ", "a [V] ", 1)
             is_single = scene == Scene(scene.things[:1])     # one object, not coloured
@@ -194,7 +194,7 @@ class Art:
         """n prompts for sheets of samples, always the same ones; every second one names a style."""
         rng = np.random.default_rng(0)
         picks = rng.integers(len(self.names), size=n)
-        style_phrases = [styles.phrase(styles.sample(rng), self.hands[i]) for i in picks]
+        style_phrases = [styles.phrase(styles.sample(rng), self.style_phrases[i]) for i in picks]
         prompts = []
         for k, i in enumerate(picks):
             style_words = style_phrases[k] if k % 2 == 1 else ""

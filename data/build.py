@@ -1,8 +1,8 @@
 """Rebuild the sprite sheets from the packages that carry the drawings.
 
-names.tsv says which drawing of which set stands on which tile of which sheet. Its choice was made
-by eye: drawings that show what their name says and are legible at 64 px, on a transparent ground;
-no flags, logos, clock faces, signs or text. A set's people have a sheet of their own.
+names.tsv says which drawing of which set stands on which tile of which sheet. The drawings
+were chosen by eye: they show what their name says and are legible at 64 px, on a transparent
+ground; no flags, logos, clock faces, signs or text. A set's people have a sheet of their own.
 
     npm install @iconify-json/noto@1.2.9 @iconify-json/noto-v1@1.2.5 @iconify-json/twemoji@1.2.5 \\
         @iconify-json/fluent-emoji@1.2.7 @iconify-json/fluent-emoji-flat@1.2.6 \\

@@ -33,7 +33,7 @@ def in_bands(function, array):
 # Samples of more than 8 bits: Pillow reads all bits of greys, but only the upper 8 of colours
 
 def deep_samples(image, file, path, always):
-    """Read the samples of a loaded frame that has more than 8 bits for each of them.
+    """Read the samples of a loaded frame with more than 8 bits per sample.
 
     always: read them even if the upper 8 bits of a colour would be enough.
 
@@ -57,7 +57,7 @@ def deep_samples(image, file, path, always):
     white, notes = find_white(values, image, path)
     if has_alpha:
         opaque = white
-        if opacity.max() > white:                            # only the colours have fewer bits
+        if opacity.max() > white:                            # alpha has 16 bits, the colours fewer
             opaque = 65535
         alpha = to_8_bits(scale(opacity, opaque))
     key = image.info.get("transparency")
@@ -307,13 +307,14 @@ def measured_colours(gamma, chromaticity):
     primaries = BT709
     if isinstance(gamma, float) and 0.05 < gamma < 5:
         exponent = 1 / gamma
-        if abs(exponent / 2.2 - 1) > 0.05:                   # 2.2 is how writers say sRGB
+        if abs(exponent / 2.2 - 1) > 0.05:                   # writers of PNG say 2.2 for sRGB
             transfer = exponent
     if isinstance(chromaticity, tuple) and min(chromaticity) > 0:
         differs = np.abs(np.subtract(chromaticity, BT709)).max() > 0.005
         corners = np.reshape(chromaticity, (4, 2))[1:]       # red, green, blue
         area = np.abs(np.linalg.det(np.column_stack([corners, np.ones(3)]))) / 2
-        # sRGB's triangle has an area of 0.11; in one without area, three colours cannot be told
+        # sRGB's triangle has an area of 0.11; in one without area, the primaries lie on a line and
+        # the matrix has no inverse
         if differs and area > 0.01 and np.isfinite(matrix_to_srgb(chromaticity)).all():
             primaries = chromaticity
     return Colours(transfer, primaries)

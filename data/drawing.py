@@ -42,9 +42,9 @@ def inked(image):
 
 
 def place_one(rgba, size, rng, smallest=None):
-    """The drawing, scaled to `smallest` to 1 times a frame (size, size, 4) and placed at random.
+    """The drawing at a random place and scale in a frame (size, size, 4).
 
-    smallest=None: it fills the frame.
+    smallest: the least side of the drawing, as a share of the frame's; None: it fills the frame.
     """
     if not smallest:
         return rgba if len(rgba) == size else scaled(rgba, (size, size))
@@ -104,8 +104,8 @@ def layout(boxes, rng):
 def bend(rgba, rng, amount):
     """The drawing turned, sheared, stretched and, half the time, mirrored.
 
-    amount: one standard deviation of each, in radians or as a share. The drawing is made smaller
-    where its frame would stick out by more than a tenth.
+    amount: the standard deviation of the angle (in radians), of the shear, and of the log of each
+    stretch. The drawing is made smaller where its frame would stick out by more than a tenth.
     """
     turn, shear, *stretch = rng.normal(0, amount, 4)
     mirror = 1

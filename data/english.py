@@ -70,7 +70,7 @@ def noun(name):
 
 
 def is_countable(name):
-    """False for what is plural or a mass as it is: "glasses", "broccoli"."""
+    """False for names that are plural or uncountable already: "glasses", "broccoli"."""
     return noun(name) != content_phrase(name)
 
 

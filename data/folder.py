@@ -15,8 +15,8 @@ class Folder:
     """Pictures with captions: NAME.txt next to each NAME.png, or captions.tsv (file, caption).
 
     `.skipped` names the files that are neither pictures nor captions; `.fingerprint` changes with
-    any picture or caption. Raises ValueError in one line where the folder, a picture or a caption
-    is missing.
+    any picture or caption. Raises ValueError, with a one-line message, if the folder, a picture or
+    a caption is missing.
     """
 
     def __init__(self, path, size=64):
@@ -84,7 +84,7 @@ def read_caption_files(path):
 
 
 def read_text(path):
-    """A text file of the user's, without a byte-order mark. Raises ValueError in one line."""
+    """A text file of the user's, without a byte-order mark. Raises ValueError if unreadable."""
     check_path(path, "text file")
     try:
         return path.read_text(encoding="utf-8-sig").strip()

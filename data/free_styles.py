@@ -2,9 +2,9 @@
 
 Real references rarely fit words such as "navy and gold watercolor". Half of the styled training
 pictures therefore take a style from this file, and their captions call it "[V*]" or nothing. A
-style is determined by a seed. What is characteristic of it is drawn from `point`, a generator with
-that seed, so that two pictures of one style share it. What differs between two pictures of a style,
-such as where the noise lies, is drawn from `rng`.
+style is determined by its seed (`Style.seed`). What is characteristic of it is drawn from `point`,
+a generator with that seed, so that two pictures of one style share it. What differs between two
+pictures of a style, such as where the noise lies, is drawn from `rng`.
 
     picture = paint(rgba, point=np.random.default_rng(7), rng=np.random.default_rng(0))
 
@@ -126,7 +126,7 @@ def tinted(p, colours, point, rng):
 
 
 def colour_field(p, colours, point, rng):
-    """Colours that run over the object whatever its parts are; its lightness stays."""
+    """A field of colours across the object, whatever its parts are; the lightness is kept."""
     chosen = colours[point.permutation(len(colours))[:3]]
     scale = point.uniform(14, 50)
     if point.random() < 0.5:
@@ -153,12 +153,12 @@ def other_hues(p, colours, point, rng):
 
 
 def few_colours(p, colours, point, rng):
-    """Every colour becomes the nearest of a few flat ones."""
+    """Posterised: each of a few levels of lightness becomes one flat colour of the scheme."""
     count = int(point.integers(3, 6))
     light = light_of(p)
     low, high = np.percentile(light, (3, 97))
     level = np.clip((light - low) / max(high - low, 0.15), 0, 0.999) * count
-    return np.stack(list(colours))[np.floor(level[..., 0]).astype(int) * len(colours) // count]
+    return colours[np.floor(level[..., 0]).astype(int) * len(colours) // count]
 
 
 COLOURINGS = {own_colours: 0.36, gradient_map: 0.24, tinted: 0.1, colour_field: 0.12,
@@ -280,7 +280,8 @@ GROUNDS = {plain: 0.34, linear_gradient: 0.12, radial_gradient: 0.1, horizon: 0.
 
 
 # --------------------------------------------------------------------------------------------------
-# Bodies: (p, a, ground, colours, point, rng) -> the picture on its background, and what is drawn
+# Bodies: (p, a, ground, colours, point, rng) -> the picture on its background, the object's mask.
+# compose is the plain case, relief a helper
 
 def compose(p, a, ground, point):
     """The object on its background, sometimes with a shadow, a halo or an outline."""
@@ -304,7 +305,7 @@ def compose(p, a, ground, point):
 
 
 def relief(p, a, point):
-    """The object as a body: its height, round at the rim and uneven where the drawing is."""
+    """A height map of the object: rounded at its rim, higher where the drawing is light."""
     round_rim = blur(a, point.uniform(2, 7)) * a
     return round_rim * np.float32(1.5) + light_of(blur(p, 1)) * np.float32(point.uniform(0, 0.4))
 

@@ -28,7 +28,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def png_chunks(path):
-    """Yield (kind, body, check), three byte strings, of each chunk of a PNG; nothing of others."""
+    """Yield (kind, body, check), three byte strings, for each chunk of a PNG, if it is one."""
     with path.open("rb") as file:
         if file.read(8) != PNG_SIGNATURE:
             return
@@ -84,5 +84,5 @@ def exif_value(image, tag, directory=None):
         if directory is not None:
             exif = exif.get_ifd(directory)
         return exif.get(tag)
-    except Exception:                                        # each kind of damage has its own
+    except Exception:                                        # damage raises many kinds
         return None

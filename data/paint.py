@@ -1,8 +1,8 @@
 """Tools that styles are painted with: noise, blur, ramps of colour, relief, flow, cells.
 
 Pictures are float32 (H, W, 3) in [0, 1] and masks float32 (H, W, 1). Lengths are in 64ths of the
-side, and no number that is taken from a generator depends on the size, so the same generator gives
-the same picture at 64 and at 128 pixels.
+side, and the random draws do not depend on the size, so the same generator gives the same picture
+at 64 and at 128 pixels.
 """
 
 import functools

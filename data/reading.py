@@ -7,8 +7,8 @@ The picture is turned upright, its colours are converted to sRGB, samples of mor
 scaled by the value that stands for white, and transparent parts are laid on a background. Metadata
 that cannot be read is ignored: an intact picture is never refused because of damaged metadata.
 
-Contents: reading, paths, files, frames, transparency, files that are not pictures. What the colour
-values of a file mean is the matter of colour.py.
+Contents: reading, paths, files, frames, transparency, files that are not pictures. colour.py
+interprets the colour values.
 """
 
 import codecs
@@ -60,16 +60,16 @@ def read_image(path, size):
 def read_reference(path, size):
     """Read a picture to learn a style from. Arguments and result are those of `read_image`.
 
-    Raises ValueError as `read_image` does, and if the square is (nearly) of one colour.
+    Raises ValueError as `read_image` does, and if the square is almost all one colour.
     """
     whole = open_picture(Path(path))
     pixels = centre_square(whole, size)
     if not is_one_colour(pixels):
         return pixels
     if is_one_colour(whole.resize((size, size))):
-        raise ValueError(f"{shown(path)}: the picture is nearly of one colour, so there is no "
+        raise ValueError(f"{shown(path)}: the picture is almost all one colour, so there is no "
                          "style to learn; give another picture")
-    raise ValueError(f"{shown(path)}: its centre square is nearly of one colour, so there is no "
+    raise ValueError(f"{shown(path)}: its centre square is almost all one colour, so there is no "
                      "style to learn; crop the picture to the part you mean")
 
 
@@ -125,9 +125,12 @@ def check_path(path, what):
 # ---------------------------------------------------------------------------------------------
 # Files
 
-COLOUR_CHUNKS = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"eXIf")           # and the orientation
-LEFT_ALONE = ("EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR",  # not read, since Pillow needs programs
-              "FITS", "MCIDAS")                              # or does not scale their values
+# metadata that changes how the pixels are shown: the colours, and in eXIf the orientation
+COLOUR_CHUNKS = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"eXIf")
+# formats that are refused: for those in the first line Pillow needs other software, those in the
+# second it reads without scaling their values
+LEFT_ALONE = ("EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR",
+              "FITS", "MCIDAS")
 
 
 def open_picture(path):
@@ -259,7 +262,7 @@ def first_frame_with_content(file, path):
 
 
 def check_format(image, path):
-    """Raise Refused if the format is left alone or the file takes too long to decode."""
+    """Raise Refused if the format is one of LEFT_ALONE, or the file takes too long to decode."""
     if image.format in LEFT_ALONE:
         raise Refused(f"{shown(path)} is in the format {image.format}; convert it to PNG")
     if image.format in ("JPEG", "MPO"):
@@ -331,7 +334,8 @@ def to_rgb(image, file, path):
     if alpha is not None and alpha.getextrema()[0] < 255:
         image, is_dark = lay_on_background(image, alpha)
         if is_dark:
-            notes.append("is a light drawing on a transparent background; a dark one is used")
+            notes.append("is a light drawing on a transparent background, so it is laid on a dark "
+                         "one")
     return image, notes
 
 
@@ -373,7 +377,7 @@ def lay_on_background(image, alpha):
 VIDEO = "is a video; save one of its frames as PNG"
 OTHER_FILES = {                         # how they begin, and what a message says of them
     b"version https://git-lfs": "is a Git LFS pointer, not the picture itself; run git lfs pull",
-    b"%PDF": "is PDF; convert it to PNG",
+    b"%PDF": "is a PDF; convert it to PNG",
     b"%!PS": "is PostScript; convert it to PNG",
     b"\xff\x0a": "is JPEG XL; convert it to PNG",
     b"\0\0\0\x0cJXL ": "is JPEG XL; convert it to PNG",

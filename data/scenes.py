@@ -7,8 +7,8 @@
     scene = sample(rng)                                 # held_out=True: what training never shows
     rgba, words = draw(scene, art, rng, 64), phrase(scene, rng)
 
-No number taken from rng depends on the size, and all places are whole 64ths of the side, so the
-same seed gives the same scene at 64 and at 128 pixels.
+The random draws do not depend on the size, and all places are whole 64ths of the side, so the same
+seed gives the same scene at 64 and at 128 pixels.
 """
 
 import functools
@@ -68,7 +68,7 @@ def pools(names):
 
 
 def takes_number(name):
-    """Whether there can be two of it: not of a view, nor of "scissors" or "hammer and pick"."""
+    """Can a caption count it ("two cats")? Not a view, nor "scissors" or "hammer and pick"."""
     odd = name in VIEWS | UNCOUNTED or "-and-" in name or name[0].isdigit()
     return english.is_countable(name) and not odd
 
@@ -227,7 +227,7 @@ def other_word(name, scene, rng):
 
 
 def keeps_the_rule(scene, words):
-    """Could the words not also mean a scene of the other kind, held out or trained?
+    """True unless the words could also mean a scene on the other side of the held-out split.
 
     If a red train is held out and a red bullet train is not, the latter is never called "a red
     train".
@@ -242,7 +242,7 @@ def keeps_the_rule(scene, words):
 
 
 def is_ambiguous(scene, words):
-    """May a plural without a number also mean one coloured object beyond the held-out line?
+    """Could a plural without a number also mean one coloured object on the other side of the split?
 
     Three green "musical-note" are "green musical notes", and so is one green "musical-notes".
     """
@@ -258,10 +258,10 @@ def is_ambiguous(scene, words):
 # Its picture
 
 def draw(scene, art, rng, size, set_name=None):
-    """The scene from drawings of one set of `art` -> uint8 (size, size, 4), straight alpha.
+    """Draw the scene with drawings of one set of `art` -> uint8 (size, size, 4), straight alpha.
 
-    set_name: whose drawings; by default a random set that has all of it. `art.smallest` and
-    `art.bent` hold. Raises ValueError if no set has all of it.
+    set_name: that set; by default a random one that has all drawings. `art.smallest` and `art.bent`
+    apply. Raises ValueError if no set has all of them.
     """
     sets = [s for s in art.index if all(name in art.index[s] for name in scene.things)]
     if set_name is None and sets:

@@ -37,7 +37,7 @@ HUES = {name: np.array(rgb, np.float32) / 255 for name, rgb in {
 DARK = ("black", "navy", "purple", "brown", "green", "teal", "red", "blue")
 LIGHT = ("white", "cream", "gold", "pink", "orange", "grey")
 GROUND_HUES = tuple(HUES)[2:]           # of backgrounds, besides white and black
-HUE_PAIRS = tuple(zip(GROUND_HUES, GROUND_HUES[5:] + GROUND_HUES[:5]))    # and the fifth next
+HUE_PAIRS = tuple(zip(GROUND_HUES, GROUND_HUES[5:] + GROUND_HUES[:5]))  # with the fifth after it
 
 ATTRIBUTES = {
     "palette": [f"{dark} and {light}" for dark in DARK for light in LIGHT]
@@ -57,14 +57,14 @@ HELD_OUT = {"medium": ("stained glass", "glowing"), "light": ("sticker",)}
 
 @dataclass(frozen=True)
 class Style:
-    """One point of the space. An attribute "" is "as drawn"; the ground is the background."""
+    """One style of the space. An attribute "" is "as drawn"; the ground is the background."""
     palette: str = ""
     line: str = ""
     medium: str = ""
     ground: str = "white"
     light: str = ""
-    free: bool = False      # a style without words, all of which follows from its point
-    point: int = 0          # seeds what the words leave open
+    free: bool = False      # a style without words, which follows from its seed alone
+    seed: int = 0           # of what the words leave open
 
 
 UNNAMED = ("", "white")      # no attribute, and the background that goes without saying
@@ -82,7 +82,7 @@ def is_plain(style):
 
 
 def has_new_words(style):
-    """True where a value is named that the base never sees, whatever the others are."""
+    """True if an attribute has a value that the base never sees in training."""
     return any(v in HELD_OUT.get(k, ()) for k, v in named(style).items())
 
 
@@ -92,10 +92,10 @@ def is_held_out(style):
     Held out are two media, one light, a fifth of all pairs of attribute values, and a fifth of the
     styles without words. A pair is held out if the CRC-32 of its words is divisible by 5, whatever
     the other attributes are (a white background is in no pair); a style without words, if the
-    CRC-32 of its point is.
+    CRC-32 of its seed is.
     """
     if style.free:
-        return zlib.crc32(f"free {style.point}".encode()) % 5 == 0
+        return zlib.crc32(f"free {style.seed}".encode()) % 5 == 0
     if has_new_words(style):
         return True
     values = list(named(style).items())
@@ -110,9 +110,9 @@ def is_pair_held_out(a, b):
 
 PLAIN = 0.3                  # share of the drawings that stay as they are, on white
 FREE = 0.5                   # share of the others whose style has no words
-SILENT = 0.8, 0.25           # chance that no style is named: of a drawing as it is, of the others
+SILENT = 0.8, 0.25           # probability that no style is named: for plain drawings, for others
 CHANCE = {"palette": 0.45, "line": 0.25, "medium": 0.45, "ground": 0.6, "light": 0.2}    # of each
-POINTS = 2 ** 31             # number of seeds
+SEEDS = 2 ** 31              # number of seeds
 
 
 def sample(rng, held_out=False, plain=PLAIN, free=FREE):
@@ -125,7 +125,7 @@ def sample(rng, held_out=False, plain=PLAIN, free=FREE):
         return Style()
     if rng.random() < free:
         while True:
-            style = Style(free=True, point=int(rng.integers(POINTS)))
+            style = Style(free=True, seed=int(rng.integers(SEEDS)))
             if is_held_out(style) == held_out:
                 return style
     while True:
@@ -136,7 +136,7 @@ def sample(rng, held_out=False, plain=PLAIN, free=FREE):
             values = {k: ATTRIBUTES[k][int(rng.random() * len(ATTRIBUTES[k]))] for k in chosen}
             style = Style(**values)
             if is_held_out(style) == held_out:
-                return replace(style, point=int(rng.integers(POINTS)))
+                return replace(style, seed=int(rng.integers(SEEDS)))
 
 
 def keep_colours(style, colours=()):
@@ -159,9 +159,9 @@ def keep_colours(style, colours=()):
 def phrase(style, icon_style="", rng=None):
     """The style in words; `icon_style`, the icon set's own, stands where no medium does.
 
-    With rng, as captions have it: "" for four in five of the drawings as they are and one in four
-    of the others, else each attribute is left out one time in seven. A white background goes
-    without saying, and a free style has no words.
+    With rng, parts are left out as in captions: the whole phrase for 80 % of the plain drawings and
+    25 % of the others, else each attribute with probability 1/7. A white background goes without
+    saying, and a free style has no words.
     """
     if style.free:
         return ""
@@ -425,10 +425,10 @@ MEDIA = {"flat": flat, "watercolor": watercolor, "oil painting": oil_painting,
 def apply(style, rgba, rng):
     """Paint `rgba` (H, W, 4) uint8, a drawing with straight alpha, in a style -> (H, W, 3) uint8.
 
-    What characterises the style follows from its words and its point; `rng`, a numpy Generator,
+    What characterises the style follows from its words and its seed; `rng`, a numpy Generator,
     decides where noise lies, which differs between two pictures of one style.
     """
-    point = np.random.default_rng(style.point)
+    point = np.random.default_rng(style.seed)
     if style.free:
         return free_styles.paint(rgba, point, rng)
     drawing = planes(rgba)

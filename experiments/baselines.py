@@ -14,7 +14,7 @@ Here all tune one base, on the foreign references of foreign.py, with the same p
     LoRA                a change of low rank in each matrix of G's blocks (arXiv 2106.09685)
     textual inversion   the embedding of the rare token [V*] in T (arXiv 2208.01618)
 
-All but the adapter make another Muse, G' with T', which takes the tuned model's place in Eq. 4:
+All but the adapter return a modified Muse, G' with T', which is the tuned model in Eq. 4:
 
     l = G'(v, T'(t)) + lambda_A (G'(v, T'(t)) - G(v, T(t))) + lambda_B (G(v, T(t)) - G(v, T(n)))
 
@@ -78,7 +78,7 @@ def tune_lora(pipe, tokens, texts, steps, lr, generator):
 
 
 def tune_text(pipe, tokens, texts, steps, lr, generator):
-    """Textual inversion: the rows of RARE_TOKEN in T's embedding, from where the base has them.
+    """Textual inversion: train the rows of RARE_TOKEN in T's embedding, from the base's values.
 
     The original adds one word to the vocabulary. The BPE reads [V*] as several tokens, which occur
     in no other word of a caption, so all of their rows are trained. Raises ValueError for a prompt
@@ -127,9 +127,10 @@ def linear_layers(model):
 
 
 def fit(pipe, tuned, parameters, tokens, texts, steps, lr, generator):
-    """Eq. 3 with `parameters` of a Muse, a list, in the place of theta; tuned.trained counts them.
+    """Eq. 3, with `parameters` (a list of a Muse's parameters) in the place of theta.
 
-    Everything else is as in StyleDrop.fit. T is computed in each step, as it may be what changes.
+    Their number is stored in tuned.trained. Everything else is as in StyleDrop.fit. T is computed
+    in each step, as it may be what changes.
     """
     for parameter in parameters:
         parameter.requires_grad_(True)

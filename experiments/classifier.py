@@ -133,7 +133,7 @@ def part(art, keep):
     rows = np.flatnonzero(keep)
     subset = copy.copy(art)
     subset.drawings = art.drawings[rows]
-    for field in ("names", "sets", "hands", "boxes", "middles"):
+    for field in ("names", "sets", "style_phrases", "boxes", "middles"):
         values = getattr(art, field)
         setattr(subset, field, [values[i] for i in rows])
     subset.make_index(art.index)
@@ -165,9 +165,9 @@ def paint(art, scene, rng, in_style, set_name=None):
 
 
 def labels_of(scene, names):
-    """[name, name of the second object or the same again, colour, count - 1]; -1: no label.
+    """[first name, second name (or the first again), colour, count - 1]; -1 means no label.
 
-    Only scenes of one class of object have a colour and a count that can be asked for.
+    Only scenes with one kind of object have labels for colour and count.
     """
     colour = count = -1
     if len(scene.things) == 1:
@@ -208,7 +208,7 @@ class Chunks(torch.utils.data.Dataset):
 
 
 def vary(images, generator):
-    """Images mirrored, bent, moved, blurred and brighter, so that each can be used several times.
+    """Mirror, warp, shift, blur and relight images, so that each can be used several times.
 
     images (B, 3, H, W) on any device; generator: a CPU's.
     """
@@ -279,7 +279,7 @@ def train(net, art, names, args):
 def own_figures(net, count, seed):
     """A table of its accuracy on drawings that it was trained on, on held-out ones, on OpenMoji's.
 
-    count: images of each kind. The base was trained on all of them but OpenMoji's.
+    count: images of each kind. The base was trained on nine tenths of the others, on no OpenMoji.
     """
     art = emoji_objects(net.known_names, smallest=0.9)
     kinds = {"drawings it was trained on": part(art, ~is_new(art)),
@@ -298,7 +298,7 @@ def own_figures(net, count, seed):
 
 
 def named(predictions, target):
-    """Is the target class (B,) ranked first of all, and with what chance first of 100? Two (B,)."""
+    """Two (B,): is the target class ranked first, and how probably would it be among 100?"""
     scores = predictions["names"]
     return (scores.argmax(1) == target).double(), among(scores, target)
 
@@ -311,15 +311,16 @@ def options():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--out", type=filled, default=str(FILE), help="the file to write (default: %(default)s)")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute (default: cuda where there is a GPU)")
     add("--chunks", type=whole(1, 10**6), default=1000, help="batches of new images")
     add("--reuse", type=whole(1, 64), default=4, help="steps after each chunk")
     add("--pool", type=whole(1, 1024), default=64, help="chunks in the pool")
-    add("--batch", type=whole(2, 65536), default=256)
+    add("--batch", type=whole(2, 65536), default=256, help="images in a chunk, and in a step")
     add("--lr", type=number(float, 0, 1, above=True), default=2e-3, help="peak learning rate")
     add("--workers", type=whole(0, 256), default=1, help="processes that paint images")
     add("--scenes", type=whole(2, 10**6), default=256, help="images per row of the accuracy table")
-    add("--seed", type=whole(0, 2**31), default=0)
+    add("--seed", type=whole(0, 2**31), default=0, help="random seed (default: %(default)s)")
     return parser
 
 

@@ -73,7 +73,7 @@ def paired_interval(differences):
 def verdict(mean, half, margin=0.05):
     """What a 95 % interval mean ± half decides: "more" or "less" than zero, "equal", or "open".
 
-    Equal: the whole interval lies within `margin` of zero, but includes it.
+    Equal: the interval contains zero and lies within `margin` of it.
     """
     if mean - half > 0:
         return "more"
@@ -119,7 +119,7 @@ def reconstruct(pipe, images):
 # Reports
 
 def read_results(path, settings):
-    """The results to continue: a dict of settings and rows, without rows if there is no file.
+    """The results of an earlier run, which this one continues; without a file, no rows.
 
     Raises ValueError if the file was made with other settings, such as another base.
     """

@@ -1,9 +1,9 @@
 """Does a base copy its training drawings? The audit of quality.py.
 
-A tenth of the drawings are kept out of all training (data.kept_out_pairs). If a base has memorised
-its training drawings, its samples of "a cat" are nearer to one of those cats than to the cats that
-were kept out. How often this would happen by chance follows from how many cats there are of each
-kind.
+A tenth of the drawings are kept out of the base's training (data.kept_out_pairs). If a base has
+memorised its training drawings, its samples of "a cat" are nearer to one of those cats than to the
+cats that were kept out. How often this would happen by chance follows from how many icon sets have
+a cat that is trained on, and how many one that is kept out.
 
 Shapes: B images (B, 3, 64, 64) in [-1, 1].
 """

@@ -1,4 +1,4 @@
-"""Any style: tuning on pictures that no part of the training data has anything to do with.
+"""Tuning on pictures that are unrelated to the training data.
 
     python -m experiments.foreign               # results/foreign.md, foreign.json, pictures
     python -m experiments.foreign --sweep       # results/foreign_sweep.md: settings, an hour
@@ -10,7 +10,7 @@ so on, split at random (lot.py) into validation pictures ("chosen"), on which --
 settings, and test pictures ("reported"), on which the first command only reports.
 
 For each reference, an adapter is tuned as by the default command, and a dozen objects are sampled
-with the first seeds. There is no ground truth, so each sample is measured by four questions:
+with the first seeds. There is no ground truth, so four questions are asked of each sample:
 
     object kept   does a classifier that ignores style (object_judge.py) rank the object first?
     palette       are its colours nearer to those of its own reference than to 19 others'?
@@ -55,7 +55,7 @@ OBJECTS = ("a cat", "a car", "an apple", "a rocket", "a house", "a fish", "an ow
 SHOWN = 6                               # objects on the contact sheet
 FIRST = ("bazille_ramparts.webp", "hokusai_poppies.webp", "neon_cocktail_sign.webp",
          "clay_rabbit.webp", "watercolor_pears.webp", "embroidered_bird.webp")   # README's picture
-RIVALS = 19                             # other references that a sample is held against
+RIVALS = 19                             # other references that a sample is compared with
 MEASURES = ("object kept", "palette", "texture", "blank", "copied tokens")
 YES_OR_NO = ("object kept", "palette", "texture", "blank", "leak")
 
@@ -153,7 +153,7 @@ class Ruler:
 
     @torch.no_grad()
     def measure(self, images, objects, i, with_clip=True):
-        """Images (B, 3, H, W) of B objects held against reference i -> {measure: list of B}."""
+        """Images (B, 3, H, W) of B objects, compared with reference i -> {measure: list of B}."""
         side = images.shape[-1]
         _, reference_tokens, palettes, textures = self.at_side(side)
         rivals = self.rivals[i]
@@ -300,9 +300,9 @@ def sweep(pipe, settings, count, is_confirmed=False):
     settings: names of those to change, or an empty list for all of them. is_confirmed: use the test
     references, and write results/foreign_confirm.md. This is for a setting that was already chosen.
     """
-    used, half, name = "chosen", "validation", "foreign_sweep.md"
+    used, half, file = "chosen", "validation", "foreign_sweep.md"
     if is_confirmed:
-        used, half, name = "reported", "test", "foreign_confirm.md"
+        used, half, file = "reported", "test", "foreign_confirm.md"
     references = load_references(used, pipe.resolution)
     ruler, objects, adapters = Ruler(pipe, references), list(OBJECTS), {}
     some = range(0, len(references), max(1, len(references) // count))[:count]
@@ -322,7 +322,7 @@ def sweep(pipe, settings, count, is_confirmed=False):
         words = ", ".join(f"{name} {value}" for name, value in changes.items()) or "the defaults"
         body.append([words, *cells])
         say(f"{words}: {'  '.join(cells)}  ({time.time() - began:.0f} s)")
-        write_text(RESULTS / name, "\n".join(lines + table(
+        write_text(RESULTS / file, "\n".join(lines + table(
             ["", "object kept", "nearest palette", "nearest texture", "blank", "copied tokens"],
             body)))
 
@@ -354,14 +354,21 @@ def tuned_with(pipe, reference, changes, adapters):
 
 def main():
     parser = Parser(description=__doc__)
+    known = list(dict.fromkeys(name for changes in SWEEP for name in changes))
     parser.add_argument("--sweep", nargs="*", metavar="SETTING",
-                        help="compare these settings (if none is named, all) on validation data")
+                        help="compare these settings (if none is named, all) on validation data: "
+                             f"{', '.join(known)}")
     parser.add_argument("--references", type=whole(1, 1000), default=12,
                         help="how many pictures --sweep uses (default: %(default)s)")
     parser.add_argument("--confirm", action="store_true",
                         help="with --sweep: on test data, for settings that were already chosen")
     add_base_options(parser)
     args = parser.parse_args()
+    for name in args.sweep or ():
+        if name not in known:
+            parser.error(f"--sweep knows no setting {name!r}; give some of {', '.join(known)}")
+    if args.confirm and args.sweep is None:
+        parser.error("--confirm needs --sweep")
     pipe = load_pipeline(args)
     if args.sweep is not None:
         sweep(pipe, args.sweep, args.references, args.confirm)

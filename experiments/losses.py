@@ -17,7 +17,7 @@ from experiments.common import heading, table
 from styledrop import WEIGHTS
 
 RESULTS = Path(__file__).with_name("results")
-NOTES = {                               # what a model scores that has learned nothing
+NOTES = {                   # what a model that has learned nothing scores, or how a run began
     "vqgan": "one code for all images: usage 1/1024, perplexity 1",
     "clip": f"guessing among 1,024: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001",
     "muse": f"guessing among 1,024 tokens: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001; "
@@ -27,7 +27,8 @@ NOTES = {                               # what a model scores that has learned n
                  "predict, and from image 36,673 on with twice as many drawings, where the loss "
                  "rises: --init weights/tiny/muse.pt --lr 3e-4",
     "superres": "as for muse, with the tokens of the small image given",
-    "superres_wide": "from those weights on, likewise: --init weights/tiny/superres.pt --lr 3e-4",
+    "superres_wide": "continued from those weights in the same way: "
+                     "--init weights/tiny/superres.pt --lr 3e-4",
 }
 MILESTONES = (0.02, 0.05, 0.2, 0.5, 1)  # shares of the steps that the table shows
 NOT_FIGURES = ("step", "images", "minutes", "critic")

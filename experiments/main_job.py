@@ -1,4 +1,4 @@
-"""The main job, measured: train.py and sample.py as a user runs them, on all of examples/.
+"""Time and memory of train.py and sample.py, run as a user runs them, on all of examples/.
 
     python -m experiments.main_job          # results/main_job.md, before_after*.png; 12 minutes
 
@@ -120,7 +120,8 @@ def options():
     add = parser.add_argument
     add("--examples", type=filled, default=str(ROOT / "examples"),
         help="folder of references, with a README.md whose table says what they show")
-    add("--first", type=whole(1, 1000), default=1000, help="only so many of them (default: all)")
+    add("--first", type=whole(1, 1000), default=1000, metavar="N",
+        help="use only the first N of them (default: all)")
     add("--weights", type=filled, default=WEIGHTS, help="folder of the base")
     add("--out", type=filled, default=str(RESULTS), help="folder of the results")
     return parser

@@ -6,7 +6,7 @@ A classifier that was trained on the base's own styles cannot say whether an obj
 style that it has never seen. This one is trained on drawings whose colours, textures, light and
 background are randomised far beyond any style: random curves and matrices of colour, random
 convolutions, the drawing's shape filled with noise, contours alone, smears and holes. Only the
-shape is left to tell a cat from a house. A third of its pictures are painted by
+shape is left to tell a cat from a house. A quarter of its pictures are painted by
 data/free_styles.py, and a tenth are reconstructed by the tokenizer.
 
 One icon set, OpenMoji, is kept out of its training; its accuracy there says how far it can be
@@ -104,7 +104,7 @@ def random_curves(x, generator):
 
 
 def random_convolution(x, generator):
-    """The same random 3 x 3 or 5 x 5 filters over the whole batch, at half strength."""
+    """Random filters of 1 x 1, 3 x 3 or 5 x 5 for the whole batch, at a random strength each."""
     size = (1, 3, 5)[int(torch.randint(3, (), generator=generator))]
     filters = torch.randn(3, 3, size, size, generator=generator) / (3 * size)
     y = F.conv2d(F.pad(x - 0.5, [size // 2] * 4, mode="replicate"), filters)
@@ -252,7 +252,10 @@ def train(args):
 
 @torch.no_grad()
 def ceiling(judge, names, role, kind, count=1000):
-    """How many of `count` drawings it names, first of K: as drawn, disguised or in free styles."""
+    """The share of `count` drawings whose name it ranks first, and `count`.
+
+    kind: "as drawn", "disguised" or "free styles".
+    """
     art = data.Art(role=role, size=64)
     rng = np.random.default_rng(1)
     known = [i for i, name in enumerate(art.names) if name in names]
@@ -274,11 +277,14 @@ def ceiling(judge, names, role, kind, count=1000):
 def main():
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--steps", type=whole(1, 10**6), default=6000)
-    add("--batch", type=whole(16, 65536), default=96)
-    add("--lr", type=number(float, 0, 1, above=True), default=3e-3)
+    add("--steps", type=whole(1, 10**6), default=6000, help="training steps (default: %(default)s)")
+    add("--batch", type=whole(16, 65536), default=96,
+        help="disguised drawings in a step; a third as many painted ones are added "
+             "(default: %(default)s)")
+    add("--lr", type=number(float, 0, 1, above=True), default=3e-3,
+        help="peak learning rate (default: %(default)s)")
     add("--every", type=whole(1, 10**6), default=200, help="steps between two lines of progress")
-    add("--seed", type=whole(0, 2**31), default=0)
+    add("--seed", type=whole(0, 2**31), default=0, help="random seed (default: %(default)s)")
     add("--out", type=filled, default=str(WEIGHTS), help="the file to write (default: %(default)s)")
     args = parser.parse_args()
     check_place(args.out, is_folder=False)

@@ -66,7 +66,7 @@ def muse_maskgit():
                            dim_head=WIDTH // HEADS, heads=HEADS, t5_name="random")
     G.encode_text = lambda texts: torch.randn(len(texts), STATES, WIDTH)
     model = MaskGit(image_size=256, transformer=G, vae=VQGanVAE(dim=32, codebook_size=1024))
-    del model.vae                                            # tokens alone, as of the others
+    del model.vae                                            # only tokens are sampled, as elsewhere
     model.vae = SimpleNamespace(get_encoded_fmap_size=lambda side: 16,
                                 decode_from_ids=lambda ids: ids)
 
@@ -77,7 +77,7 @@ def muse_maskgit():
 
 
 def amused():
-    """AmusedPipeline of diffusers, whose model has convolutions besides."""
+    """AmusedPipeline of diffusers, whose model also has convolutions."""
     from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
     G = UVit2DModel(hidden_size=WIDTH, cond_embed_dim=WIDTH, micro_cond_encode_dim=64,
                     micro_cond_embed_dim=320, encoder_hidden_size=WIDTH, vocab_size=1025,
@@ -102,7 +102,7 @@ PEERS = {"ours, patch 1 (as Muse)": ours_as_muse, "ours, patch 2 (as shipped)": 
 
 
 def measure(make, steps, repeats):
-    """A row: parameters, and the time of a forward pass in either arithmetic."""
+    """A row: parameters, and the time of a forward pass in fp32 and in bf16."""
     torch.manual_seed(0)
     try:
         G, sample = make()
@@ -124,7 +124,8 @@ def options():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--steps", type=whole(1, 1000), default=18, help="of decoding (default: %(default)s)")
-    add("--repeats", type=whole(1, 1000), default=5, help="(default: %(default)s)")
+    add("--repeats", type=whole(1, 1000), default=5,
+        help="runs that a time is the median of (default: %(default)s)")
     add("--out", type=filled, default=str(RESULTS), help="folder of the results")
     return parser
 

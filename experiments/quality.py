@@ -95,13 +95,13 @@ def distances(x, y):
 # Images, all (B, 3, 64, 64) on the CPU
 
 def sample(pipe, prompts, seed, sampling, superres=True):
-    """One sample of each prompt, by the base alone without `superres`. sampling: a Sampling."""
+    """One sample of each prompt; superres=False: by the first stage alone. sampling: a Sampling."""
     images = pipe.generate(prompts, seed=1000 * seed, sampling=sampling, superres=superres).cpu()
     return F.interpolate(images, size=(64, 64), mode="area")
 
 
 def real(art, chosen, rng, sets=None):
-    """Scenes as drawn, of any icon set's drawings, or of those of `sets`, one for each scene."""
+    """Draw scenes without a style. sets: the icon set for each scene; by default, any."""
     if sets is None:
         sets = [None] * len(chosen)
     images = [paint(art, scene, rng, False, set_name) for scene, set_name in zip(chosen, sets)]
@@ -183,7 +183,7 @@ QUESTIONS = {                           # the kind of scene, and whether it is h
 
 
 def ask(title, art, count, rng):
-    """`count` scenes whose drawings all are in one icon set, those sets, and prompts for them."""
+    """`count` scenes, for each the icon set that has all its drawings, and their prompts."""
     kind, held_out = QUESTIONS[title]
     sets = [art.sets[i] for i in rng.integers(len(art.sets), size=count)]
     chosen = [scenes.sample(rng, held_out, art.names_of[s], kind) for s in sets]
@@ -215,7 +215,7 @@ def two_things(net, images, chosen):
 
 
 def one_thing(predictions, chosen, title, names):
-    """The object, its colour and its count, by the predictions of `look`; and all of it."""
+    """Are object, colour and count right, each alone and all together? predictions: of `look`."""
     labels = torch.tensor([labels_of(scene, names) for scene in chosen])
     thing, _, colour, count = labels.unbind(1)
     results = {}
@@ -375,7 +375,8 @@ def report(results, net, pipe, args, sampling):
 def names_to_sample(net, art, count, seed):
     """`count` random names that have a drawing which the classifier has never seen.
 
-    (Every second one comes first, so that results can be compared with older reports.)
+    Their order decides the seeds of the samples; every second name comes first, as in the results
+    in the repository.
     """
     names = sorted(set(part(art, is_new(art)).names))
     rng = np.random.default_rng(seed)
@@ -387,21 +388,23 @@ def options():
     """The command's options."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--classifier", default=str(FILE))
+    add("--classifier", default=str(FILE), help="file of the classifier (default: %(default)s)")
     add("--weights", default=WEIGHTS, help="folder of the base to measure")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute (default: cuda where there is a GPU)")
     add("--out", type=filled, default=str(RESULTS), help="folder of the results")
     add("--names", type=whole(4, 300), default=256,
         help="how many objects plain prompts name (default: %(default)s)")
     add("--per", type=whole(2, 64), default=4, help="images of each name (default: %(default)s)")
     add("--scenes", type=whole(2, 10**5), default=256,
         help="prompts for each other question (default: %(default)s)")
-    add("--lambda-b", type=number(float, 0, 100), default=BASE_SAMPLING.lambda_b)
-    add("--steps", type=whole(1, 1000), default=BASE_SAMPLING.steps)
-    add("--temperature", type=number(float, 0, 1000), default=BASE_SAMPLING.temperature)
-    add("--top-k", type=whole(0, 10**6), default=BASE_SAMPLING.top_k)
+    settings = dict(lambda_b=number(float, 0, 100), steps=whole(1, 1000),
+                    temperature=number(float, 0, 1000), top_k=whole(0, 10**6))
+    for name, kind in settings.items():
+        add(f"--{name.replace('_', '-')}", type=kind, default=getattr(BASE_SAMPLING, name),
+            help="as in sample.py, of the first stage (default: %(default)s)")
     add("--grids", action="store_true", help="write four sheets of samples as well")
-    add("--seed", type=whole(0, 2**31), default=0)
+    add("--seed", type=whole(0, 2**31), default=0, help="random seed (default: %(default)s)")
     return parser
 
 

@@ -26,7 +26,7 @@ from commandline.options import Parser, filled, whole
 from commandline.terminal import run_command, say
 from experiments.common import heading, made_by, table
 from styledrop import (ROUND_1, SAMPLING, SUPERRES, SUPERRES_SAMPLING, WEIGHTS, StyleDrop,
-                       arithmetic, style_prompt)
+                       precision, style_prompt)
 
 RESULTS = Path(__file__).with_name("results")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -145,10 +145,10 @@ def tuning(pipe, stage, steps, batch=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. Stages: time, arithmetic, share of the bound
+# 1. Stages: time, operations, share of the bound
 
 def operations(work):
-    """Floating-point operations of all matrix products, convolutions and attention in a work."""
+    """Floating-point operations of all matrix products, convolutions and attention in work()."""
     def forward(q, k, v, *rest, out_shape=None, **more):
         return sdpa_flop_count(q, k, v)
 
@@ -194,7 +194,7 @@ def stages(pipe, args):
 
 
 def parts_of(work, parts, args):
-    """Operations and seconds of one of the equal parts that a work consists of."""
+    """Operations and seconds of one of the equal parts that work() consists of."""
     one = {"operations": operations(work) / parts}
     for name in TYPES:
         with computing_in(name):
@@ -203,14 +203,14 @@ def parts_of(work, parts, args):
 
 
 def bounds(pipe, args):
-    """{arithmetic: operations per second of the fastest product}."""
+    """{precision: operations per second of the fastest product}."""
     sides = (128,) if args.quick else (512, 1024, 2048)
     return {name: fastest_product(dtype, pipe.device, sides, args.repeats)
             for name, dtype in TYPES.items()}
 
 
 def stages_report(results, bound, rule):
-    """Lines of the report. rule: the arithmetic that styledrop.fast_bf16 chooses here."""
+    """Lines of the report. rule: the precision that styledrop.fast_bf16 chooses here."""
     rows = []
     for name, one in results.items():
         speed = one["operations"] / one[rule]
@@ -279,7 +279,7 @@ def ms(seconds):
 
 
 def report(results, where, rule):
-    """The lines of speed.md. where: machine, threads, arithmetic and base, above every table."""
+    """The lines of speed.md. where: machine, threads, precision and base, above every table."""
     lines = [*heading("Speed"), f"Load average before: {results['load']:.1f}. A time is the median "
              f"of {results['repeats']}.", "", "## The stages", "", where, "",
              *stages_report(results["stages"], results["bound"], rule)]
@@ -300,10 +300,12 @@ def options():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--weights", type=filled, default=WEIGHTS, help="folder of the base")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu",
+        help="where to compute (default: %(default)s)")
     add("--out", type=filled, default=str(RESULTS), help="folder of the results")
-    add("--repeats", type=whole(1, 1000), default=5, help="(default: %(default)s)")
-    add("--quick", action="store_true", help="everything once, and small")
+    add("--repeats", type=whole(1, 1000), default=5,
+        help="runs that a time is the median of (default: %(default)s)")
+    add("--quick", action="store_true", help="run everything once, at a small size")
     return parser
 
 
@@ -314,7 +316,7 @@ def main():
         args.repeats = 1
     load = os.getloadavg()[0]
     pipe = StyleDrop.load(args.weights, args.device)
-    rule = arithmetic(args.device)
+    rule = precision(args.device)
     results = dict(load=load, repeats=args.repeats, base=pipe.base_id, rule=rule)
     results["stages"] = stages(pipe, args)
     results["bound"] = bounds(pipe, args)

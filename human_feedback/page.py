@@ -89,7 +89,10 @@ class Server(ThreadingHTTPServer):
 
 
 def listen(port, handler=BaseHTTPRequestHandler):
-    """A server on 127.0.0.1. Raises ValueError with one line if the port is not available."""
+    """A server on 127.0.0.1.
+
+    Raises ValueError, with a one-line message, if the port is not available.
+    """
     try:
         return Server(("127.0.0.1", port), handler)
     except OSError as error:
@@ -124,7 +127,7 @@ def handler(token, picking, png, references, goal):
             state = dict(chosen=picking.chosen, done=picking.done.is_set(), **more)
             self.answer(200, json.dumps(state).encode(), "application/json")
 
-        def place(self):
+        def path_below_token(self):
             """The path after the token; None, after answering 403 or 302, if it is missing."""
             try:
                 name = self.headers.get("Host", "")
@@ -142,7 +145,7 @@ def handler(token, picking, png, references, goal):
             return rest
 
         def do_GET(self):
-            place = self.place()
+            place = self.path_below_token()
             if place is None:
                 return
             picture = re.fullmatch(r"(pool|reference)/([0-9]{1,6})\.png", place)
@@ -157,7 +160,7 @@ def handler(token, picking, png, references, goal):
                 self.answer(404, b"there is nothing here")
 
         def do_POST(self):
-            place = self.place()
+            place = self.path_below_token()
             if place is None:
                 return
             length = self.headers.get("Content-Length", "")

@@ -66,7 +66,7 @@ def sample_pool(pipe, prompts, count, style=None, seed=0, on_batch=None, **sampl
 
 
 def choose_by_clip(pipe, pool, generator=None):
-    """CLIP feedback: of each prompt's images the one nearest to its text -> P sorted indices.
+    """CLIP feedback: for each prompt, the image with the highest text score -> P sorted indices.
 
     The paper does not say whether that text names the style. Here it does not.
     """
@@ -136,13 +136,14 @@ def recipes(args, prompts):
 
 
 def check_rounds(args, out, prompts):
-    """Raise ValueError if later rounds in `out` were made with another recipe; no choice is lost.
+    """Raise ValueError if later rounds in `out` were made with another recipe.
 
-    Also check early for a wrong --pick, a port in use, and a pool that is too large.
+    So no person's choice is ever overwritten. Also check early for a wrong --pick, a port in use,
+    and a pool that is too large.
     """
     if (out / f"round{args.rounds + 1}").exists():
-        raise ValueError(f"{out} has more rounds of feedback; give --rounds to resume them, "
-                         "or another --out")
+        raise ValueError(f"{out} already has a round {args.rounds + 1}; give a higher --rounds to "
+                         "resume it, or another --out")
     if (out / "round2" / "adapter.pt").exists() and not (out / "round1" / "adapter.pt").exists():
         raise ValueError(f"{out / 'round1' / 'adapter.pt'} is missing, so these rounds cannot be "
                          "resumed; give another --out")
@@ -208,12 +209,13 @@ def further_rounds(args, out, pipe, references, config, prompts):
             for_choice = dict(made_by, **for_choice)
             for_adapter = dict(made_by, **for_adapter)
             pool = pool_of(pipe, here, adapters[-1], for_pool)
-            pick = args.pick if turn == args.rounds else None        # earlier rounds are chosen
+            pick = args.pick if turn == args.rounds else None        # only for the last round
             chosen = choose(args, here, pipe, pool, references, for_choice, pick, pages)
             adapters.append(adapter_of(args, here, pipe, pool, chosen, style, for_adapter, turn))
         compare_rounds(args, out, pipe, references, config, prompts, adapters)
     adapters[-1].save(out / "adapter.pt")
-    write_json(out / "config.json", dict(config, round=args.rounds))     # last: it says whose it is
+    # written last: it says which round adapter.pt belongs to
+    write_json(out / "config.json", dict(config, round=args.rounds))
 
 
 def pool_of(pipe, here, adapter, recipe):
@@ -229,11 +231,12 @@ def pool_of(pipe, here, adapter, recipe):
         write_json(here / "pool.json", dict(recipe, pixels=hash_of(picture)))
     try:
         sheet = np.asarray(Image.open(here / "pool.png"))
-    except Exception:                                        # Pillow has many
+    except Exception:                                        # Pillow raises many kinds
         sheet = np.zeros((0, 0, 0))
     size = sheet.shape[1] // count
     pixels = hash_of(sheet)
-    is_same = read_json(here / "pool.json").get("pixels", pixels) == pixels  # older ones have none
+    # files of earlier versions have no hash
+    is_same = read_json(here / "pool.json").get("pixels", pixels) == pixels
     if not is_same or not size or sheet.shape != (len(prompts) * size, count * size, 3):
         raise ValueError(f"{here / 'pool.png'} is not the pool that was sampled; move {here} away")
     tiles = sheet.reshape(len(prompts), size, count, size, 3).swapaxes(1, 2)
@@ -289,7 +292,7 @@ def adapter_of(args, here, pipe, pool, chosen, style, recipe, turn):
 
 
 def compare_rounds(args, out, pipe, references, config, prompts, adapters):
-    """rounds.png, scores.json: base and rounds, the same prompts and seed, the three scores."""
+    """Write rounds.png and scores.json: the base and all rounds, on the same prompts and seed."""
     count = min(len(prompts), 8)
     reference = to_uint8(references)[:1]
     rows = []

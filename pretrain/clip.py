@@ -172,8 +172,8 @@ def measure(clip, count=400, among=100):
     """Accuracy of a CLIP on drawings of the held-out set, in random styles of the training set.
 
     top1, top5: how often the drawing's name is the nearest text, or among the five nearest, of it
-    and 99 random other names. style: how often another drawing in the same style is nearer than the
-    same other drawing in another style.
+    and 99 random other names. style: how often, to a painted drawing, a second drawing in
+    the same style is nearer than that second drawing in a different style.
     """
     art = data.Art(role="held-out", size=clip.config.resolution)
     rng = np.random.default_rng(0)

@@ -26,7 +26,7 @@ from clip_feedback import LONGEST_SYMBOL, Tokenizer, merge_pair, split_words
 from commandline.options import Parser, filled, number, whole
 from commandline.terminal import note, say
 from muse import Muse, MuseConfig
-from styledrop import WEIGHTS, arithmetic, check_device, fast_bf16
+from styledrop import WEIGHTS, check_device, fast_bf16, precision
 from vqgan import VQGAN, VQGANConfig
 
 
@@ -53,7 +53,8 @@ def stage_parser(stage, description, steps, batch, lr):
     add("--workers", type=whole(0, 256), default=1, help="processes that draw training images")
     add("--warmup", type=whole(1, 10**8), default=100,
         help="steps until the learning rate is at its peak (default: %(default)s)")
-    add("--weights", type=filled, default=WEIGHTS, help="folder of the base's other parts")
+    add("--weights", type=filled, default=WEIGHTS,
+        help="folder of the parts that were trained before, such as vqgan.pt")
     add("--out", type=filled, default=f"runs/{stage}", help="run folder (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"),
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -105,14 +106,14 @@ def machine(device):
     """
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
-        return f"{name}, {arithmetic('cuda')}, torch {torch.__version__}"
+        return f"{name}, {precision('cuda')}, torch {torch.__version__}"
     model = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         if names:
             model = names[0]
-    return (f"{torch.get_num_threads()} threads of {model}, {arithmetic('cpu')}, "
+    return (f"{torch.get_num_threads()} threads of {model}, {precision('cpu')}, "
             f"torch {torch.__version__}")
 
 
@@ -123,8 +124,8 @@ def train_merges(texts, n_merges, earlier=()):
     """Learn BPE merges (Sennrich et al. 2016) by repeatedly joining the most frequent pair.
 
     Ties go to the lexicographically first pair, so the same texts give the same merges everywhere.
-    earlier: merges that come first, of a vocabulary that is to grow. Returns pairs of symbols in
-    merge order: n_merges new ones, or fewer when every word has become one symbol.
+    earlier: the merges of an existing vocabulary, to which new ones are added. Returns pairs of
+    symbols in merge order: n_merges new ones, or fewer when every word has become one symbol.
     """
     counts = Counter(word for text in texts for word in split_words(text))
     before = Tokenizer(earlier)
@@ -135,8 +136,8 @@ def train_merges(texts, n_merges, earlier=()):
 
     def count_word(w, sign):
         for pair in zip(words[w], words[w][1:]):
-            if len(pair[0]) + len(pair[1]) > LONGEST_SYMBOL:             # of a web address
-                continue
+            if len(pair[0]) + len(pair[1]) > LONGEST_SYMBOL:
+                continue                         # a symbol this long is from a web address
             pairs[pair] += sign * weight[w]
             if sign > 0:
                 where[pair].add(w)
@@ -239,7 +240,7 @@ class Steps(torch.utils.data.Dataset):
 
 
 class Replay:
-    """Batches of which one in `reuse` images is new; the others are from the last steps.
+    """Batches in which one image in `reuse` is new and the others come from recent steps.
 
     With a GPU, drawing an image on the CPU takes longer than a training step on it. Masked anew, an
     old image is nearly as useful as a new one.
@@ -298,7 +299,7 @@ def to_float(images):
 # Optimisers
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal: for the matrices of hidden layers (Jordan et al. 2024).
+    """Muon (Jordan et al. 2024): orthogonalised momentum, for the matrices of hidden layers.
 
     Like torch.optim.Muon with adjust_lr_fn="match_rms_adamw", but it updates all matrices of a
     shape together, which is faster on a GPU, and uses bf16 only where that is fast (see fast_bf16).
@@ -361,7 +362,7 @@ def set_rate(optimisers, step, args):
 
 @torch.no_grad()
 def update_average(average, model, step, decay=0.999):
-    """Update the exponential moving average of the weights; it is shorter in the first steps."""
+    """Update the exponential moving average of the weights; at first it is over fewer steps."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
@@ -373,7 +374,7 @@ class Run:
     """log.jsonl and checkpoint.pt of one stage in args.out, and where to resume.
 
     parts: name -> model or optimiser, all that a checkpoint holds. `.step` is the first step to
-    take. Raises ValueError in one line where the folder holds another run.
+    take. Raises ValueError, with a one-line message, if the folder holds another run.
     """
 
     FREE = ("out", "device", "workers", "log_seconds", "keep_minutes")      # may differ on a resume
@@ -401,8 +402,8 @@ class Run:
         if others:
             options = ", ".join(dict.fromkeys(
                 "--" + name.removesuffix("_fingerprint").replace("_", "-") for name in others))
-            raise ValueError(f"{path} was made with another {options}; give the same command, or "
-                             "another --out")
+            raise ValueError(f"{path} was made with other values of {options}; give the same "
+                             "command, or another --out")
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(saved["parts"][name])

@@ -62,7 +62,7 @@ def main(argv=None):
 
     step_on = torch.compile(loss_and_accuracy) if args.compile else loss_and_accuracy
     for step, (images, text_ids), generator in batches(args, steps, run.step):
-        # the batch: tokens of images, some new, some seen before; one text in ten is left out
+        # the batch: images, some new, some seen before; one caption in ten becomes the empty prompt
         new = vqgan.encode(to_float(images)).flatten(1)
         ids, text_ids = replay([new, text_ids], generator)                       # (B, N), (B, L)
         if step < run.step:                                                  # only to fill `replay`

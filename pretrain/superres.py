@@ -63,7 +63,7 @@ def main(argv=None):
 
     step_on = torch.compile(loss_and_accuracy) if args.compile else loss_and_accuracy
     for step, (low, high, text_ids), generator in batches(args, steps, run.step):
-        # the batch: the same images at both sizes; one text in ten is left out
+        # the batch: the same images at both sizes; one caption in ten becomes the empty prompt
         low = vqgan.encode(to_float(low)).flatten(1)                             # (B, low_grid^2)
         high = vqgan.encode(to_float(high)).flatten(1)                           # (B, N)
         low, ids, text_ids = replay([low, high, text_ids], generator)

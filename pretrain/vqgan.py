@@ -2,8 +2,8 @@
 
     python -m pretrain.vqgan                               # -> runs/vqgan/vqgan.pt
 
-Reconstruction and commitment from the start, the discriminator from --gan-start on.
-The same command resumes where it was stopped.
+The reconstruction and commitment losses are used from the start, the discriminator from --gan-start
+on. The same command resumes where it was stopped.
 """
 
 from pathlib import Path

@@ -96,7 +96,7 @@ def toy_muse(seed=0, preset="toy", presets=muse_.PRESETS, **changes):
 
 @pytest.fixture(scope="session", autouse=True)
 def exact():
-    """fp32, even where bf16 is fast, so that a test finds the same on every machine."""
+    """Compute in fp32 even where bf16 is fast, so that results are the same on every machine."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (styledrop, pretrain.common):
             patch.setattr(module, "fast_bf16", lambda device: False)

@@ -792,7 +792,7 @@ def test_two_commands_do_not_share_a_run(tmp_path):
     assert names_in(tmp_path) == [lock.name]
 
 
-def test_a_lock_of_our_own_number_is_of_a_dead_process(tmp_path):
+def test_a_lock_with_our_own_pid_was_left_by_a_dead_process(tmp_path):
     """Trap: in a container that was killed, the next command may have the same number."""
     mine = tmp_path / f"{partial_prefix()}lock"
     mine.touch()

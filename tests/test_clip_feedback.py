@@ -364,7 +364,7 @@ def test_what_cannot_be_scored(clip):
         CLIP(PRESETS["toy"]).tokenize("a cat")
 
 
-def test_a_text_that_is_too_long_is_said(clip):
+def test_a_text_that_is_too_long_is_reported(clip):
     with pytest.warns(UserWarning, match="only the first 14 tokens"):
         text_score(clip, noise_images(3), "a teapot " * 20)
 

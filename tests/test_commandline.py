@@ -310,8 +310,8 @@ def test_a_note_for_each_unknown_word(pipe, capsys):
     """Each once, whatever number of prompts has it."""
     note_unknown(pipe, "a catt in watercolor paintin style", "a catt in watercolor style")
     first, second = capsys.readouterr().err.splitlines()
-    assert first == "note: the base has never read 'catt'; similar known words: cat"
-    assert second == "note: the base has never read 'paintin'; similar known words: painting"
+    assert first == "note: the base does not know 'catt'; similar known words: cat"
+    assert second == "note: the base does not know 'paintin'; similar known words: painting"
 
 
 def test_a_long_prompt_is_noted(pipe, capsys):

@@ -52,7 +52,7 @@ def test_every_reference_has_a_file_words_and_a_licence(rows):
             assert picture.size == (256, 256) and picture.mode == "RGB", row["file"]
 
 
-def test_the_lot_has_made_the_halves(rows):
+def test_the_split_is_the_random_one(rows):
     """The split is random: lot.py draws the same halves again, half of each kind."""
     drawn = runpy.run_path(str(FOLDER / "lot.py"))["draw"](rows)
     assert {row["file"]: row["used"] for row in rows} == drawn
@@ -467,6 +467,16 @@ def test_only_a_confirmation_sees_test_references(command, tmp_path, monkeypatch
     assert [positional[0] for positional, _ in loaded] == [used]
     text = (tmp_path / "results" / name).read_text()
     assert "| views 1 |" in text and "lambda_a" not in text
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--sweep", "views", "foo"], "--sweep knows no setting 'foo'; give some of lambda_a, "),
+    (["--confirm"], "--confirm needs --sweep")])
+def test_a_sweep_of_nothing_is_refused(cli, arguments, words):
+    """Traps: only the defaults are compared; the report runs instead."""
+    code, out, err = cli(foreign.main, "--device", "cpu", *arguments)
+    assert code == 2 and not out
+    assert err.startswith(f"experiments.foreign.py: error: {words}") and err.count("\n") == 1
 
 
 def test_every_setting_of_the_sweep_exists():

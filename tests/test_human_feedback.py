@@ -461,7 +461,7 @@ def test_a_reload_after_done_says_so(browser, session):
     assert not errors_of(browser)
 
 
-def test_a_lost_server_is_said(browser, session):
+def test_a_lost_server_is_reported(browser, session):
     """Trap: a click that was not kept looks kept."""
     one = session()
     open_page(browser, one.address)

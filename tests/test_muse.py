@@ -1,4 +1,4 @@
-"""muse.py: what T and G may see, the law of masking, the masked loss, and MaskGIT's decoding."""
+"""muse.py: what T and G may see, the mask schedule, the masked loss, and MaskGIT's decoding."""
 
 import math
 from dataclasses import replace
@@ -170,11 +170,12 @@ def test_a_low_token_has_the_position_of_what_lies_over_it(patch):
 
 @pytest.mark.parametrize("power, mean, above_9, above_99", [
     (1, 2 / math.pi, 0.287, 0.090), (2, 0.7799, 0.536, 0.300)])
-def test_law_of_masking(power, mean, above_9, above_99):
+def test_distribution_of_mask_ratios(power, mean, above_9, above_99):
     """r = cos(pi u / 2): its mean is 2 / pi, and P(r > 0.9) = 0.287.
 
     A power of 2 masks more: the mean is Fresnel's C(1), the shares are the roots of Muse's. Traps:
-    the inverted law (mean 0.36); the arccos law (the same mean, P = 0.157); one u for the batch.
+    the inverted schedule (mean 0.36); the arccos schedule (the same mean, P = 0.157); one u for the
+    batch.
     """
     mask = random_mask(4_000, 256, generator(), power)
     ratio = mask.float().mean(1)

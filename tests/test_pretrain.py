@@ -384,9 +384,10 @@ def test_only_the_same_command_continues(stage, name, own_option):
     """Traps: a rate that is printed and not used; --steps that changes the schedule of a run."""
     stage(name, "run", "--steps", 2)
     before = files_of("run")
-    for options, words in ((["--lr", 1e-4, "--seed", 1], "another --lr, --seed;"),
-                           (["--steps", 7], "another --steps;"), (["--preset", "tiny"], "--preset"),
-                           ([own_option, 4], f"another {own_option};")):
+    for options, words in ((["--lr", 1e-4, "--seed", 1], "values of --lr, --seed;"),
+                           (["--steps", 7], "values of --steps;"),
+                           (["--preset", "tiny"], "--preset"),
+                           ([own_option, 4], f"values of {own_option};")):
         assert_refused(stage(name, "run", "--steps", 2, *options), words)
         assert files_of("run") == before
 
@@ -733,7 +734,7 @@ def test_other_data_are_another_recipe(stage, own_pictures, picture, change):
     else:
         picture("own/1.png", 7)
     answer = stage("vqgan", "run", "--data", own_pictures)
-    assert_refused(answer, "was made with another --data;")
+    assert_refused(answer, "was made with other values of --data;")
     assert files_of("run") == before
 
 

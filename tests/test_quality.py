@@ -104,7 +104,7 @@ def test_a_part_of_an_art_keeps_everything_of_its_drawings(art):
     i = len(rest.names) - 1
     j = art.find(rest.names[i], rest.sets[i])
     assert (rest.drawings[i] == art.drawings[j]).all()
-    for field in ("names", "sets", "hands", "boxes", "middles"):
+    for field in ("names", "sets", "style_phrases", "boxes", "middles"):
         assert len(getattr(rest, field)) == len(rest.drawings)
         assert getattr(rest, field)[i] == getattr(art, field)[j]
 

@@ -158,7 +158,7 @@ def test_damaged_and_large_files(tmp_path):
     (b"\n<!DOCTYPE html>\n<html><svg></svg></html>", "is a web page"),
     (b'{"message": "Not Found"}', "is text"), ("größer".encode(), "is text"),
     (b"<?xml version='1.0'?>\n<!-- drawn -->\n<svg width='9'>", "is SVG; convert it to PNG"),
-    (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "is PDF; convert it to PNG"),
+    (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", "is a PDF; convert it to PNG"),
     (b"\xff\x0a\xfa\x7f\x01\x90", "is JPEG XL"), (b"v/1\x01\2\0\0\0", "is OpenEXR"),
     (b"PK\3\4\x14\0\0\0", "is a ZIP archive"), (b"\x1f\x8b\x08\0\0", "compressed by gzip"),
     (bytes(2000), "not a picture"), (b"RIFF\0\1\0\0WAVEfmt ", "not a picture")],
@@ -621,7 +621,7 @@ def test_a_background_that_shows_the_drawing(tmp_path, colour, background, mode,
     image = data.read_reference(path, 32)
     assert (image[:, 20:] == background).all()
     assert np.abs(image[:, :12].astype(int) - colour).max() < 3
-    assert ("a dark one is used" in capsys.readouterr().err) == (background == 48)
+    assert ("laid on a dark one" in capsys.readouterr().err) == (background == 48)
     drawing.paste((255, 255, 255, 255), (0, 0, 16, 32))      # a snowman with a black hat:
     drawing.paste((0, 0, 0, 255), (0, 0, 16, 4))             # seen on white
     assert (data.read_image(save(tmp_path / "b.png", drawing), 32)[10, 30] == 255).all()

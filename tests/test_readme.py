@@ -150,7 +150,7 @@ def test_tables_of_results_are_the_ones_that_scripts_wrote(page):
 def test_losses_in_the_text_are_those_of_the_logs():
     text = section("Train a base")
     pairs = re.findall(r"at ([\d.]+) after ([\d,]+)", text)
-    pairs += re.findall(r"harder: ([\d.]+) after ([\d,]+)", text)
+    pairs += re.findall(r"harder to predict: ([\d.]+) after ([\d,]+)", text)
     written = (RESULTS / "losses.md").read_text(encoding="utf-8")
     assert len(pairs) == 3
     for loss, images in pairs:

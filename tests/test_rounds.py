@@ -413,7 +413,7 @@ def test_fewer_rounds_than_there_are_is_refused(rounds, finished, refused_round,
     """Trap: round 1 or 2 is made anew and replaces a folder that contains a person's choices."""
     finished(*PICK)
     rounds(*PERSON, "--pick", "1,2,6", "--rounds", 3)
-    assert "give --rounds" in refused_round(*PERSON, "--rounds", fewer)
+    assert "give a higher --rounds" in refused_round(*PERSON, "--rounds", fewer)
 
 
 # -- the page outlives the choice

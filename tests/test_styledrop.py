@@ -193,7 +193,7 @@ def test_eq5_and_eq6_are_mixed(pipe, passes, watch):
     assert len(watch.models) == 5
 
 
-# -- arithmetic
+# -- precision
 
 def test_g_runs_in_bf16_where_that_is_fast(pipe, make_adapter, monkeypatch, watch):
     """Sampling and tuning alike; the logits come out in fp32 and are nearly the same."""
@@ -223,7 +223,7 @@ def test_which_machines_are_fast_in_bf16(monkeypatch, device, capabilities, vend
     monkeypatch.setattr(styledrop, "cpu_vendor", lambda: vendor)
     assert real_fast_bf16(device) == is_fast
     monkeypatch.setattr(styledrop, "fast_bf16", real_fast_bf16)
-    assert styledrop.arithmetic(device) == ("bf16" if is_fast else "fp32")
+    assert styledrop.precision(device) == ("bf16" if is_fast else "fp32")
 
 
 def test_an_old_torch_does_not_say_what_the_cpu_can(monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data import Art, Scene, free_styles, styles
-from data.styles import ATTRIBUTES, HELD_OUT, HUES, POINTS, Style
+from data.styles import ATTRIBUTES, HELD_OUT, HUES, SEEDS, Style
 
 
 def drawing(size, alpha=None):
@@ -103,18 +103,18 @@ def test_a_pair_is_held_out_whatever_else_there_is():
 
 
 def test_a_fifth_of_the_free_styles_is_held_out():
-    """By their point, and always the same ones."""
+    """By their seed, and always the same ones."""
     rng = np.random.default_rng(0)
-    points = rng.integers(POINTS, size=3000).tolist()
-    found = [styles.is_held_out(Style(free=True, point=point)) for point in points]
+    seeds = rng.integers(SEEDS, size=3000).tolist()
+    found = [styles.is_held_out(Style(free=True, seed=seed)) for seed in seeds]
     assert 0.17 < np.mean(found) < 0.23
-    assert styles.is_held_out(Style(free=True, point=0)) == (
+    assert styles.is_held_out(Style(free=True, seed=0)) == (
         styles.zlib.crc32(b"free 0") % 5 == 0)
 
 
-def test_the_point_of_a_named_style_does_not_matter():
-    for point in range(50):
-        style = Style("blue and white", "", "chalk", "navy", point=point)
+def test_the_seed_of_a_named_style_does_not_matter():
+    for seed in range(50):
+        style = Style("blue and white", "", "chalk", "navy", seed=seed)
         assert not styles.is_held_out(style)
 
 
@@ -125,7 +125,7 @@ def test_the_point_of_a_named_style_does_not_matter():
      "navy and gold watercolor with thick red outline and drop shadow on black"),
     (Style(), "flat vector", "flat vector"), (Style(ground="teal"), "", "teal ground"),
     (Style("sepia", "line drawing"), "flat", "sepia flat line drawing"),
-    (Style(light="sticker"), "", "sticker"), (Style(free=True, point=7), "flat vector", "")])
+    (Style(light="sticker"), "", "sticker"), (Style(free=True, seed=7), "flat vector", "")])
 def test_phrases(style, icon_style, words):
     """A free style has none."""
     assert styles.phrase(style, icon_style) == words
@@ -161,9 +161,9 @@ def styles_of_one_value():
 
 
 NAMED = styles_of_one_value()
-FREE_STYLES = [Style(free=True, point=point) for point in range(40)]
+FREE_STYLES = [Style(free=True, seed=seed) for seed in range(40)]
 ALL = [*NAMED, *FREE_STYLES]
-IDS = [str(styles.named(style) or style.point) for style in ALL]
+IDS = [str(styles.named(style) or style.seed) for style in ALL]
 
 
 @pytest.mark.parametrize("style", ALL, ids=IDS)
@@ -208,14 +208,14 @@ MEDIA = [Style(medium=medium) for medium in ATTRIBUTES["medium"]]
 
 @pytest.mark.parametrize("style", [*MEDIA, Style("navy and gold"), Style(ground="navy")], ids=str)
 def test_words_name_a_region(style):
-    """Two points of one phrase look different: a word means no single picture."""
+    """Two seeds of one phrase look different: a word means no single picture."""
     rgba = drawing(64)
-    shown = [paint(replace(style, point=point), rgba) for point in range(5)]
+    shown = [paint(replace(style, seed=seed), rgba) for seed in range(5)]
     assert max(difference(shown[0], other) for other in shown[1:]) > 0.5
 
 
 def test_free_styles_differ_more_than_their_pictures():
-    """What characterises a style follows from its point: two pictures of it are alike.
+    """What characterises a style follows from its seed: two pictures of it are alike.
 
     The means are compared over 40 styles, in colours alone, which no place changes.
     """
@@ -238,8 +238,8 @@ def test_a_free_style_shows_its_object():
     grey[..., :3] = 128
     is_inside = grey[..., 3] == 255
     is_hidden = []
-    for point in range(120):
-        light = paint(Style(free=True, point=point), grey) @ [0.3, 0.59, 0.11]
+    for seed in range(120):
+        light = paint(Style(free=True, seed=seed), grey) @ [0.3, 0.59, 0.11]
         contrast = abs(np.median(light[is_inside]) - np.median(light[~is_inside]))
         is_hidden.append(contrast < 20)
     assert np.mean(is_hidden) < 0.12
@@ -265,7 +265,7 @@ def test_a_background_that_is_apart_stays():
 def test_a_palette_of_two_has_no_other_colours():
     rgba = drawing(64)
     picture = paint(Style("navy and gold"), rgba)[rgba[..., 3] == 255] / 255
-    point = np.random.default_rng(0)                         # of Style.point
+    point = np.random.default_rng(0)                         # of Style.seed
     dark, light = styles.near("navy", point), styles.near("gold", point)
     along = light - dark
     t = ((picture - dark) @ along) / (along @ along)
@@ -275,7 +275,7 @@ def test_a_palette_of_two_has_no_other_colours():
 
 @pytest.mark.parametrize("name", HUES)
 def test_a_hue_is_a_region_around_its_colour(name):
-    """Two points of it differ, and it is nearest to its own name for most of them."""
+    """Two draws of it differ, and it is nearest to its own name for most of them."""
     point = np.random.default_rng(0)
     found = np.stack([styles.near(name, point) for _ in range(100)])
     assert found.min() >= 0 and found.max() <= 1

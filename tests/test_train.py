@@ -99,7 +99,7 @@ def test_the_run_says_what_it_was_made_of(tune, weights, pipe, tmp_path):
     assert (config["kind"], config["content"], config["style"]) == (
         "style", ["a house"], "flat vector")
     assert config["base"] == pipe.base_id
-    assert config["arithmetic"] == "fp32"
+    assert config["precision"] == "fp32"
     lines = Path("runs/ref/log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
@@ -206,7 +206,7 @@ def test_a_style_of_which_no_word_is_known_is_a_rare_token(tune):
 def test_a_style_of_which_some_words_are_known_is_kept(tune):
     code, _, err = tune("--style", "sws painting")
     assert code == 0
-    assert "the base has never read 'sws'" in err
+    assert "the base does not know 'sws'" in err
     assert load_adapter("runs/ref").about["style"] == "sws painting"
 
 
@@ -510,7 +510,7 @@ def test_a_line_at_least_about_every_five_seconds(tune, weights2, slow_passes):
 @pytest.mark.parametrize("kind, option", [
     ("style", f"--lambda-a {styledrop.SAMPLING.lambda_a - 0.5:g}"),
     ("content", f"--lambda-a-content {styledrop.SAMPLING.lambda_a_content - 0.5:g}")])
-def test_blank_previews_are_said(tune, monkeypatch, kind, option):
+def test_blank_previews_are_reported(tune, monkeypatch, kind, option):
     """With the option that matters for this kind of adapter."""
     monkeypatch.setattr(train, "is_one_colour", lambda image: True)
     code, _, err = tune("--kind", kind)

@@ -90,7 +90,7 @@ def test_every_word_is_one_token(pipe):
 # -- what it knows
 
 def test_openmoji_survives_the_tokenizer(pipe):
-    """Drawings by a hand that no training saw: 21 dB, where their mean colours give 11."""
+    """An icon set that was never trained on: 21 dB, where its drawings' mean colours give 11."""
     images, _ = drawings("held-out", 12)
     reconstructed = pipe.vqgan.decode(pipe.vqgan.encode(images))
     assert psnr(images, reconstructed) > 21
