@@ -40,9 +40,14 @@ AT_ONCE = 16            # images sampled in one batch, to limit the memory
 # Equations
 
 def style_prompt(content, style):
-    """t of Section 3.2.1: "a cat", "watercolor" -> "a cat in watercolor style"."""
+    """t of Section 3.2.1: "a cat", "watercolor" -> "a cat in watercolor style".
+
+    Either may be "": a style alone is "watercolor style", a content alone "a cat".
+    """
     if not style:
         return content
+    if not content:
+        return f"{style} style"
     return f"{content} in {style} style"
 
 
@@ -89,9 +94,9 @@ class Sampling:
 
 ROUND_1 = Tuning(steps=50, lr=2e-3, batch=8, d_prj=20, is_shared=False, mask_power=4, views=16)
 ROUND_2 = Tuning(steps=100, lr=2e-3, batch=8, d_prj=20, is_shared=False, mask_power=4, views=16)
-SUPERRES = Tuning(steps=60, lr=1e-3, batch=4, d_prj=8, is_shared=False, mask_power=1)
+SUPERRES = Tuning(steps=30, lr=2e-3, batch=4, d_prj=8, is_shared=False, mask_power=1)
 
-SAMPLING = Sampling(lambda_a=1.0, lambda_b=6.0, steps=18, temperature=4.5, top_k=8)
+SAMPLING = Sampling(lambda_a=0.75, lambda_b=10.0, steps=18, temperature=4.5, top_k=8)
 BASE_SAMPLING = Sampling(lambda_a=0.0, lambda_b=1.0, steps=18, temperature=1.0, top_k=8)   # Eq. 1
 SUPERRES_SAMPLING = Sampling(lambda_a=1.0, lambda_b=0.0, steps=12, temperature=1.0, top_k=8)
 

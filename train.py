@@ -1,8 +1,8 @@
 """Teach a style from one picture (StyleDrop, Section 3).
 
     python train.py --ref style.png                                     # -> runs/style
-    python train.py --ref house.png --content "a house" --out runs/watercolor
-    python train.py --ref a.png b.png --content "a cat" "a house"       # one style, two references
+    python train.py --ref house.png --content "a house" --style "watercolor"   # the paper's prompts
+    python train.py --ref a.png b.png --out runs/watercolor             # one style, two references
     python train.py --ref house.png --rounds 2 --feedback clip          # or human, or random
     python train.py --ref 1.png 2.png --kind content --content "a [V] teapot"
 
@@ -47,7 +47,6 @@ ROOT = Path(__file__).resolve().parent    # resolved, in case train.py is called
 PREVIEW = ("a cat", "a tree", "a car", "an apple", "a rocket", "a fish")
 CONTENT_PREVIEW = ("watercolor", "flat vector on navy", "gold and purple", "line drawing",
                    "halftone")           # styles in which an object is previewed
-UNKNOWN_CONTENT = "an object"            # the content phrase where --content is left out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -60,7 +59,7 @@ def options():
     add("--ref", nargs="+", action="extend", type=filled, metavar="IMG", required=True,
         help="the style reference; several references teach one style together")
     add("--content", nargs="+", action="extend", type=filled, metavar="PHRASE",
-        help='what each reference shows, such as "a house" (default: "an object")')
+        help='what each reference shows, such as "a house" (default: the style alone is named)')
     add("--style", type=text, default=RARE_TOKEN,
         help="the style's name in prompts (default: %(default)s, a rare token)")
     add("--kind", choices=("style", "content"), default="style",
@@ -186,9 +185,7 @@ def phrases(args, pipe):
     if args.kind == "content" and len(contents) == 1:        # the name of the object
         contents = contents * len(args.ref)
     if contents is None:
-        contents = [UNKNOWN_CONTENT] * len(args.ref)
-        say('--content is not given, so the picture is called "an object". If you say what it '
-            'shows, as in --content "a house", less of its content is learned as style.')
+        contents = [""] * len(args.ref)                      # the prompt is "[V*] style"
     style = args.style.strip()
     if args.kind == "content":
         style = ""
@@ -312,7 +309,7 @@ def before_after(references, before, after, prompts):
 def note_blank(images, kind):
     """Warn if any of the previews, uint8 (B, H, W, 3), is blank, and say what to do."""
     blank = sum(is_one_colour(image) for image in images)
-    advice = f"Use less of the style: sample.py --lambda-a {SAMPLING.lambda_a / 2:g}"
+    advice = f"Use less of the style: sample.py --lambda-a {SAMPLING.lambda_a / 2:.1g}"
     if kind == "content":
         less = SAMPLING.lambda_a_content / 2
         advice = f"Use less of the object: sample.py --lambda-a-content {less:g}"

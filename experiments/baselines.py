@@ -238,14 +238,14 @@ def try_out(pipe, ruler, i, method, rate):
         trained = 0
         lambdas = (0,)                                       # which has no effect on it
     elif method == ADAPTER:
-        tuned = pipe.tune(picture, [reference.content], RARE_TOKEN, superres=False)
+        tuned = pipe.tune(picture, [""], RARE_TOKEN, superres=False)
         trained = sum(weight.numel() for weight in tuned.adapter.parameters())
     else:
         generator = torch.Generator().manual_seed(0)
         views = random_views(picture, ROUND_1.views, generator)[0]
         small = F.interpolate(views, (side, side), mode="area")
         tokens = pipe.vqgan.encode(small).flatten(1)                             # (views, N)
-        texts = [style_prompt(reference.content, RARE_TOKEN)] * len(tokens)
+        texts = [style_prompt("", RARE_TOKEN)] * len(tokens)
         tuned = TUNERS[method](pipe, tokens, texts, STEPS[method], rate, generator)
         trained = tuned.trained
     seconds = time.time() - began

@@ -43,7 +43,7 @@ from styledrop import RARE_TOKEN, ROUND_1, ROUND_2, SAMPLING
 RESULTS = Path(__file__).with_name("results")
 SEEDS = list(range(len(OBJECTS)))
 POOL = 8                                # images for each prompt
-LAMBDAS = (0.0, 0.5, 1.5, 2.0)          # other lambda_A that round 1 is sampled with
+LAMBDAS = (0.0, 0.5, 1.0, 1.5)          # other lambda_A that round 1 is sampled with
 CHOOSERS = ("clip", "random", "oracle")
 
 
@@ -73,7 +73,7 @@ def try_reference(pipe, ruler, i, prompts):
         means = {name: float(np.mean(measures[name])) for name in MEASURES}
         return dict(reference=reference.file, arm=arm, lambda_a=lambda_a, **means)
 
-    first = pipe.tune(reference.picture[None], [reference.content], RARE_TOKEN, superres=False)
+    first = pipe.tune(reference.picture[None], [""], RARE_TOKEN, superres=False)
     rows = [measures_of("round 1", first, value) for value in (SAMPLING.lambda_a, *LAMBDAS)]
     pool = sample_pool(pipe, prompts, POOL, first, seed=1, superres=False)
     for chooser in CHOOSERS:

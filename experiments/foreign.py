@@ -61,12 +61,14 @@ YES_OR_NO = ("object kept", "palette", "texture", "blank", "leak")
 
 # What --sweep tries, one change at a time from the defaults: settings of styledrop.Tuning (H, rate,
 # steps, masking) and of styledrop.Sampling
-SWEEP = [dict(), dict(lambda_a=0), dict(lambda_a=0.5), dict(lambda_a=1.5), dict(lambda_a=2),
-         dict(lambda_a=3), dict(lambda_b=1), dict(lambda_b=2), dict(lambda_b=4), dict(lambda_b=8),
+SWEEP = [dict(), dict(lambda_a=0), dict(lambda_a=0.5), dict(lambda_a=1), dict(lambda_a=1.5),
+         dict(lambda_a=2), dict(lambda_a=3), dict(lambda_b=1), dict(lambda_b=3), dict(lambda_b=6),
+         dict(lambda_b=8), dict(lambda_b=12), dict(lambda_b=15),
          dict(temperature=1), dict(top_k=3), dict(top_k=0), dict(views=1), dict(steps=30),
          dict(steps=100), dict(d_prj=4), dict(d_prj=12), dict(d_prj=40), dict(is_shared=True),
          dict(lr=5e-4), dict(lr=1e-3), dict(lr=3e-3), dict(mask_power=1), dict(mask_power=2),
-         dict(mask_power=8), dict(style="words"), dict(content="an object")]
+         dict(mask_power=8), dict(style="words"), dict(content="an object"),
+         dict(content="named")]
 
 
 @dataclass
@@ -182,7 +184,7 @@ def sample_reported(pipe, references):
     objects, seeds = list(OBJECTS), list(range(len(OBJECTS)))
     progress, arms = Progress("reference"), dict(tuned=[], words=[])
     for k, reference in enumerate(references):
-        adapter = pipe.tune(reference.picture[None], [reference.content], RARE_TOKEN)
+        adapter = pipe.tune(reference.picture[None], [""], RARE_TOKEN)
         arms["tuned"].append(pipe.generate(objects, adapter, seed=seeds))
         arms["words"].append(pipe.generate(objects, style_phrase=reference.style, seed=seeds))
         progress(k + 1, len(references), reference.file)
@@ -274,20 +276,24 @@ def write_sheets(pipe, references, images):
     for reference, samples in zip(references, images):
         rows += [reference.picture[None], samples[:SHOWN]]
     sheet = grid(to_uint8(torch.cat(rows)), 1 + SHOWN, 1, 4, ["reference", *OBJECTS[:SHOWN]])
-    write_whole(RESULTS / "foreign.jpg", lambda file: sheet.save(file, "JPEG", quality=50))
+    write_whole(RESULTS / "foreign.jpg", lambda file: sheet.save(file, "JPEG", quality=42))
     first = [i for name in FIRST for i, reference in enumerate(references)
              if reference.file == name]
     rows = []
     for i in first:
         rows += [references[i].picture[None], images[i][:5]]
-    write_png(RESULTS / "foreign_first.png", columns_of_two(to_uint8(torch.cat(rows)), 6))
+    top = ["reference", *OBJECTS[:5]]
+    write_png(RESULTS / "foreign_first.png", columns_of_two(to_uint8(torch.cat(rows)), top))
 
 
-def columns_of_two(images, width):
-    """Rows of `width` images each, two rows side by side -> one Pillow image of 256 colours."""
-    rows = images.reshape(-1, width, *images.shape[1:])
+def columns_of_two(images, top):
+    """Rows of images, two side by side, below the words of `top` -> a Pillow image of 256 colours.
+
+    images: uint8 (B, H, W, 3), as many for each row as `top` has words.
+    """
+    rows = images.reshape(-1, len(top), *images.shape[1:])
     order = np.concatenate([rows[0::2], rows[1::2]], 1)
-    sheet = grid(order.reshape(-1, *images.shape[1:]), 2 * width, 1, 4)
+    sheet = grid(order.reshape(-1, *images.shape[1:]), 2 * len(top), 1, 4, [*top, *top])
     return sheet.quantize(256, dither=Image.Dither.NONE)
 
 
@@ -341,7 +347,9 @@ def tuned_with(pipe, reference, changes, adapters):
     style = RARE_TOKEN
     if changes.get("style") == "words":
         style = reference.style
-    content = changes.get("content", reference.content)
+    content = changes.get("content", "")
+    if content == "named":
+        content = reference.content
     how = replace(ROUND_1, **tuning)
     key = reference.file, content, style, how
     if key not in adapters:

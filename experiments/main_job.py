@@ -1,11 +1,10 @@
 """Time and memory of train.py and sample.py, run as a user runs them, on all of examples/.
 
-    python -m experiments.main_job          # results/main_job.md, before_after*.png; 12 minutes
+    python -m experiments.main_job          # results/main_job.md, before_after.png; 6 minutes
 
-Each reference is learned with --content, so that the base knows what it shows, and without. Seconds
-and peak memory are those of the whole commands, start-up included; what the seconds are spent on is
-measured inside them (timing.py). The first reference is learned and sampled once more, and adapter
-and image must come out the same, byte for byte.
+Seconds and peak memory are those of the whole commands, start-up included; what the seconds are
+spent on is measured inside them (timing.py). The first reference is learned and sampled once more,
+and adapter and image must come out the same, byte for byte.
 """
 
 import json
@@ -66,48 +65,34 @@ def measure(script, *arguments):
 
 
 def read_examples(folder):
-    """[(file, what it shows)] of the tables in a folder's README.md."""
-    examples = []
-    head = None
+    """The files in the tables of a folder's README.md, which their first column names."""
+    files = []
     for line in (folder / "README.md").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("|") or line.startswith("|---"):
-            continue
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if cells[0] == "file":
-            head = cells
-            continue
-        row = dict(zip(head, cells))
-        examples.append((row["file"], row["content"]))
-    return examples
+        if line.startswith("|") and not line.startswith(("|---", "| file")):
+            files.append(line.split("|")[1].strip())
+    return files
 
 
-def one_reference(path, content, folder, more):
+def one_reference(path, folder, more):
     """Learn a reference and sample from it -> both Measured, and the bytes of what was made.
 
-    content: what it shows, or None if that is not said; more: further arguments of both commands.
+    more: further arguments of both commands.
     """
     image = folder.with_suffix(".png")
-    tune = ["--ref", path, "--out", folder, *more]
-    if content is not None:
-        tune += ["--content", content]
-    tuned = measure("train.py", *tune)
+    tuned = measure("train.py", "--ref", path, "--out", folder, *more)
     sampled = measure("sample.py", "--prompt", "a cat", "--style", folder, "--out", image, *more)
     return tuned, sampled, ((folder / "adapter.pt").read_bytes(), image.read_bytes())
 
 
-def parts_table(title, measured, parts):
-    """A table of medians. measured: {column: a list of Measured}; parts: names of its rows."""
+def parts_table(title, runs, parts):
+    """A table of medians over runs, a list of Measured; parts: names of its rows."""
     rows = []
     for part in parts:
-        if all(part in one.parts for runs in measured.values() for one in runs):
-            rows.append([part, *(median([one.parts[part] for one in runs])
-                                 for runs in measured.values())])
-    rest = ["the rest"]
-    whole = ["**all of it**"]
-    for runs in measured.values():
-        rest.append(median([one.seconds - sum(one.parts.values()) for one in runs]))
-        whole.append(median([one.seconds for one in runs]))
-    return table([title, *measured], [*rows, rest, whole])
+        if all(part in one.parts for one in runs):
+            rows.append([part, median([one.parts[part] for one in runs])])
+    rows.append(["the rest", median([one.seconds - sum(one.parts.values()) for one in runs])])
+    rows.append(["**all of it**", median([one.seconds for one in runs])])
+    return table([title, "seconds"], rows)
 
 
 def median(seconds):
@@ -119,7 +104,7 @@ def options():
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--examples", type=filled, default=str(ROOT / "examples"),
-        help="folder of references, with a README.md whose table says what they show")
+        help="folder of references, with a README.md whose table lists them")
     add("--first", type=whole(1, 1000), default=1000, metavar="N",
         help="use only the first N of them (default: all)")
     add("--weights", type=filled, default=WEIGHTS, help="folder of the base")
@@ -132,43 +117,34 @@ def main():
     check_place(args.out)
     examples = read_examples(Path(args.examples))[:args.first]
     more = [] if args.weights == WEIGHTS else ["--weights", args.weights]
-    tuned = {}
-    sampled = {}
+    tuned = []
+    sampled = []
     rows = []
-    same = None
-    first_output = None
-    for variant in ("with --content", "without"):
-        tuned[variant] = []
-        sampled[variant] = []
-        sheets = []
-        with tempfile.TemporaryDirectory() as folder:
-            for file, content in examples:
-                path = Path(args.examples) / file
-                run = Path(folder) / Path(file).stem
-                known_content = content if variant == "with --content" else None
-                tuning, sampling, files = one_reference(path, known_content, run, more)
-                tuned[variant].append(tuning)
-                sampled[variant].append(sampling)
-                sheets.append(np.asarray(Image.open(run / "samples.png")))
-                rows.append([file, known_content or "-", f"{tuning.seconds:.0f} s",
-                             f"{tuning.memory:.0f} MB", f"{sampling.seconds:.1f} s",
-                             f"{sampling.memory:.0f} MB"])
-                say("  ".join(rows[-1]))
-                if same is None:
-                    first_output = tuning.output.replace(str(run), f"runs/{run.name}")
-                    first_output = first_output.replace(f"{ROOT}/", "").strip()
-                    shutil.rmtree(run)                       # else train.py says: finished
-                    _, _, files_again = one_reference(path, known_content, run, more)
-                    same = files == files_again
-        name = "before_after.png" if variant == "with --content" else "before_after_without.png"
-        sheet = Image.fromarray(np.concatenate(sheets)).quantize(128)
-        write_png(Path(args.out) / name, sheet, optimize=True)
+    sheets = []
+    with tempfile.TemporaryDirectory() as folder:
+        for file in examples:
+            path = Path(args.examples) / file
+            run = Path(folder) / Path(file).stem
+            tuning, sampling, files = one_reference(path, run, more)
+            tuned.append(tuning)
+            sampled.append(sampling)
+            sheets.append(np.asarray(Image.open(run / "samples.png")))
+            rows.append([file, f"{tuning.seconds:.0f} s", f"{tuning.memory:.0f} MB",
+                         f"{sampling.seconds:.1f} s", f"{sampling.memory:.0f} MB"])
+            say("  ".join(rows[-1]))
+            if len(rows) == 1:
+                first_output = tuning.output.replace(str(run), f"runs/{run.name}")
+                first_output = first_output.replace(f"{ROOT}/", "").strip()
+                shutil.rmtree(run)                           # else train.py says: finished
+                _, _, files_again = one_reference(path, run, more)
+                same = files == files_again
+    sheet = Image.fromarray(np.concatenate(sheets)).quantize(128)
+    write_png(Path(args.out) / "before_after.png", sheet, optimize=True)
 
     where = f"{made_by(StyleDrop.load(args.weights))} {os.cpu_count()} cores."
     text = "\n".join([
         *heading("The main job, measured"), where, "",
-        *table(["reference", "--content", "train.py", "peak memory", "sample.py", "peak memory"],
-               rows),
+        *table(["reference", "train.py", "peak memory", "sample.py", "peak memory"], rows),
         f"What the seconds go into, medians of {len(examples)} references. Sampling in train.py is "
         f"that of its previews. {where}", "",
         *parts_table("train.py", tuned, TUNING), *parts_table("sample.py", sampled, SAMPLING),

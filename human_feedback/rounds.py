@@ -100,12 +100,16 @@ def measure(pipe, images, contents, references, reference_contents):
     """The paper's two scores and a check for content leakage -> {name: tensor (B,)}.
 
     text: cosine of image and content phrase; style: cosine of image and reference; leakage: 1 where
-    CLIP sees the reference's content in an image of something else, NaN where it was asked for.
+    CLIP sees the reference's content in an image of something else, NaN where it was asked for, or
+    where --content does not say what the reference shows.
     """
     text = clip_feedback.text_score(pipe.clip, images, contents)
-    rivals = [clip_feedback.text_score(pipe.clip, images, c) for c in reference_contents]
-    same = torch.tensor([c in reference_contents for c in contents], device=text.device)
-    leakage = (torch.stack(rivals).amax(0) > text).float().masked_fill(same, math.nan)
+    leakage = torch.full_like(text, math.nan)
+    named = [content for content in reference_contents if content]
+    if named:
+        rivals = [clip_feedback.text_score(pipe.clip, images, content) for content in named]
+        same = torch.tensor([content in named for content in contents], device=text.device)
+        leakage = (torch.stack(rivals).amax(0) > text).float().masked_fill(same, math.nan)
     style = clip_feedback.style_score(pipe.clip, images, references)
     return dict(text=text, style=style, leakage=leakage)
 
@@ -304,7 +308,8 @@ def compare_rounds(args, out, pipe, references, config, prompts, adapters):
         pool = sample_pool(pipe, prompts, 1, adapter, args.seed, progress.on_batch,
                            on_step=progress.on_step)
         values = measure(pipe, pool.images, prompts, references, config["content"])
-        scores[name] = {key: round(value.nanmean().item(), 4) for key, value in values.items()}
+        scores[name] = {key: round(value.nanmean().item(), 4) for key, value in values.items()
+                        if not value.isnan().all()}
         words = "  ".join(f"{key} {value:.3f}" for key, value in scores[name].items())
         say(f"{name}: {words}")
         left.append(f"{name:14} {words}")

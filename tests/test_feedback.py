@@ -123,14 +123,14 @@ def test_the_study_reports_and_resumes(command, tmp_path, calls):
     assert found.code == 0, found.err
     assert len(tuned) == 4
     assert [(row["arm"], row["lambda_a"]) for row in found.rows] == [
-        ("round 1", 1), ("round 1", 0), ("round 1", 0.5), ("round 1", 1.5), ("round 1", 2),
-        ("round 2, clip", 1), ("round 2, random", 1), ("round 2, oracle", 1)]
+        ("round 1", 0.75), ("round 1", 0), ("round 1", 0.5), ("round 1", 1), ("round 1", 1.5),
+        ("round 2, clip", 0.75), ("round 2, random", 0.75), ("round 2, oracle", 0.75)]
     again = command("--references", 2)
     assert again.code == 0 and len(tuned) == 8 and again.rows[:8] == found.rows
     text = (tmp_path / "feedback.md").read_text()
     assert "2 test references" in text
     assert text.count("| chosen by ") == 3
-    assert "| round 2, clip | 1 | 100.0 ± 0.0 % |" in text
+    assert "| round 2, clip | 0.75 | 100.0 ± 0.0 % |" in text
 
 
 def test_other_settings_are_not_continued(command, tmp_path):

@@ -381,7 +381,7 @@ def test_the_report(command, tmp_path, calls, pipe2):
     assert found["can_leak"] == [True, False]
 
     assert [(positional[2:], named) for positional, named in tuned] == [
-        (([content], RARE_TOKEN), {}) for content in ("a house", "a pattern")]
+        (([""], RARE_TOKEN), {})] * 2
     assert [positional[1] for positional, _ in sampled] == [SIX] * 5
     assert all(named.pop("seed") == [0, 1, 2, 3, 4, 5] for _, named in sampled)
     assert [named for _, named in sampled if named] == [
@@ -422,9 +422,9 @@ def test_the_pictures_show_a_reference_and_its_samples(command, tmp_path, monkey
         (len(objects), 3, 32, 32), next(colours)))
     command()
     with Image.open(tmp_path / "results" / "foreign_first.png") as sheet:
-        assert sheet.mode == "P" and sheet.size == (12 * 36 + 4, 36 + 4)
-        pixels = np.asarray(sheet.convert("L")).astype(int)
-    cells = [pixels[4:36, 4 + 36 * i:36 + 36 * i] for i in range(12)]
+        assert sheet.mode == "P" and sheet.width == 12 * 36 + 4
+        pixels = np.asarray(sheet.convert("L")).astype(int)[-36:-4]      # below the words
+    cells = [pixels[:, 4 + 36 * i:36 + 36 * i] for i in range(12)]
     assert [round(cell.mean()) for cell in cells[1:6] + cells[7:]] == [0] * 5 + [255] * 5
     assert cells[0].std() > 30 and cells[6].std() > 30
     with Image.open(tmp_path / "results" / "foreign.jpg") as sheet:
@@ -434,26 +434,28 @@ def test_the_pictures_show_a_reference_and_its_samples(command, tmp_path, monkey
 def test_the_sweep_changes_one_setting_a_row(command, tmp_path, monkeypatch, calls):
     """Of tuning or of sampling; the file is written after each row, so an end loses only one."""
     monkeypatch.setattr(foreign, "SWEEP", [dict(), dict(lambda_a=3, steps=7, style="words",
-                                                        content="an object")])
+                                                        content="an object"),
+                                           dict(content="named")])
     tuned, sampled = calls(StyleDrop, "tune"), calls(StyleDrop, "generate")
     written = calls(foreign, "write_text")
     out = command("--sweep")
-    assert len(out.splitlines()) == len(written) == 2
+    assert len(out.splitlines()) == len(written) == 3
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["foreign_sweep.md"]
-    first, last = (tables(positional[1]) for positional, _ in written)
+    first, _, last = (tables(positional[1]) for positional, _ in written)
     assert list(first)[1:] == ["the defaults"] and last["the defaults"] == first["the defaults"]
-    assert list(last)[2:] == ["lambda_a 3, steps 7, style words, content an object"]
+    assert list(last)[2:] == ["lambda_a 3, steps 7, style words, content an object",
+                              "content named"]
     assert len(last["the defaults"]) == 5
 
     assert all(named["superres"] is False for _, named in tuned)
     assert [positional[2:] for positional, _ in tuned] == [
-        (["a house"], RARE_TOKEN), (["a pattern"], RARE_TOKEN),
-        (["an object"], "oil b"), (["an object"], "oil h")]
+        ([""], RARE_TOKEN), ([""], RARE_TOKEN), (["an object"], "oil b"), (["an object"], "oil h"),
+        (["a house"], RARE_TOKEN), (["a pattern"], RARE_TOKEN)]
     steps = [named["tuning"].steps for _, named in tuned]
-    assert steps == [ROUND_1.steps] * 2 + [7] * 2
+    assert steps == [ROUND_1.steps] * 2 + [7] * 2 + [ROUND_1.steps] * 2
     hows = [named["sampling"] for _, named in sampled]
     assert hows[:2] == [SAMPLING] * 2 and all(not named["superres"] for _, named in sampled)
-    assert [(how.lambda_a, how.steps) for how in hows[2:]] == [(3, SAMPLING.steps)] * 2
+    assert hows[2:4] == [replace(SAMPLING, lambda_a=3)] * 2 and hows[4:] == [SAMPLING] * 2
 
 
 @pytest.mark.parametrize("options, used, name", [

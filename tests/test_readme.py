@@ -114,7 +114,7 @@ def test_the_python_block_runs(pipe2, monkeypatch, tmp_path):
     exec(code, names)
     side = pipe2.resolution
     assert names["pixels"].shape == (2, side, side, 3)
-    assert (tmp_path / "castle.pt").exists()
+    assert (tmp_path / "ramparts.pt").exists()
 
 
 # -- figures

@@ -176,6 +176,9 @@ def test_measure(pipe):
     assert math.isnan(found["leakage"][1])
     for i in (0, 2):
         assert found["leakage"][i] == float(rivals[i] > text[i])
+    unnamed = measure(pipe, images, contents, references, ["", ""])
+    assert unnamed["leakage"].isnan().all()
+    assert torch.equal(unnamed["text"], found["text"])
 
 
 @pytest.mark.parametrize("content, prompts", [

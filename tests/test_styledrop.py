@@ -56,6 +56,8 @@ def test_gamma_weighs_the_content():
 def test_prompts_are_those_of_table_s4():
     assert style_prompt("a cat", PHRASE) == STYLED[0]
     assert style_prompt("a cat", "") == "a cat"
+    assert style_prompt("", PHRASE) == f"{PHRASE} style"
+    assert style_prompt("", "") == ""
 
 
 class Watch:

@@ -184,14 +184,12 @@ def test_every_reference_is_learned(cli, picture, weights, calls):
 
 # -- the words of a prompt
 
-def test_without_words_a_reference_is_an_object_in_a_style(cli, picture, weights):
-    """And the user is told what a content phrase is for."""
+def test_without_words_only_the_style_is_named(cli, picture, weights):
     code, out, err = cli(train.main, "--ref", picture(), "--weights", weights, "--steps", 1)
     assert code == 0
     about = load_adapter("runs/ref").about
-    assert (about["prompts"], about["style"]) == (["an object"], RARE_TOKEN)
-    assert 'shows, as in --content "a house"' in out
-    assert "the style is called" not in err
+    assert (about["prompts"], about["style"]) == ([""], RARE_TOKEN)
+    assert err == ""
 
 
 def test_a_style_of_which_no_word_is_known_is_a_rare_token(tune):
@@ -508,8 +506,8 @@ def test_a_line_at_least_about_every_five_seconds(tune, weights2, slow_passes):
 
 
 @pytest.mark.parametrize("kind, option", [
-    ("style", f"--lambda-a {styledrop.SAMPLING.lambda_a - 0.5:g}"),
-    ("content", f"--lambda-a-content {styledrop.SAMPLING.lambda_a_content - 0.5:g}")])
+    ("style", "--lambda-a 0.4"),
+    ("content", "--lambda-a-content 0.5")])
 def test_blank_previews_are_reported(tune, monkeypatch, kind, option):
     """With the option that matters for this kind of adapter."""
     monkeypatch.setattr(train, "is_one_colour", lambda image: True)
