@@ -44,8 +44,8 @@ from styledrop import (AT_ONCE, BASE_SAMPLING, SAMPLING, Sampling, check_device,
 SCALE = 2                               # images are enlarged this many times in the PNG
 MOST_ON_A_SHEET = 256                   # images; more go to a folder
 GAMMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
-LAMBDAS_A = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-LAMBDAS_B = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0)
+LAMBDAS_A = (0.0, 0.4, 0.75, 1.0, 1.5, 2.0, 3.0)
+LAMBDAS_B = (0.0, 2.0, 5.0, 10.0, 15.0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -226,8 +226,10 @@ def test_lambda_grid(run_sample):
     """lambda_A down and lambda_B across, the same seed everywhere. Trap: the axes are swapped."""
     assert run_sample(*CAT, *STYLE, "--lambda-grid", "--seed", 5)[0] == 0
     sheet = pixels_of()
-    assert sheet.shape[:2] == (TOP + GAP + 6 * (SIDE + GAP), LEFT + GAP + 6 * (SIDE + GAP))
-    for row, column in ((3, 2), (0, 5)):
+    assert sheet.shape[:2] == (TOP + GAP + 7 * (SIDE + GAP), LEFT + GAP + 5 * (SIDE + GAP))
+    how = styledrop.SAMPLING
+    assert how.lambda_a in sample.LAMBDAS_A and how.lambda_b in sample.LAMBDAS_B
+    for row, column in ((3, 2), (0, 4)):
         a, b = sample.LAMBDAS_A[row], sample.LAMBDAS_B[column]
         run_sample(*CAT, *STYLE, "--lambda-a", a, "--lambda-b", b, "--seed", 5, "--out", "one.png")
         assert np.array_equal(cell(sheet, row, column, LEFT, TOP), pixels_of("one.png"))
