@@ -192,10 +192,11 @@ class StyleDrop:
         """Tune an adapter for each stage on references (Eq. 3) -> a TunedAdapter with .save(path).
 
         images (R, 3, H, W) in [-1, 1]: the references, at the pipeline's resolution. If they have
-        the first stage's resolution instead, only that stage is tuned. prompts: R content phrases.
-        style: the style phrase that is appended to them; train.py gives RARE_TOKEN, and "" appends
-        nothing. superres: also tune the second stage, if there is one, with the settings SUPERRES.
-        tuning: settings of the first stage; changes: single ones to override, such as steps=100.
+        the first stage's resolution instead, only that stage is tuned. prompts: R content phrases;
+        with "", as train.py gives by default, the style alone is named. style: the style phrase
+        that is appended to them; train.py gives RARE_TOKEN, and "" appends nothing. superres: also
+        tune the second stage, if there is one, with the settings SUPERRES. tuning: settings of the
+        first stage; changes: single ones to override, such as steps=100.
         on_step(step, steps, loss) is called after each step. Raises ValueError if the numbers of
         images and prompts differ, or if a loss or the adapter becomes NaN or infinite.
         """

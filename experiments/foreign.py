@@ -279,10 +279,10 @@ def write_sheets(pipe, references, images):
     write_whole(RESULTS / "foreign.jpg", lambda file: sheet.save(file, "JPEG", quality=42))
     first = [i for name in FIRST for i, reference in enumerate(references)
              if reference.file == name]
+    top = ["reference", *OBJECTS[:5]]
     rows = []
     for i in first:
-        rows += [references[i].picture[None], images[i][:5]]
-    top = ["reference", *OBJECTS[:5]]
+        rows += [references[i].picture[None], images[i][:len(top) - 1]]
     write_png(RESULTS / "foreign_first.png", columns_of_two(to_uint8(torch.cat(rows)), top))
 
 

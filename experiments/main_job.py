@@ -68,7 +68,7 @@ def read_examples(folder):
     """The files in the tables of a folder's README.md, which their first column names."""
     files = []
     for line in (folder / "README.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("|") and not line.startswith(("|---", "| file")):
+        if line.startswith("|") and not line.startswith(("|---", "| file |")):
             files.append(line.split("|")[1].strip())
     return files
 
