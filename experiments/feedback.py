@@ -13,12 +13,13 @@ Each test reference of foreign.py is tuned (round 1). From its adapter the pool 
 and a new adapter is tuned on the chosen images (round 2). All adapters sample the dozen objects of
 foreign.py. Only the first stage is tuned and sampled.
 
-The plan, written before anything was sampled. Primary question: does a second round by CLIP keep
-more objects than round 1 at the default lambda_A? Then, for each chooser: object kept, palette and
-texture. A difference is paired over references. It is decided if its 95 % interval (Student's t)
-excludes zero; two rounds count as equal if the interval lies within 5 points of zero. Round 1 is
-also sampled with other lambda_A, since a second round is only worth its time if it is better than
-turning that knob.
+The plan, written before anything was sampled. Primary question: are there more samples with both
+the object and the nearest palette after a second round by CLIP than after round 1, at the default
+lambda_A? Then, for each chooser: object kept, palette and texture. Round 1 is also sampled with
+other lambda_A, and round 2 by CLIP is compared with each of them, since a second round is only
+worth its time if it is better than turning that knob. A difference is paired over references. It is
+decided if its 95 % interval (Student's t) excludes zero; two rounds count as equal if the interval
+lies within 5 points of zero.
 
 What is already in feedback.json is not computed again.
 """
@@ -33,7 +34,8 @@ from checkpoint.files import check_place, write_json, write_text
 from commandline.options import Parser, add_base_options, filled, load_pipeline, whole
 from commandline.terminal import run_command, say
 from experiments.common import decided, heading, made_by, percent, read_results, table
-from experiments.foreign import MEASURES, OBJECTS, Ruler, columns_of, load_references
+from experiments.foreign import (COMPARED, MEASURES, OBJECTS, TITLES, Ruler, columns_of,
+                                 load_references, spread)
 from experiments.object_judge import name_scores
 from experiments.style_measures import is_nearest, palette
 from human_feedback.rounds import (POOL_PROMPTS, choose_at_random, choose_by_clip, indices_in_pool,
@@ -103,18 +105,20 @@ def report(pipe, rows):
     for (arm, lambda_a), group in by_arm.items():
         body.append([arm, f"{lambda_a:g}", *(percent([row[name] for row in group])
                                              for name in MEASURES)])
-    lines += table(["", "lambda_A", *MEASURES], body)
-    lines += ["## Round 2 minus round 1, at the default lambda_A", "",
+    lines += table(["", "lambda_A", *TITLES], body)
+    lines += ["## Round 2 minus round 1", "",
               "Percentage points with a 95 % interval, paired over references. More, less: the "
-              "interval excludes zero; equal: it lies within 5 points of zero.", ""]
-    first = by_arm["round 1", SAMPLING.lambda_a]
+              "interval excludes zero; equal: it lies within 5 points of zero. Round 2 has the "
+              "default lambda_A, and round 1 has the one of the row.", ""]
+    pairs = [(chooser, SAMPLING.lambda_a) for chooser in CHOOSERS]
+    pairs += [("clip", lambda_a) for lambda_a in LAMBDAS]
     body = []
-    for chooser in CHOOSERS:
+    for chooser, lambda_a in pairs:
+        first = by_arm["round 1", lambda_a]
         second = by_arm[f"round 2, {chooser}", SAMPLING.lambda_a]
-        cells = [decided([b[name] - a[name] for a, b in zip(first, second)])
-                 for name in MEASURES[:3]]
-        body.append([f"chosen by {chooser}", *cells])
-    return lines + table(["", *MEASURES[:3]], body)
+        cells = [decided([b[name] - a[name] for a, b in zip(first, second)]) for name in COMPARED]
+        body.append([f"chosen by {chooser}", f"{lambda_a:g}", *cells])
+    return lines + table(["", "lambda_A of round 1", *COMPARED], body)
 
 
 def main():
@@ -136,12 +140,14 @@ def main():
                     sampling=asdict(SAMPLING), pool=[args.prompts, POOL])
     results = read_results(path, settings)
     done = {row["reference"] for row in results["rows"]}
-    for i, reference in enumerate(references[:args.references]):
+    some = spread(len(references), args.references)
+    for k, i in enumerate(some):
+        reference = references[i]
         if reference.file not in done:
             results["rows"] += try_reference(pipe, ruler, i, POOL_PROMPTS[:args.prompts])
         write_json(path, results)
         write_text(out / "feedback.md", "\n".join(report(pipe, results["rows"])))
-        say(f"reference {i + 1} of {args.references}: {reference.file}")
+        say(f"reference {k + 1} of {len(some)}: {reference.file}")
 
 
 if __name__ == "__main__":

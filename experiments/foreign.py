@@ -10,18 +10,20 @@ so on, split at random (lot.py) into validation pictures ("chosen"), on which --
 settings, and test pictures ("reported"), on which the first command only reports.
 
 For each reference, an adapter is tuned as by the default command, and a dozen objects are sampled
-with the first seeds. There is no ground truth, so four questions are asked of each sample:
+with the first seeds. There is no ground truth, so these questions are asked of each sample:
 
     object kept   does a classifier that ignores style (object_judge.py) rank the object first?
     palette       are its colours nearer to those of its own reference than to 19 others'?
     texture       are its small patches (style_measures.py)?
     blank         is the image empty?
+    copied tokens which share of its tokens equals the reference's token at the same position?
+    leak          does the classifier name what the reference shows instead of what was asked for?
 
-and by two that detect copying: which share of its tokens equals the reference's token at the same
-position, and does the classifier name what the reference shows instead of what was asked for? The
-table also has CLIP's style score, and these controls: the base without a style; the style described
-in words; the samples of another reference's adapter, compared with this reference; and the
-reference itself.
+"Object and palette" is the share of samples that keep the object and also have the nearest palette.
+Neither the base, which keeps the object, nor a copy of the reference, which has its palette, scores
+high in it. The table also has CLIP's style score, and these controls: the base without a style; the
+style described in words; the samples of another reference's adapter, compared with this reference;
+and the reference itself.
 """
 
 import csv
@@ -56,7 +58,10 @@ SHOWN = 6                               # objects on the contact sheet
 FIRST = ("bazille_ramparts.webp", "hokusai_poppies.webp", "neon_cocktail_sign.webp",
          "clay_rabbit.webp", "watercolor_pears.webp", "embroidered_bird.webp")   # README's picture
 RIVALS = 19                             # other references that a sample is compared with
-MEASURES = ("object kept", "palette", "texture", "blank", "copied tokens")
+COMPARED = ("object kept", "palette", "texture", "object and palette")
+MEASURES = (*COMPARED, "blank", "copied tokens")
+TITLES = ("object kept", "nearest palette", "nearest texture", "object and palette", "blank",
+          "copied tokens")              # of the columns of MEASURES
 YES_OR_NO = ("object kept", "palette", "texture", "blank", "leak")
 
 # What --sweep tries, one change at a time from the defaults: settings of styledrop.Tuning (H, rate,
@@ -93,6 +98,12 @@ def load_references(used, resolution):
             references.append(Reference(row["file"], row["content"], row["style"], row["kind"],
                                         used, to_tensor(picture[None])[0]))
     return references
+
+
+def spread(total, count):
+    """At most `count` of the indices 0 to total - 1, evenly spaced: the table is sorted by kind."""
+    count = min(count, total)
+    return [k * total // count for k in range(count)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,6 +181,8 @@ class Ruler:
             "texture": is_nearest(texture(images), textures[rivals]).tolist(),
             "blank": is_blank(images).tolist(),
             "copied tokens": (tokens == reference_tokens[i]).float().mean(1).tolist()}
+        found["object and palette"] = [kept and near for kept, near
+                                       in zip(found["object kept"], found["palette"])]
         if with_clip:
             style = clip_feedback.style_score(self.pipe.clip, images, self.references[i].picture)
             found["style score"] = style.tolist()
@@ -231,8 +244,7 @@ def write_report(pipe, ruler, rows):
     lines = heading("Tuning on foreign pictures: the test half")
     lines += [made_by(pipe), "", f"{len(references)} references, {len(OBJECTS)} objects of each, "
               "first seeds, default settings. Errors are standard errors over references.", ""]
-    titles = ["", "object kept", "nearest palette", "nearest texture", "blank", "copied tokens",
-              "reference's object", "CLIP style score"]
+    titles = ["", *TITLES, "reference's object", "CLIP style score"]
     body = []
     for name, words in ARMS.items():
         means = {}                                           # measure -> a mean for each reference
@@ -241,7 +253,8 @@ def write_report(pipe, ruler, rows):
         means["leak"] = np.where(can_leak, means["leak"], math.nan)
         cells = [percent(means[key]) for key in (*MEASURES, "leak")]
         if name == "reference":                              # it shows something else
-            cells[0] = cells[5] = "-"
+            for key in ("object kept", "object and palette", "leak"):
+                cells[(*MEASURES, "leak").index(key)] = "-"
         body.append([words, *cells, with_error(means["style score"], digits=3)])
     lines += table(titles, body)
     lines += [f"Nearest: the sample is nearer to its own reference than to {RIVALS} others (by "
@@ -250,15 +263,14 @@ def write_report(pipe, ruler, rows):
               "## Tuned minus control", "",
               "Percentage points with a 95 % interval, paired over references. More, less: the "
               "interval excludes zero; equal: it lies within 5 points of zero.", ""]
-    compared = MEASURES[:3]
     body = []
     for name, words in MINUS.items():
         cells = []
-        for key in compared:
+        for key in COMPARED:
             cells.append(decided([np.mean(tuned[key]) - np.mean(control[key])
                                   for tuned, control in zip(rows["tuned"], rows[name])]))
         body.append([words, *cells])
-    lines += table(["", *compared], body)
+    lines += table(["", *COMPARED], body)
     lines += ["## Each reference", ""]
     body = []
     for i, reference in enumerate(references):
@@ -328,9 +340,7 @@ def sweep(pipe, settings, count, is_confirmed=False):
         words = ", ".join(f"{name} {value}" for name, value in changes.items()) or "the defaults"
         body.append([words, *cells])
         say(f"{words}: {'  '.join(cells)}  ({time.time() - began:.0f} s)")
-        write_text(RESULTS / file, "\n".join(lines + table(
-            ["", "object kept", "nearest palette", "nearest texture", "blank", "copied tokens"],
-            body)))
+        write_text(RESULTS / file, "\n".join(lines + table(["", *TITLES], body)))
 
 
 def tuned_with(pipe, reference, changes, adapters):

@@ -192,27 +192,18 @@ def test_lambda_a_leads_away_from_the_base(pipe, tuned):
 
 # -- the study
 
-def test_object_and_style_by_hand():
-    """Kept with both, with one, with none; then a copy, which has the style but not the object."""
-    measures = {"object kept": [1, 1, 1, 0], "palette": [1, 1, 0, 1], "texture": [1, 0, 0, 1],
-                "blank": [0, 0, 0, 1]}
-    found = baselines.summary(measures)
-    assert found["object and style"] == pytest.approx((1 + 0.5) / 4)
-    assert found["object kept"] == 0.75 and found["blank"] == 0.25
-
-
-def test_the_best_rate_is_that_of_the_validation_references():
+def test_the_best_settings_are_those_of_the_validation_references():
     """With the lambda_A that suits it, by the mean of the references."""
     def row(used, rate, lambda_a, score):
         return {"used": used, "method": "LoRA", "rate": rate, "lambda_a": lambda_a,
-                "object and style": score}
+                "object and palette": score}
 
     rows = [row("chosen", 1e-3, 0, 0.3), row("chosen", 1e-3, 2, 0.3), row("chosen", 1e-3, 2, 0.4),
             row("chosen", 3e-3, 0, 0.0), row("chosen", 3e-3, 2, 0.9), row("chosen", 3e-3, 2, 0.1),
             row("reported", 1e-2, 0, 1.0)]
-    assert baselines.best_rates(rows) == {"LoRA": 3e-3}
-    assert baselines.best_rates(rows[:3]) == {"LoRA": 1e-3}
-    assert baselines.best_rates(rows[-1:]) == {}
+    assert baselines.best_settings(rows) == {"LoRA": (3e-3, 2)}
+    assert baselines.best_settings(rows[:3]) == {"LoRA": (1e-3, 2)}
+    assert baselines.best_settings(rows[-1:]) == {}
 
 
 class PlainRuler:
@@ -225,8 +216,8 @@ class PlainRuler:
         assert images.shape == (2, 3, 16, 16) and objects == ["a cat", "a tree"]
         bright = (images.mean((1, 2, 3)) > 0).float().tolist()
         ones, zeros = [1.0] * len(images), [0.0] * len(images)
-        return {"object kept": ones, "palette": bright, "texture": zeros, "blank": zeros,
-                "copied tokens": bright}
+        return {"object kept": ones, "palette": bright, "texture": zeros,
+                "object and palette": bright, "blank": zeros, "copied tokens": bright}
 
 
 @pytest.fixture
@@ -244,7 +235,7 @@ def command(cli, weights, tmp_path, monkeypatch):
         "full fine-tuning": (1e-3,), "LoRA": (1e-3, 1e-2), "textual inversion": (0.1,)})
     quick = partial(baselines.sample, sampling=replace(baselines.SAMPLING, steps=2))
     monkeypatch.setattr(baselines, "sample", quick)
-    monkeypatch.setattr(baselines, "LAMBDAS", (0, 2))
+    monkeypatch.setattr(baselines, "LAMBDAS", (0, 0.75))
     monkeypatch.setattr(baselines, "OBJECTS", ("a cat", "a tree"))
     monkeypatch.setattr(baselines, "SEEDS", [0, 1])
 
@@ -267,11 +258,11 @@ def test_the_study_chooses_reports_and_resumes(command, tmp_path, calls):
     assert found.code == 0, found.err
     reported = [row for row in found.rows if row["used"] == "reported"]
     assert [(row["method"], row["lambda_a"]) for row in reported] == [
-        ("control: the base", 0), ("adapter", 0), ("adapter", 2), ("full fine-tuning", 0),
-        ("full fine-tuning", 2), ("LoRA", 0), ("LoRA", 2), ("textual inversion", 0),
-        ("textual inversion", 2)]
-    best = baselines.best_rates(found.rows)
-    assert all(row["rate"] == best[row["method"]] for row in reported[3:])
+        ("control: the base", 0), ("adapter", 0), ("adapter", 0.75), ("full fine-tuning", 0),
+        ("full fine-tuning", 0.75), ("LoRA", 0), ("LoRA", 0.75), ("textual inversion", 0),
+        ("textual inversion", 0.75)]
+    best = baselines.best_settings(found.rows)
+    assert all(row["rate"] == best[row["method"]][0] for row in reported[3:])
 
     tuned = calls(StyleDrop, "tune")
     again = command("--references", 2)
@@ -281,10 +272,14 @@ def test_the_study_chooses_reports_and_resumes(command, tmp_path, calls):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
              if line.startswith("| adapter | ")]
     palette = [100 * row["palette"] for row in again.rows
-               if (row["method"], row["lambda_a"]) == ("adapter", 2)]
-    assert cells[1][:5] == ["adapter", f"{ROUND_1.lr:g}", "2", "2", "100.0 ± 0.0 %"]
+               if (row["method"], row["lambda_a"]) == ("adapter", 0.75)]
+    assert cells[1][:5] == ["adapter", f"{ROUND_1.lr:g}", "0.75", "2", "100.0 ± 0.0 %"]
     assert cells[1][5].startswith(f"{np.mean(palette):.1f} ± ")
-    assert text.count("| LoRA |") == 2 + 2 * 2               # the test references, then the choice
+    assert text.count("| LoRA |") == 2 + 1 + 2 * 2           # test, minus the adapter, validation
+    lora = [100 * row["palette"] for row in again.rows if row["used"] == "reported"
+            and (row["method"], row["lambda_a"]) == ("LoRA", best["LoRA"][1])]
+    minus = np.mean(lora) - np.mean(palette)
+    assert f"| LoRA | +0.0 ± 0.0: equal | {minus:+.1f} ± " in text
 
 
 def test_results_of_another_base_are_not_continued(command, tmp_path):

@@ -83,7 +83,7 @@ class PlainRuler:
         assert objects == ["a cat", "a tree"]
         bright = (images.mean((1, 2, 3)) > 0).float().tolist()
         return {"object kept": ONES, "palette": bright, "texture": [0.0, 0.0],
-                "blank": [0.0, 0.0], "copied tokens": bright}
+                "object and palette": bright, "blank": [0.0, 0.0], "copied tokens": bright}
 
 
 @pytest.fixture
@@ -129,7 +129,8 @@ def test_the_study_reports_and_resumes(command, tmp_path, calls):
     assert again.code == 0 and len(tuned) == 8 and again.rows[:8] == found.rows
     text = (tmp_path / "feedback.md").read_text()
     assert "2 test references" in text
-    assert text.count("| chosen by ") == 3
+    assert text.count("| chosen by ") == 3 + 4               # and CLIP against four lambda_A
+    assert "| chosen by clip | 1.5 | +0.0 ± " in text
     assert "| round 2, clip | 0.75 | 100.0 ± 0.0 % |" in text
 
 

@@ -308,6 +308,7 @@ def test_measures_of_a_copy_and_of_pictures_that_are_none(ruler):
     assert found == {
         "object kept": [0, 1, 0, 1, 0, 0], "leak": [1, 0, 0, 0, 0, 0],
         "palette": [1, 1, 1, 1, 0, 0], "texture": [1, 1, 0, 1, 0, 1],
+        "object and palette": [0, 1, 0, 1, 0, 0],
         "blank": [0, 0, 0, 0, 0, 1], "copied tokens": [1, 1, 0, 15 / 16, 0, 0.5]}
     assert all(type(value) is float for values in found.values() for value in values)
 
