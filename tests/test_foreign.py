@@ -334,6 +334,12 @@ def test_samples_of_the_first_stage_are_held_against_small_references(fake_judge
 
 # -- the commands
 
+def test_some_references_are_spread_over_all():
+    assert foreign.spread(35, 12) == [0, 2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32]
+    assert foreign.spread(3, 3) == foreign.spread(3, 12) == [0, 1, 2]
+    assert foreign.spread(5, 1) == [0]
+
+
 @pytest.fixture
 def command(cli, tmp_path, monkeypatch, fake_judge, weights2):
     """command(*arguments) -> what it printed. Two references, six objects, two steps of all."""
@@ -399,16 +405,16 @@ def test_the_report(command, tmp_path, calls, pipe2):
         assert len(measures) == 2
         assert len(measures[0]["blank"]) == (1 if name == "reference" else 6)
         copied = [100 * np.mean(row["copied tokens"]) for row in measures]
-        assert rows[title][4].startswith(f"{np.mean(copied):.1f} ± ")
+        assert rows[title][5].startswith(f"{np.mean(copied):.1f} ± ")
         style = np.mean([np.mean(row["style score"]) for row in measures])
-        assert float(rows[title][6].split(" ± ")[0]) == pytest.approx(style, abs=1e-3)
+        assert float(rows[title][7].split(" ± ")[0]) == pytest.approx(style, abs=1e-3)
     leaks = 100 * np.mean(found["measures"]["tuned"][0]["leak"])
-    assert rows[foreign.ARMS["tuned"]][5] == f"{leaks:.1f} ± nan %"      # of the first one alone
+    assert rows[foreign.ARMS["tuned"]][6] == f"{leaks:.1f} ± nan %"      # of the first one alone
     gains = [np.mean(one["palette"]) - np.mean(other["palette"])
              for one, other in zip(found["measures"]["tuned"], found["measures"]["other"])]
     assert rows[foreign.MINUS["other"]][1].startswith(f"{100 * np.mean(gains):+.1f} ± ")
     own = rows[foreign.ARMS["reference"]]
-    assert own[0] == own[5] == "-" and own[1] == own[2] == "100.0 ± 0.0 %"
+    assert own[0] == own[3] == own[6] == "-" and own[1] == own[2] == "100.0 ± 0.0 %"
     kept = 100 * np.mean(found["measures"]["tuned"][1]["object kept"])
     assert rows[foreign.FIRST[1]][:2] == ["oil", f"{kept:.0f} %"]
     assert rows[foreign.FIRST[0]][5] != "-" == rows[foreign.FIRST[1]][5]
@@ -416,7 +422,7 @@ def test_the_report(command, tmp_path, calls, pipe2):
 
 def test_the_pictures_show_a_reference_and_its_samples(command, tmp_path, monkeypatch):
     """In the README's picture, two rows side by side; every reference is before its samples."""
-    measures = dict.fromkeys((*foreign.YES_OR_NO, "copied tokens", "style score"), [0.0])
+    measures = dict.fromkeys((*foreign.MEASURES, "leak", "style score"), [0.0])
     monkeypatch.setattr(foreign.Ruler, "measure", lambda *_, **__: measures)
     colours = iter([-1.0, 0.0, 1.0, -0.5, 0.5])              # tuned and words in turn, then base
     monkeypatch.setattr(StyleDrop, "generate", lambda self, objects, *_, **__: torch.full(
@@ -446,7 +452,7 @@ def test_the_sweep_changes_one_setting_a_row(command, tmp_path, monkeypatch, cal
     assert list(first)[1:] == ["the defaults"] and last["the defaults"] == first["the defaults"]
     assert list(last)[2:] == ["lambda_a 3, steps 7, style words, content an object",
                               "content named"]
-    assert len(last["the defaults"]) == 5
+    assert len(last["the defaults"]) == len(foreign.TITLES)
 
     assert all(named["superres"] is False for _, named in tuned)
     assert [positional[2:] for positional, _ in tuned] == [
