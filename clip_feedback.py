@@ -9,7 +9,8 @@ score images; Muse does not depend on it, so any CLIP will do. The shipped one h
 images. There is a ViT too, with the parameter names of OpenAI's checkpoints, so that public weights
 load unchanged. The BPE tokenizer, which T uses as well, is also in this file.
 
-Shapes: B batch, N image tokens, L text length, D width, V vocabulary, E shared space, H heads.
+Shapes: B batch, N image tokens, L text length, D width, V vocabulary, E shared space, S side of the
+images that the tower for images sees.
 """
 
 import gzip
@@ -119,7 +120,7 @@ class Tokenizer:
         return ids
 
     def fits(self, text, context_length):
-        """Does `text`, with start and end, fit into `context_length` tokens, or is its tail cut?"""
+        """True if `text`, with start and end, fits into `context_length` tokens uncut."""
         return len(self.encode(text)) + 2 <= context_length
 
     def __call__(self, texts, context_length):
@@ -149,7 +150,7 @@ def read_vocabulary(path):
     """The merges in OpenAI's vocabulary file, as it is published. ValueError on any other file."""
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = file.read(2 ** 24).split("\n")           # the real file has 3 MB
+            lines = file.read(2 ** 24).split("\n")           # the real file is 3 MB
         lines = lines[1:OPENAI_MERGES + 1]                   # the first line is a version
         merges = [as_pair(line) for line in lines if line.strip()]
         if not merges:
@@ -314,14 +315,14 @@ class ResNet(nn.Module):
             rest = [ResidualBlock(width, width) for _ in range(blocks - 1)]
             self.stages.append(nn.Sequential(ResidualBlock(c, width), *rest))
             c = width
-        self.norm = nn.BatchNorm1d(sum(widths))      # so that the stages weigh alike at the start
+        self.norm = nn.BatchNorm1d(sum(widths))      # all stages start with equal weight
         self.proj = normal(sum(widths), config.embed_dim, std=sum(widths) ** -0.5)
 
     def forward(self, pixels):                                           # (B, 3, S, S)
         x = self.stem(pixels)                                            # (B, D, S / 2, S / 2)
         averages = []
         for stage in self.stages:
-            x = stage(x)                                                 # half the side, twice D
+            x = stage(x)                     # from the second stage on: half the side, twice D
             averages.append(x.mean((2, 3), dtype=torch.float32))
         x = self.norm(torch.cat(averages, dim=1))                        # (B, D + 2 D + 4 D + ...)
         return x @ self.proj                                             # (B, E)
@@ -448,7 +449,7 @@ def style_score(clip, images, reference):
 def select_best(scores, k=1):
     """CLIP feedback (StyleDrop 4.4.3): scores (P prompts, K images) -> indices (P, k), best first.
 
-    Raises ValueError when k is out of reach or a score is not a number.
+    Raises ValueError if k is out of range or a score is not a number.
     """
     if scores.dim() != 2 or not 1 <= k <= scores.shape[1]:
         raise ValueError(f"cannot pick {k} per prompt from scores {tuple(scores.shape)}: "

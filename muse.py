@@ -36,7 +36,7 @@ class MuseConfig:
     text_heads: int = 4
     registers: int = 16         # hidden states that belong to no token. See TextEncoder
     # the second stage, super-resolution (Muse 2.4)
-    low_grid: int = 0           # side of the low-resolution token grid it reads (0: the base)
+    low_grid: int = 0           # side of the first stage's token grid (0: this is the first stage)
     low_layers: int = 0         # self-attention layers over them
 
     @property
@@ -135,8 +135,8 @@ class Block(nn.Module):
         Masks are true for the keys that may be attended to.
 
         An adapter works on a sub-layer's output, before the skip is added (Houlsby et al. 2019):
-        after cross-attention (self-attention, where a layer has no other) and after the MLP, and
-        nowhere else (StyleDrop B.1.1).
+        after cross-attention (or after self-attention, in layers without cross-attention) and after
+        the MLP, and nowhere else (StyleDrop B.1.1).
         """
         h = self.norm1(x)
         h = self.attn(h, h, mask)
@@ -234,8 +234,8 @@ class Muse(nn.Module):
         There is no logit for [MASK], so it is never predicted. ids (B, N) in [0, V], with V for
         [MASK]; text (B, L', text_width) and text_mask (B, L') from T; adapters: None, or a function
         (h (B, P, D), layer, "cross" | "mlp") -> h. The second stage also takes low (B, low_grid^2),
-        the low-resolution tokens, or low_states, the output of `low_states` for them, which can be
-        computed once since it is the same at every decoding step.
+        the low-resolution tokens, or low_states, the result of self.encode_low(low, adapters):
+        that does not change between decoding steps, so it can be computed once.
 
         With patch = 2, four neighbouring tokens share one position, as pixels do in a ViT. The
         transformer then has a quarter of the positions, but each of the four tokens still has its
@@ -250,7 +250,7 @@ class Muse(nn.Module):
         x = (self.patch_embed(x) + self.row + self.col).flatten(1, 2)            # (B, P, D)
         text = self.text_norm(self.text_proj(text))                              # (B, L', D)
         if low is not None:
-            low_states = self.low_states(low, adapters)                          # (B, low, D)
+            low_states = self.encode_low(low, adapters)                          # (B, low, D)
         if low_states is not None:
             text = torch.cat([text, low_states.to(text.dtype)], 1)               # (B, L' + low, D)
             text_mask = F.pad(text_mask, (0, low_states.shape[1]), value=True)
@@ -262,7 +262,7 @@ class Muse(nn.Module):
         x = F.linear(x, self.token.weight[:c.codebook_size]) + self.bias         # (B, N, V)
         return x.float()
 
-    def low_states(self, low, adapters=None):
+    def encode_low(self, low, adapters=None):
         """Low-resolution tokens (B, low_grid^2) -> their states (B, low_grid^2, D).
 
         A low token gets the position embedding of the high-resolution tokens at the same place.
@@ -366,7 +366,7 @@ def decode(logits_fn, batch, tokens, mask_id, steps, temperature, generator, top
         confidence = confidence.masked_fill(~masked, math.inf)
 
         # 3. unless this is the last step, mask the least confident again: floor(N gamma) of them,
-        #    but at least 1 and fewer than before
+        #    fewer than before but at least 1 (with more steps than tokens, the last one again)
         kept = torch.ones_like(masked)
         if step + 1 < steps:
             before = int(masked[0].sum())                    # the same in every row

@@ -180,7 +180,7 @@ def find_style(args):
 # Samples. The parameter `generate` is StyleDrop.generate, with this command's adapters and settings
 
 def sampling_settings(args, defaults):
-    """A styledrop.Sampling: the defaults, changed by the options of its fields' names."""
+    """A styledrop.Sampling: the defaults, overridden by the options named like its fields."""
     given = {}
     for field in fields(Sampling):
         value = getattr(args, field.name)
@@ -282,7 +282,7 @@ def write_trace(pipe, path, steps):
 def text_chunks(facts, prompts, seed):
     """The text chunks of a PNG, from which it can be sampled again.
 
-    facts: the command's options, without those that are None; prompts: saved as a JSON list.
+    facts: the settings, of which those that are None are left out; prompts: saved as a JSON list.
     """
     facts = dict(facts, prompt=json.dumps(prompts, ensure_ascii=False), seed=seed)
     info = PngInfo()
@@ -311,12 +311,14 @@ def main():
                          "write the words into the prompt")
     if style is None and args.gamma_sweep:
         raise ValueError("--gamma-sweep mixes two adapters: give --style RUN too")
-    style_phrase = args.style_phrase
-    if style_phrase is None and style is None:
+    if args.style_phrase is not None:
+        style_phrase = args.style_phrase
+    elif style is not None:
+        style_phrase = style.style
+    else:
         style_phrase = ""
     pipe = load_pipeline(args)
-    phrase = style.style if style_phrase is None else style_phrase
-    note_unknown(pipe, *(style_prompt(prompt, phrase) for prompt in args.prompt))
+    note_unknown(pipe, *(style_prompt(prompt, style_phrase) for prompt in args.prompt))
 
     sampling = sampling_settings(args, default_sampling(style, content))
     settings = dict(gamma=args.gamma, style_phrase=style_phrase, superres=args.superres)

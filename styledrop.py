@@ -196,7 +196,7 @@ class StyleDrop:
         with "", as train.py gives by default, the style alone is named. style: the style phrase
         that is appended to them; train.py gives RARE_TOKEN, and "" appends nothing. superres: also
         tune the second stage, if there is one, with the settings SUPERRES. tuning: settings of the
-        first stage; changes: single ones to override, such as steps=100.
+        first stage; changes: individual settings to override, such as steps=100.
         on_step(step, steps, loss) is called after each step. Raises ValueError if the numbers of
         images and prompts differ, or if a loss or the adapter becomes NaN or infinite.
         """
@@ -229,12 +229,12 @@ class StyleDrop:
     def fit(self, G, tokens, texts, tuning, generator, on_step=None, low=None):
         """Eq. 3: theta = argmin E_{(x, t), m} CE_m( G^(M(E(x), m), T(t), theta), E(x) ).
 
-        tokens (R, N): E(x) of the references; texts: their R prompts t; low (R, N_low): the first
-        stage's tokens, for the second stage. Only theta has gradients, so only theta changes.
+        tokens (M, N): E(x) of the references, or of all their views; texts: their M prompts t;
+        low (M, N_low): the first stage's tokens, for the second stage. G is frozen.
         """
         theta = self.new_adapter(G, tuning, generator)
         optimiser = torch.optim.Adam(theta.parameters(), tuning.lr)
-        text, text_mask = self.embed(G, texts)                       # (R, L', text_width), (R, L')
+        text, text_mask = self.embed(G, texts)                       # (M, L', text_width), (M, L')
         batches = shuffled(len(tokens), tuning.batch, generator)
         for step in range(tuning.steps):
             rows = next(batches).to(self.device)                                 # (B,)
@@ -281,7 +281,8 @@ class StyleDrop:
         seed: image i is sampled with seed + i, whatever batch it is in; or a list of B seeds.
         negative: the prompt n. superres: also sample the second stage, if there is one, with
         SUPERRES_SAMPLING. sampling: settings of the first stage, by default SAMPLING with an
-        adapter and BASE_SAMPLING without; changes: single ones to override, such as lambda_a=2.
+        adapter and BASE_SAMPLING without; changes: individual ones to override, such as
+        lambda_a=2.
         on_step: see muse.decode; it is called in both stages of each batch. on_batch(done) is
         called after each batch of AT_ONCE images. Raises ValueError if an adapter belongs to
         another base, or if the numbers of phrases, seeds and prompts differ.
@@ -360,18 +361,17 @@ class StyleDrop:
                 adapters = theta()
             if low is not None:
                 with autocast(self.device.type):
-                    states = G.low_states(low, adapters)                         # (B, N_low, D)
+                    states = G.encode_low(low, adapters)                         # (B, N_low, D)
             return lambda v: G(v, text, text_mask, adapters, low_states=states)
 
-        def eq4(prompts, theta, lambda_a):
+        def guided_pass(prompts, theta, lambda_a):
             """Eq. 4 with these prompts, as a function of v and of the logits G(v, T(n))."""
             base_pass = forward_pass(prompts)
             tuned_pass = None if theta is None else forward_pass(prompts, theta)
 
             def guided(v, null):
-                base = tuned = base_pass(v)
-                if tuned_pass is not None:
-                    tuned = tuned_pass(v)
+                base = base_pass(v)
+                tuned = base if tuned_pass is None else tuned_pass(v)
                 return guided_logits(tuned, base, null, lambda_a, sampling.lambda_b)
 
             return guided
@@ -379,9 +379,9 @@ class StyleDrop:
         if sampling.lambda_b:
             null_pass = forward_pass(n)
         if gamma < 1:
-            l_s = eq4(t, theta_s, sampling.lambda_a)                             # Eq. 5
+            style_pass = guided_pass(t, theta_s, sampling.lambda_a)              # Eq. 5: l_s
         if gamma > 0:
-            l_c = eq4(c, theta_c, sampling.lambda_a_content)                     # Eq. 6
+            content_pass = guided_pass(c, theta_c, sampling.lambda_a_content)    # Eq. 6: l_c
 
         def logits_fn(v, step):
             with autocast(self.device.type):
@@ -389,10 +389,10 @@ class StyleDrop:
                 if sampling.lambda_b:
                     null = null_pass(v)
                 if gamma == 0:
-                    return l_s(v, null)
+                    return style_pass(v, null)
                 if gamma == 1:
-                    return l_c(v, null)
-                return mix_logits(l_s(v, null), l_c(v, null), gamma)
+                    return content_pass(v, null)
+                return mix_logits(style_pass(v, null), content_pass(v, null), gamma)
 
         return muse.decode(logits_fn, len(generators), G.config.tokens, G.config.mask_id,
                            sampling.steps, sampling.temperature, generators, sampling.top_k,
@@ -460,12 +460,12 @@ def shuffled(count, batch, generator):
 def fast_bf16(device):
     """Does this device multiply in bf16 at least as fast as in fp32?
 
-    CUDA GPUs do, and so do CPUs with AMX. With AVX-512 BF16 but without AMX, bf16 takes half the
-    time of fp32 on AMD's CPUs and nearly twice the time on Intel's. All others use fp32. The answer
-    is a rule and not a measurement, so that two runs on one machine never differ.
+    CUDA GPUs do from Ampere on, and so do CPUs with AMX. With AVX-512 BF16 but without AMX, bf16
+    takes half the time of fp32 on AMD's CPUs and nearly twice the time on Intel's. All others use
+    fp32. The answer is a rule and not a measurement, so that two runs on one machine never differ.
     """
     if device == "cuda":
-        return True
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device != "cpu":
         return False
     if not hasattr(torch.cpu, "get_capabilities"):           # before torch 2.9: not known

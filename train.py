@@ -127,7 +127,7 @@ def main():
     recipe = dict(kind=args.kind, content=contents, style=style, steps=args.steps, lr=args.lr,
                   batch=args.batch, d_prj=args.d_prj, superres=args.superres, seed=args.seed,
                   base=pipe.base_id, pictures=fingerprint({"references": references}))
-    # config.json also records what follows, which does not count when two commands are compared
+    # what is added here is recorded in config.json, but not compared by was_made
     config = dict(recipe, ref=[Path(path).name for path in paths], weights=Path(args.weights).name,
                   precision=precision(args.device))
 

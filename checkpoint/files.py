@@ -52,9 +52,10 @@ def is_running(pid):
 
 
 def write_whole(path, write):
-    """Call write(binary file) on a temporary file and rename it to `path`.
+    """Write a temporary file and rename it to `path`, so that no half-written file is ever there.
 
-    The file gets the permissions that the user's umask gives. Raises OSError with the file's name.
+    write: a function that takes the temporary file, open for writing bytes. The file gets the
+    permissions that the user's umask gives. Raises OSError with the file's name.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,7 @@ def read_weights(path):
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         if all(entry.compress_type == zipfile.ZIP_STORED for entry in entries):
             raise damaged                # its sizes contradict each other
-        raise ValueError(f"{path} is compressed, as torch.save never writes; it is not opened")
+        raise ValueError(f"{path} is compressed, which torch.save never does; it is not opened")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -93,7 +93,7 @@ def load_model(path, kind, config_class, model_class):
 
 
 def make_config(config_class, values):
-    """A config dataclass from a dict of a file, with sizes that a model may have.
+    """Build a config from the dict in a file, and check that its sizes are plausible.
 
     A damaged file could make the model allocate all memory. Numbers must therefore have the
     declared type and lie in 0..2^20, those of layers and blocks in 0..256; tuples have at most 8
@@ -102,7 +102,7 @@ def make_config(config_class, values):
     try:
         config = config_class(**values)
     except TypeError:                    # not a dict, unknown or missing fields
-        raise ValueError("its config is not one of this version") from None
+        raise ValueError("its config does not fit this version") from None
     types = typing.get_type_hints(config_class)
     for field in fields(config):
         value = getattr(config, field.name)
@@ -137,7 +137,8 @@ def is_size(name, value, declared):
 class SkipInitialisation(torch.overrides.TorchFunctionMode):
     """Skip the random initialisation of weights, which are about to be overwritten.
 
-    On the meta device it has no effect, but makes PyTorch import its compiler, which takes seconds.
+    On the meta device, initialising has no effect, but it makes PyTorch import its compiler, which
+    takes seconds.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -159,7 +160,7 @@ def build(make, weights):
     except ValueError:
         raise
     except Exception:                    # sizes that contradict each other
-        raise ValueError("its config is not one of this version") from None
+        raise ValueError("its config does not fit this version") from None
     if not isinstance(weights, dict):
         raise ValueError("its weights are not a dict")
     expected = model.state_dict()

@@ -10,9 +10,9 @@ TEMPLATE = {"in", "style", "[v*]", "[v]"}                    # words of "in S st
 
 
 def unknown_words(words, text):
-    """{word of `text` that is not in the vocabulary `words`: up to three of `words` near it}.
+    """A dict from each word of `text` that is not in `words` to at most three similar `words`.
 
-    Looks at MOST words at most, of which it compares the first 40 letters.
+    Stops after MOST unknown words. Only the first 40 letters of each are compared.
     """
     unknown = {}
     for word in re.findall(r"[^\s,.;:!?\"]+", text.lower()):

@@ -102,7 +102,10 @@ def add_base_options(parser):
 
 
 def load_pipeline(args):
-    """The pipeline that --weights, --device and --no-superres ask for."""
+    """The pipeline of --weights on --device.
+
+    Raises ValueError if --no-superres is given and there is no second stage.
+    """
     pipe = StyleDrop.load(args.weights, args.device)
     if not args.superres and pipe.superres is None:
         raise ValueError(f"{args.weights} has no second stage; leave --no-superres out")

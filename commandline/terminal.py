@@ -31,7 +31,7 @@ class LostReader:
         try:
             self.stream.write(words)
             self.stream.flush()
-        except OSError:                                      # write to nowhere, at the exit too
+        except OSError:      # from now on, and when Python flushes at the exit, write to os.devnull
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 

@@ -23,8 +23,8 @@ from .scenes import Scene
 TILE = 128                              # side of a tile in pixels
 COLUMNS = 30                            # tiles in a row of a sheet
 MOVED = 0.5                             # share of styled pictures whose scene is moved and scaled
-# Of the styles that a caption does not name, it calls this share RARE_TOKEN. The token thus comes
-# to mean "some style", and an adapter then makes it mean one style.
+# Share of the styles not named in words that captions call RARE_TOKEN. The token thus comes to mean
+# "some style", and an adapter then makes it mean one style.
 SOME_STYLE = 0.8
 RARE = 0.03                             # share of the captions that say "a [V] cat" for "a cat"
 GENERIC = 0.02                          # share of the captions that say "an object" for "a cat"
@@ -52,11 +52,11 @@ def words():
 
 @functools.lru_cache(None)
 def kept_out_pairs():
-    """The (set, name) pairs of the tenth of the training sets' drawings that the base does not see.
+    """The (set, name) pairs kept out of training: about a tenth of the training sets' drawings.
 
-    They are for an audit: samples of a base that has memorised its training drawings are nearer to
-    those than to these. A pair is kept out where the CRC-32 of "set/name" is divisible by 10,
-    unless that would leave its name without any training drawing.
+    They are for an audit: samples of a base that has memorised drawings are nearer to those it was
+    trained on than to those kept out. A pair is kept out where the CRC-32 of "set/name" is
+    divisible by 10, unless that would leave its name without any training drawing.
     """
     roles = {row["set"]: row["role"] for row in read_table("sets.tsv")}
     pairs = {(row["set"], row["name"]) for row in read_table("names.tsv")
@@ -125,7 +125,7 @@ class Art:
     @staticmethod
     def cut(sheet, index):
         """A tile at its full size, as a Pillow image."""
-        x, y = index % COLUMNS * TILE, index // COLUMNS * TILE
+        x, y = (index % COLUMNS) * TILE, (index // COLUMNS) * TILE
         return sheet.crop((x, y, x + TILE, y + TILE))
 
     @classmethod

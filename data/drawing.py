@@ -79,10 +79,11 @@ CELLS = {2: [(1, 12), (33, 12)], 3: [(17, 1), (1, 33), (33, 33)],         # left
 
 
 def layout(boxes, rng):
-    """Where two to four drawings go that cover `boxes` of their tiles: [(x, y, w, h)] in 64ths.
+    """Places for two to four drawings: [(x, y, w, h)] in 64ths of the side.
 
-    Two stand side by side, three in a triangle, four in a square; each keeps to a cell of its own,
-    in which its size and place vary a little.
+    boxes: the part of its tile that each drawing covers. Two stand side by side, three in a
+    triangle, four in a square; each keeps to a cell of its own, in which its size and place vary a
+    little.
     """
     count = len(boxes)
     upside_down = rng.random() < 0.5

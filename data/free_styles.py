@@ -1,7 +1,8 @@
 """Styles that have no name: colours, light, strokes and backgrounds in any combination.
 
 Real references rarely fit words such as "navy and gold watercolor". Half of the styled training
-pictures therefore take a style from this file, and their captions call it "[V*]" or nothing. A
+pictures whose captions name no colour therefore take a style from this file, and their captions
+call it "[V*]" or nothing. A
 style is determined by its seed (`Style.seed`). What is characteristic of it is drawn from `point`,
 a generator with that seed, so that two pictures of one style share it. What differs between two
 pictures of a style, such as where the noise lies, is drawn from `rng`.

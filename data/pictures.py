@@ -47,7 +47,7 @@ def grid(images, columns, scale=1, gap=2, top=(), left=(), captions=(), lines=1)
         pen.text((x, y), "\n".join(lines), fill="black", spacing=1)
 
     for i, image in enumerate(images):
-        x, y = x0 + i % columns * width, y0 + i // columns * height
+        x, y = x0 + (i % columns) * width, y0 + (i // columns) * height
         sheet.paste(Image.fromarray(image.repeat(scale, 0).repeat(scale, 1)), (x, y + band))
         if captions:
             write(x, y, textwrap.wrap(readable(captions[i]), width // 6)[:lines])

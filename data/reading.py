@@ -48,8 +48,8 @@ def read_image(path, size):
 
     Returns uint8 (size, size, 3), RGB: the largest square around the centre, scaled. Of an
     animation or a file of several pages, the first frame that shows something is read. Transparent
-    parts become white, or dark grey where only that shows a light drawing. If something had to be
-    assumed, a note on stderr says so.
+    parts become white, or dark grey if the drawing is so light that it would vanish on white. If
+    something had to be assumed, a note on stderr says so.
 
     Raises ValueError, with a message of one line, if the file cannot be read, is not a picture, is
     damaged or too large, or does not say what its values mean.
@@ -149,7 +149,7 @@ def open_picture(path):
         raise Refused(f"no permission to read {name}; change its permissions") from None
     except Image.DecompressionBombError:                     # Pillow's own limit, above ours
         raise Refused(f"{name} has too many pixels; "
-                      f"scale it below {MAX_PIXELS:,} in all") from None
+                      f"reduce it to fewer than {MAX_PIXELS:,} in all") from None
     except Image.UnidentifiedImageError:
         with path.open("rb") as file:
             raise Refused(f"{name} {what_else(file.read(1024))}") from None
@@ -279,7 +279,7 @@ def check_size(image, path):
         if image.format in SEVERAL_FRAMES and image.tell() > 0:
             size = f"{size} in frame {image.tell() + 1}"
         raise Refused(f"{shown(path)} has too many pixels ({size}); "
-                      f"scale it below {MAX_PIXELS:,} in all")
+                      f"reduce it to fewer than {MAX_PIXELS:,} in all")
     if image.width * image.height == 0:
         raise Refused(f"{shown(path)} has no pixels")
     is_raw_tiff = image.format == "TIFF" and image.info.get("compression") == "raw"
@@ -387,7 +387,7 @@ OTHER_FILES = {                         # how they begin, and what a message say
     b"PK\3\4": "is a ZIP archive or a document; export the picture in it as PNG",
     b"\x1f\x8b": "is compressed by gzip; unpack it first",
     b"\x1aE\xdf\xa3": VIDEO,
-    b"\0\5\x16\7": "holds macOS's notes on another file, not a picture; delete it"}
+    b"\0\5\x16\7": "is macOS metadata (AppleDouble), not a picture; delete it"}
 PICTURES = {PNG_SIGNATURE: "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"BM": "BMP",
             b"II*\0": "TIFF", b"MM\0*": "TIFF", b"8BPS": "PSD"}
 

@@ -40,7 +40,7 @@ VIEWS = set("""airplane-arrival airplane-departure beach-with-umbrella bridge-at
 UNCOUNTED = set("""building-construction canned-food chart-decreasing chart-increasing
     chart-increasing-with-yen cricket-game leafy-green speaker-high-volume speaker-low-volume
     speaker-medium-volume thumbs-down thumbs-up""".split())     # odd in the plural
-ONE_COLOUR = set("""rainbow tangerine artist-palette horizontal-traffic-light
+NEVER_RECOLOURED = set("""rainbow tangerine artist-palette horizontal-traffic-light
     vertical-traffic-light zebra""".split())
 COLOUR_WORDS = {*COLOURS, "gold", "golden", "silver", "cream", "teal", "navy"}
 # On the sheets of people, but not people: these can be recoloured
@@ -84,7 +84,7 @@ def people():
 @functools.lru_cache(None)
 def takes_colour(name):
     """Can it be recoloured? Not a person, not a view, and nothing whose name contains a colour."""
-    if name in VIEWS | ONE_COLOUR | people():
+    if name in VIEWS | NEVER_RECOLOURED | people():
         return False
     return not COLOUR_WORDS & set(name.split("-"))
 

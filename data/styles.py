@@ -7,7 +7,7 @@ styles do:
     Style(palette="blue and gold", line="thick red outline", medium="watercolor", ground="black")
     "blue and gold watercolor with thick red outline on black"
 
-A word names a region, a picture shows a point in it: `Style.point` seeds everything that the words
+A word names a region, a picture shows a point in it: `Style.seed` decides everything that the words
 leave open, such as which navy, how wide the strokes are, and where the light comes from. Half of
 the styles have no words at all (`Style.free`); free_styles.py paints them.
 
@@ -37,7 +37,7 @@ HUES = {name: np.array(rgb, np.float32) / 255 for name, rgb in {
 DARK = ("black", "navy", "purple", "brown", "green", "teal", "red", "blue")
 LIGHT = ("white", "cream", "gold", "pink", "orange", "grey")
 GROUND_HUES = tuple(HUES)[2:]           # of backgrounds, besides white and black
-HUE_PAIRS = tuple(zip(GROUND_HUES, GROUND_HUES[5:] + GROUND_HUES[:5]))  # with the fifth after it
+HUE_PAIRS = tuple(zip(GROUND_HUES, GROUND_HUES[5:] + GROUND_HUES[:5]))  # each and the fifth after
 
 ATTRIBUTES = {
     "palette": [f"{dark} and {light}" for dark in DARK for light in LIGHT]
@@ -336,6 +336,7 @@ def stained_glass(p, a, point, rng):
     size = len(p)
     x, y, _, border = cells(size, point.uniform(7, 10), rng)
     side = (a > 0.5).astype(np.float64)              # the contour cuts panes in two
+    # a number for each pane: its seed point, to a quarter of a unit, and its side of the contour
     index = (np.floor(x * 4) * 1024 + np.floor(y * 4) * 2 + side)[..., 0]
     _, pane = np.unique(index, return_inverse=True)
     pane = pane.reshape(size, size)

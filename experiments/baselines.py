@@ -72,7 +72,7 @@ def tune_fully(pipe, tokens, texts, steps, lr, generator):
 
 
 def tune_lora(pipe, tokens, texts, steps, lr, generator):
-    """LoRA: W + B A in each linear layer of G's blocks, merged into W in the end."""
+    """LoRA: W + B A in each linear layer of G's blocks, merged into W at the end."""
     tuned = copy.deepcopy(pipe.muse)
     changes = []
     for layer in linear_layers(tuned):
@@ -298,8 +298,8 @@ def best_settings(rows):
 def report(pipe, rows):
     """The lines of baselines.md."""
     lines = heading("Adapter, full fine-tuning, LoRA and textual inversion on one base")
-    lines += [made_by(pipe), "", f"{len(OBJECTS)} objects of each reference, first seeds, the "
-              "first stage alone. On the control lambda_A has no effect. Errors are standard "
+    lines += [made_by(pipe), "", f"{len(OBJECTS)} objects of each reference, seeds 0 to 11, "
+              "the first stage alone. On the control lambda_A has no effect. Errors are standard "
               "errors over references.", "", "## The test references", ""]
     lines += table_of(rows, "reported")
     best = best_settings(rows)

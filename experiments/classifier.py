@@ -143,7 +143,7 @@ def part(art, keep):
 def is_new(art):
     """(n,) bool: the drawings that the classifier is not trained on, about a tenth of them.
 
-    A name that would have no other drawing keeps all of its own.
+    If all drawings of a name would be chosen, none of them is.
     """
     pairs = zip(art.names, art.sets)
     chosen = [zlib.crc32("|".join(pair).encode()) % 10 == 0 for pair in pairs]
@@ -252,7 +252,7 @@ def train(net, art, names, args):
     labels = torch.zeros(size, 4, dtype=torch.long, device=args.device)
     generator = torch.Generator().manual_seed(args.seed)
     for chunk, (new, new_labels) in enumerate(loader):
-        place = chunk % args.pool * args.batch
+        place = (chunk % args.pool) * args.batch
         pool[place:place + args.batch] = new.to(args.device)
         labels[place:place + args.batch] = new_labels.to(args.device)
         filled = min(size, (chunk + 1) * args.batch)
@@ -279,7 +279,7 @@ def train(net, art, names, args):
 def own_figures(net, count, seed):
     """A table of its accuracy on drawings that it was trained on, on held-out ones, on OpenMoji's.
 
-    count: images of each kind. The base was trained on nine tenths of the others, on no OpenMoji.
+    count: images of each kind. The base was trained on nine tenths of the other sets.
     """
     art = emoji_objects(net.known_names, smallest=0.9)
     kinds = {"drawings it was trained on": part(art, ~is_new(art)),

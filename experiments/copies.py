@@ -2,8 +2,8 @@
 
 A tenth of the drawings are kept out of the base's training (data.kept_out_pairs). If a base has
 memorised its training drawings, its samples of "a cat" are nearer to one of those cats than to the
-cats that were kept out. How often this would happen by chance follows from how many icon sets have
-a cat that is trained on, and how many one that is kept out.
+cats that were kept out. How often this would happen by chance follows from two counts: of icon sets
+whose cat is trained on, and of icon sets whose cat is kept out.
 
 Shapes: B images (B, 3, 64, 64) in [-1, 1].
 """

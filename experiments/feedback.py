@@ -99,8 +99,8 @@ def report(pipe, rows):
         by_arm.setdefault((row["arm"], row["lambda_a"]), []).append(row)
     count = len(by_arm["round 1", SAMPLING.lambda_a])
     lines = heading("A second round of feedback")
-    lines += [made_by(pipe), "", f"{count} test references, {len(OBJECTS)} objects of each, first "
-              "seeds, the first stage alone. Errors are standard errors over references.", ""]
+    lines += [made_by(pipe), "", f"{count} test references, {len(OBJECTS)} objects of each, seeds "
+              "0 to 11, the first stage alone. Errors are standard errors over references.", ""]
     body = []
     for (arm, lambda_a), group in by_arm.items():
         body.append([arm, f"{lambda_a:g}", *(percent([row[name] for row in group])

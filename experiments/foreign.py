@@ -10,11 +10,11 @@ so on, split at random (lot.py) into validation pictures ("chosen"), on which --
 settings, and test pictures ("reported"), on which the first command only reports.
 
 For each reference, an adapter is tuned as by the default command, and a dozen objects are sampled
-with the first seeds. There is no ground truth, so these questions are asked of each sample:
+with the seeds 0 to 11. There is no ground truth, so these questions are asked of each sample:
 
     object kept   does a classifier that ignores style (object_judge.py) rank the object first?
     palette       are its colours nearer to those of its own reference than to 19 others'?
-    texture       are its small patches (style_measures.py)?
+    texture       the same for its small patches (style_measures.py)
     blank         is the image empty?
     copied tokens which share of its tokens equals the reference's token at the same position?
     leak          does the classifier name what the reference shows instead of what was asked for?
@@ -125,14 +125,17 @@ def columns_of(phrase, names):
     """
     article, _, rest = phrase.partition(" ")
     whole = rest if article in ("a", "an", "the", "two") else phrase
-    for noun in (whole, head(whole)):
-        found = set(nouns().get(noun, ()))
-        found |= {name for name in names if name == noun.replace(" ", "-")
-                  or name.endswith(f"-{noun}") and " " not in noun}
-        columns = [names.index(name) for name in sorted(found) if name in names]
-        if columns:
-            break
-    return columns
+    return columns_of_noun(whole, names) or columns_of_noun(head(whole), names)
+
+
+def columns_of_noun(noun, names):
+    """The judge's classes that a noun may mean; a class may end in it: "red-apple", "apple"."""
+    found = set(nouns().get(noun, ()))
+    for name in names:
+        ends_in_it = " " not in noun and name.endswith(f"-{noun}")
+        if name == noun.replace(" ", "-") or ends_in_it:
+            found.add(name)
+    return [names.index(name) for name in sorted(found) if name in names]
 
 
 class Ruler:
@@ -243,7 +246,7 @@ def write_report(pipe, ruler, rows):
     references, can_leak = ruler.references, [bool(shown) for shown in ruler.shown]
     lines = heading("Tuning on foreign pictures: the test half")
     lines += [made_by(pipe), "", f"{len(references)} references, {len(OBJECTS)} objects of each, "
-              "first seeds, default settings. Errors are standard errors over references.", ""]
+              "seeds 0 to 11, default settings. Errors are standard errors over references.", ""]
     titles = ["", *TITLES, "reference's object", "CLIP style score"]
     body = []
     for name, words in ARMS.items():
@@ -326,7 +329,7 @@ def sweep(pipe, settings, count, is_confirmed=False):
     some = range(0, len(references), max(1, len(references) // count))[:count]
     lines = heading(f"Settings compared on the {half} half of the foreign pictures")
     lines += [made_by(pipe), "", f"{len(some)} references, {len(OBJECTS)} objects of each, "
-              "first seeds, the first stage alone. One setting differs from the defaults in each "
+              "seeds 0 to 11, the first stage alone. One setting differs from the defaults in each "
               "row. Errors are standard errors over references.", ""]
     body = []
     for changes in SWEEP:
@@ -348,12 +351,12 @@ def tuned_with(pipe, reference, changes, adapters):
 
     adapters: {how it was tuned: an adapter}, which rows that only sample differently share.
     """
-    tuning = {name: value for name, value in changes.items() if hasattr(ROUND_1, name)
-              and name != "steps"}
-    sampling = {name: value for name, value in changes.items() if hasattr(SAMPLING, name)
-                and name != "steps"}
-    if "steps" in changes:                                   # of tuning; both have steps
-        tuning["steps"] = changes["steps"]
+    tuning, sampling = {}, {}
+    for name, value in changes.items():
+        if hasattr(ROUND_1, name):                           # "steps" are those of tuning
+            tuning[name] = value
+        elif hasattr(SAMPLING, name):
+            sampling[name] = value
     style = RARE_TOKEN
     if changes.get("style") == "words":
         style = reference.style

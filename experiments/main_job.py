@@ -4,7 +4,7 @@
 
 Seconds and peak memory are those of the whole commands, start-up included; what the seconds are
 spent on is measured inside them (timing.py). The first reference is learned and sampled once more,
-and adapter and image must come out the same, byte for byte.
+and the report says whether adapter and image came out the same, byte for byte.
 """
 
 import json

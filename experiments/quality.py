@@ -55,7 +55,7 @@ def frechet(x, y):
     x, y = x.double(), y.double()
     C_x, C_y = torch.cov(x.T), torch.cov(y.T)
     variance, directions = torch.linalg.eigh(C_x)
-    root = directions * variance.clamp(min=0).sqrt() @ directions.T
+    root = (directions * variance.clamp(min=0).sqrt()) @ directions.T
     middle = torch.linalg.eigvalsh(root @ C_y @ root).clamp(min=0).sqrt().sum()
     apart = (x.mean(0) - y.mean(0)).square().sum()
     return (apart + C_x.trace() + C_y.trace() - 2 * middle).item()
@@ -64,7 +64,7 @@ def frechet(x, y):
 def distances(x, y):
     """Three Fréchet distances of features x and y (n, per, D), with `per` images of each name.
 
-    1. of all n per images;
+    1. of all n * per images;
     2. extrapolated to infinitely many images of these names: the distance has a bias in proportion
        to 1 / images (Chong & Forsyth 2020), so a line is fitted to subsets;
     3. the mean over quarters of the images (half of the names, half of their images).
@@ -223,8 +223,8 @@ def one_thing(predictions, chosen, title, names):
         results["at least two"] = predictions["count"].argmax(1) > 0
     elif title == "counts":
         results["number"] = predictions["count"].argmax(1) == count
-    is_coloured = (predictions["colour"].argmax(1) == colour).double()
-    results["colour"] = is_coloured.where(colour >= 0, math.nan)
+    colour_is_right = (predictions["colour"].argmax(1) == colour).double()
+    results["colour"] = colour_is_right.where(colour >= 0, math.nan)
     results["thing"] = predictions["names"].argmax(1) == thing
     results = {question: right.double() for question, right in results.items()}
     scores = torch.stack([right.nan_to_num(1) for right in results.values()])
@@ -359,9 +359,8 @@ def report(results, net, pipe, args, sampling):
         "right half.",
         *table_of(words), "## Copies", "",
         f"{results['audited']} of the names have drawings of both kinds: those that the base was "
-        "trained on and those kept out of its training (if it was trained with them kept out). "
-        "Were samples independent of which is which, a training drawing would be nearer as often "
-        "as by chance. Copies: images that are nearer to a training drawing than "
+        "trained on and those kept out of its training. If samples did not depend on which "
+        "drawings were trained on, the first column would equal the second. Copies: images that are nearer to a training drawing than "
         f"{100 - COPY} % of the pairs of different drawings of one name are to each other. "
         "Distances are measured by the classifier's features and by pixels, both after centring. "
         "The other set is OpenMoji, on which nothing here was trained: where its first two columns "

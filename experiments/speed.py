@@ -58,7 +58,7 @@ def computing_in(name):
 
 @contextlib.contextmanager
 def busy_process():
-    """Another process that keeps one core busy meanwhile."""
+    """A context in which another process keeps one core busy."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
@@ -69,7 +69,7 @@ def busy_process():
 
 @contextlib.contextmanager
 def threads(count):
-    """PyTorch uses this many threads meanwhile."""
+    """A context in which PyTorch uses this many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -174,7 +174,8 @@ def fastest_product(dtype, device, sizes, repeats):
 
 
 def stages(pipe, args):
-    """{work: {precision: seconds per part, "operations": per part, "whole": parts in a job}}.
+    """A dict for each kind of work: seconds per part in "fp32" and in "bf16", "operations" per
+    part, and "whole", the number of parts in a job.
 
     A part is one forward pass of sampling, or one step of tuning. A whole job has the default
     number of steps.

@@ -200,7 +200,10 @@ def handler(token, picking, png, references, goal):
 
 
 def has_desktop():
-    """Could a browser open a window here? A text browser would take the terminal."""
+    """Could a browser open a window here?
+
+    Without a desktop, webbrowser might start a text-mode browser in this terminal.
+    """
     if sys.platform in ("darwin", "win32"):
         return True
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

@@ -35,7 +35,7 @@ POOL_PROMPTS = ["a dog", "a cat", "a fox", "an owl", "a horse", "a fish", "a tur
                 "a red apple", "a banana", "a pear", "cherries", "a strawberry", "a mushroom",
                 "a church", "a castle", "a house", "a hut", "a tent", "a sailboat",
                 "an automobile", "a rocket", "a guitar", "a teapot"]
-MOST_POOL = 5000                        # pictures: Pillow opens no larger pool.png
+MOST_POOL = 5000                        # pictures: Pillow warns about a larger pool.png
 
 
 # --------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ MOST_POOL = 5000                        # pictures: Pillow opens no larger pool.
 
 @dataclass
 class Pool:
-    """Images sampled for a choice: K in a row for each of P prompts."""
+    """Images sampled for a choice: K consecutive images for each of P prompts."""
     images: torch.Tensor        # (P K, 3, H, W) in [-1, 1]
     prompts: list               # P content phrases
     style: str                  # the style phrase that all of them were sampled with
@@ -100,8 +100,8 @@ def measure(pipe, images, contents, references, reference_contents):
     """The paper's two scores and a check for content leakage -> {name: tensor (B,)}.
 
     text: cosine of image and content phrase; style: cosine of image and reference; leakage: 1 where
-    CLIP sees the reference's content in an image of something else, NaN where it was asked for, or
-    where --content does not say what the reference shows.
+    CLIP sees the reference's content in an image of something else, NaN where the prompt asks for
+    that content or where --content was not given.
     """
     text = clip_feedback.text_score(pipe.clip, images, contents)
     leakage = torch.full_like(text, math.nan)
@@ -204,7 +204,7 @@ def further_rounds(args, out, pipe, references, config, prompts):
         first.parent.mkdir(exist_ok=True)
         load_adapter(out).save(first)
     adapters = [load_adapter(first)]
-    with contextlib.ExitStack() as pages:                    # they stay until the command ends
+    with contextlib.ExitStack() as pages:                    # a page stays until the next choice
         for turn in range(2, args.rounds + 1):
             here = out / f"round{turn}"
             made_by = dict(adapter=fingerprint(adapters[-1].state_dict()))
@@ -250,7 +250,7 @@ def pool_of(pipe, here, adapter, recipe):
 def choose(args, here, pipe, pool, references, recipe, pick, pages):
     """The indices of the chosen images, kept in choice.json. A person may stop and come back.
 
-    pages: an ExitStack that closes a person's page in the end.
+    pages: an ExitStack that closes a person's page at the end.
     """
     images = to_uint8(pool.images)
     chosen = read_choice(here / "choice.json", recipe, len(images))

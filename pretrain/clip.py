@@ -28,9 +28,10 @@ MAX_LOGIT_SCALE = math.log(100)         # CLIP 2.5: sharper than this, training 
 class InTurn(torch.utils.data.Dataset):
     """Batches of several kinds in turn; all captions of a batch are of one kind.
 
-    The loss only asks for what tells the images of a batch apart. Where captions name an object and
-    a style, either one is nearly enough. So half of the batches name no styles: only the object
-    counts. And a quarter name styles alone: the style score needs features that differ by style.
+    The loss rewards only what distinguishes the images of a batch. If the captions name an object
+    and a style, learning one of them is nearly enough. So half of the batches name no styles: only
+    the object counts. And a quarter name styles alone: the style score needs features that differ
+    by style.
     """
 
     def __init__(self, *kinds):
@@ -172,8 +173,8 @@ def measure(clip, count=400, among=100):
     """Accuracy of a CLIP on drawings of the held-out set, in random styles of the training set.
 
     top1, top5: how often the drawing's name is the nearest text, or among the five nearest, of it
-    and 99 random other names. style: how often, to a painted drawing, a second drawing in
-    the same style is nearer than that second drawing in a different style.
+    and 99 random other names. style: how often a painted drawing is nearer to a second
+    drawing in the same style than to the same second drawing in another style.
     """
     art = data.Art(role="held-out", size=clip.config.resolution)
     rng = np.random.default_rng(0)

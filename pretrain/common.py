@@ -261,7 +261,7 @@ class Replay:
             return new
         if self.kept is None:
             self.kept = [x.new_empty(self.window * self.fresh, *x.shape[1:]) for x in new]
-        place = self.count % self.window * self.fresh
+        place = (self.count % self.window) * self.fresh
         for kept, x in zip(self.kept, new):
             kept[place:place + self.fresh] = x
         self.count += 1
@@ -353,7 +353,7 @@ def optimisers_for(model, blocks, lr):
 
 
 def set_rate(optimisers, step, args):
-    """Warm up, then decay to 2 % of the peak along a squared cosine, times a group's `share`."""
+    """A squared cosine from the peak to 2 % of it, with linear warm-up, times a group's `share`."""
     rate = 0.02 + 0.98 * math.cos(math.pi / 2 * step / args.steps) ** 2
     for optimiser in optimisers:
         for group in optimiser.param_groups:

@@ -70,10 +70,10 @@ def main(argv=None):
         if step < run.step:                                                  # only to fill `replay`
             continue
         draw = torch.rand(3, len(ids), 1, generator=generator, device=ids.device)
-        for_text, for_share, for_half = draw                                     # (B, 1) each
-        text_ids = torch.where(for_text < 0.1, empty, text_ids)
+        u_text, u_share, u_half = draw                                           # (B, 1) each
+        text_ids = torch.where(u_text < 0.1, empty, text_ids)
         # in half of the images, some low tokens are wrong, as they are in samples of the base
-        share = torch.where(for_half < 0.5, NOISE * for_share, 0.0)              # (B, 1)
+        share = torch.where(u_half < 0.5, NOISE * u_share, 0.0)                  # (B, 1)
         noise = torch.rand(low.shape, generator=generator, device=low.device) < share
         wrong = torch.randint(config.codebook_size, low.shape, generator=generator,
                               device=low.device)

@@ -61,7 +61,10 @@ def discriminator_loss(real, fake):
 
 
 def adaptive_weight(reconstruction, adversarial, last_layer):
-    """|grad L_rec| / (|grad L_gan| + 1e-4) at D's last layer, at most 1e4 (VQGAN's code, Eq. 7)."""
+    """|grad L_rec| / (|grad L_gan| + 1e-4) at the decoder's last layer (VQGAN's code, Eq. 7).
+
+    At most 1e4.
+    """
     rec_grad, = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     gan_grad, = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     return (rec_grad.norm() / (gan_grad.norm() + 1e-4)).clamp(0, 1e4).detach()

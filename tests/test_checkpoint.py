@@ -305,7 +305,7 @@ def test_sizes_that_no_model_has_are_refused(config, change):
 
 @pytest.mark.parametrize("values", [None, 7, [1], {"colour": 1}, {7: 1}], ids=str)
 def test_a_config_of_another_kind_is_refused(values):
-    with pytest.raises(ValueError, match=one_line("not one of this version")):
+    with pytest.raises(ValueError, match=one_line("does not fit this version")):
         make_config(VQGANConfig, values)
 
 

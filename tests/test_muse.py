@@ -159,7 +159,7 @@ def test_a_low_token_has_the_position_of_what_lies_over_it(patch):
     muse.col.normal_(generator=generator(2))
     muse.low_token.weight.zero_()
     side = muse.config.low_grid
-    states = muse.low_states(torch.zeros(1, side * side, dtype=torch.long), no_adapter)[0]
+    states = muse.encode_low(torch.zeros(1, side * side, dtype=torch.long), no_adapter)[0]
     for y in range(side):
         for x in range(side):                                # its first high token is (2 y, 2 x)
             above = muse.row[2 * y // patch, 0] + muse.col[0, 2 * x // patch]

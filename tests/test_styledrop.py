@@ -65,7 +65,7 @@ class Watch:
 
     def __init__(self, monkeypatch):
         self.models, self.arguments, self.in_bf16, self.low = [], [], [], []
-        forward, low_states = Muse.forward, Muse.low_states
+        forward, encode_low = Muse.forward, Muse.encode_low
 
         def watched(model, *arguments, **named):
             self.models.append(model)
@@ -75,10 +75,10 @@ class Watch:
 
         def watched_low(model, low, *arguments):
             self.low.append(low)
-            return low_states(model, low, *arguments)
+            return encode_low(model, low, *arguments)
 
         monkeypatch.setattr(Muse, "forward", watched)
-        monkeypatch.setattr(Muse, "low_states", watched_low)
+        monkeypatch.setattr(Muse, "encode_low", watched_low)
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ INTEL, AMD = "vendor_id\t: GenuineIntel", "vendor_id\t: AuthenticAMD"
 @pytest.mark.parametrize("device, capabilities, vendor, is_fast", [
     ("cpu", AMX, INTEL, True), ("cpu", AVX512, INTEL, False), ("cpu", AVX512, AMD, True),
     ("cpu", {"avx2": True}, INTEL, False), ("cpu", {"avx2": True}, AMD, False),
-    ("cpu", {}, "", False), ("cuda", {}, "", True), ("mps", AMX, INTEL, False)])
+    ("cpu", {}, "", False), ("mps", AMX, INTEL, False)])
 def test_which_machines_are_fast_in_bf16(monkeypatch, device, capabilities, vendor, is_fast):
     """Intel's AVX-512 BF16 is slower than fp32, AMD's is faster, and AMX is faster everywhere."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
@@ -226,6 +226,15 @@ def test_which_machines_are_fast_in_bf16(monkeypatch, device, capabilities, vend
     assert real_fast_bf16(device) == is_fast
     monkeypatch.setattr(styledrop, "fast_bf16", real_fast_bf16)
     assert styledrop.precision(device) == ("bf16" if is_fast else "fp32")
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_gpus_before_ampere_only_emulate_bf16(monkeypatch, is_fast):
+    def supported(including_emulation):
+        return including_emulation or is_fast
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert real_fast_bf16("cuda") == is_fast
 
 
 def test_an_old_torch_does_not_say_what_the_cpu_can(monkeypatch):
