@@ -360,7 +360,8 @@ def report(results, net, pipe, args, sampling):
         *table_of(words), "## Copies", "",
         f"{results['audited']} of the names have drawings of both kinds: those that the base was "
         "trained on and those kept out of its training. If samples did not depend on which "
-        "drawings were trained on, the first column would equal the second. Copies: images that are nearer to a training drawing than "
+        "drawings were trained on, the first column would equal the second. Copies: images that "
+        "are nearer to a training drawing than "
         f"{100 - COPY} % of the pairs of different drawings of one name are to each other. "
         "Distances are measured by the classifier's features and by pixels, both after centring. "
         "The other set is OpenMoji, on which nothing here was trained: where its first two columns "
