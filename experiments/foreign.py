@@ -196,13 +196,19 @@ class Ruler:
 # The report
 
 def sample_reported(pipe, references):
-    """{arm: images (R, 12, 3, H, W)}: tuned by default, the base, and the base asked in words."""
+    """{arm: images (R, 12, 3, H, W)}: tuned by default, the base, and the base asked in words.
+
+    In words: once with the base's own guidance and once with that of the tuned samples.
+    """
     objects, seeds = list(OBJECTS), list(range(len(OBJECTS)))
-    progress, arms = Progress("reference"), dict(tuned=[], words=[])
+    progress = Progress("reference")
+    arms = {"tuned": [], "words": [], "words, guided alike": []}
     for k, reference in enumerate(references):
         adapter = pipe.tune(reference.picture[None], [""], RARE_TOKEN)
+        in_words = dict(style_phrase=reference.style, seed=seeds)
         arms["tuned"].append(pipe.generate(objects, adapter, seed=seeds))
-        arms["words"].append(pipe.generate(objects, style_phrase=reference.style, seed=seeds))
+        arms["words"].append(pipe.generate(objects, **in_words))
+        arms["words, guided alike"].append(pipe.generate(objects, sampling=SAMPLING, **in_words))
         progress(k + 1, len(references), reference.file)
     plain = pipe.generate(objects, seed=seeds).cpu()
     arms = {name: torch.stack(images).cpu() for name, images in arms.items()}
@@ -215,11 +221,11 @@ def report(pipe):
     ruler, objects = Ruler(pipe, references), list(OBJECTS)
     arms = sample_reported(pipe, references)
     again, *_ = ruler.at_side(arms["tuned"].shape[-1])
-    rows = {"tuned": [], "base": [], "words": [], "other": [], "reference": []}
+    rows = {name: [] for name in ARMS}
     for i in range(len(references)):
         other = (i + 1) % len(references)
-        for name in ("tuned", "base", "words"):
-            rows[name].append(ruler.measure(arms[name][i], objects, i))
+        for name, images in arms.items():
+            rows[name].append(ruler.measure(images[i], objects, i))
         rows["other"].append(ruler.measure(arms["tuned"][other], objects, i))
         rows["reference"].append(ruler.measure(again[i:i + 1], objects[:1], i))
     write_json(RESULTS / "foreign.json", dict(
@@ -232,9 +238,12 @@ def report(pipe):
 
 ARMS = {"tuned": "**tuned on the reference**", "base": "control: the base without a style",
         "words": "control: the style in a person's words",
+        "words, guided alike": f"control: the same with λ_B = {SAMPLING.lambda_b:g}",
         "other": "control: another reference's adapter", "reference": "the reference itself"}
 
-MINUS = {"words": "minus the style in words", "other": "minus another reference's adapter",
+MINUS = {"words": "minus the style in words",
+         "words, guided alike": f"minus the style in words with λ_B = {SAMPLING.lambda_b:g}",
+         "other": "minus another reference's adapter",
          "base": "minus the base"}
 
 

@@ -376,7 +376,7 @@ def tables(text):
 
 
 def test_the_report(command, tmp_path, calls, pipe2):
-    """Five arms, of which the last is the reference; each mean is of the JSON file."""
+    """Six arms, of which the last is the reference; each mean is of the JSON file."""
     tuned, sampled = calls(StyleDrop, "tune"), calls(StyleDrop, "generate")
     measured = calls(foreign.Ruler, "measure")
     command()
@@ -389,13 +389,15 @@ def test_the_report(command, tmp_path, calls, pipe2):
 
     assert [(positional[2:], named) for positional, named in tuned] == [
         (([""], RARE_TOKEN), {})] * 2
-    assert [positional[1] for positional, _ in sampled] == [SIX] * 5
+    assert [positional[1] for positional, _ in sampled] == [SIX] * 7
     assert all(named.pop("seed") == [0, 1, 2, 3, 4, 5] for _, named in sampled)
     assert [named for _, named in sampled if named] == [
-        {"style_phrase": "oil b"}, {"style_phrase": "oil h"}]            # a person's words
+        {"style_phrase": "oil b"}, {"style_phrase": "oil b", "sampling": styledrop.SAMPLING},
+        {"style_phrase": "oil h"}, {"style_phrase": "oil h", "sampling": styledrop.SAMPLING}]
 
-    (own, base, _, other, _), (own_2, base_2, _, other_2, _) = (
-        [positional[1] for positional, _ in measured[start:start + 5]] for start in (0, 5))
+    (own, _, alike, base, other, _), (own_2, _, _, base_2, other_2, _) = (
+        [positional[1] for positional, _ in measured[start:start + 6]] for start in (0, 6))
+    assert not torch.equal(own, alike)
     assert torch.equal(other, own_2) and torch.equal(other_2, own) and torch.equal(base, base_2)
     assert not torch.equal(own, own_2)
 
@@ -424,7 +426,8 @@ def test_the_pictures_show_a_reference_and_its_samples(command, tmp_path, monkey
     """In the README's picture, two rows side by side; every reference is before its samples."""
     measures = dict.fromkeys((*foreign.MEASURES, "leak", "style score"), [0.0])
     monkeypatch.setattr(foreign.Ruler, "measure", lambda *_, **__: measures)
-    colours = iter([-1.0, 0.0, 1.0, -0.5, 0.5])              # tuned and words in turn, then base
+    # tuned and twice words in turn, then base
+    colours = iter([-1.0, 0.0, 0.0, 1.0, -0.5, -0.5, 0.5])
     monkeypatch.setattr(StyleDrop, "generate", lambda self, objects, *_, **__: torch.full(
         (len(objects), 3, 32, 32), next(colours)))
     command()
