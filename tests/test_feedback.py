@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partialmethod
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,7 @@ def command(cli, weights, tmp_path, monkeypatch):
         return real(pipe, prompts, style, **named, steps=1)
 
     monkeypatch.setattr(StyleDrop, "generate", quick)
+    monkeypatch.setattr(StyleDrop, "tune", partialmethod(StyleDrop.tune, steps=2))
     monkeypatch.setattr(feedback, "load_references", references)
     monkeypatch.setattr(feedback, "Ruler", PlainRuler)
     monkeypatch.setattr(feedback, "choose_by_oracle", lambda ruler, i, pool: [0, 1])
