@@ -66,6 +66,19 @@ def stage_parser(stage, description, steps, batch, lr):
     return parser
 
 
+def muse_parser(stage, description, steps, batch, mask_power):
+    """stage_parser's options, and those of the stages that train a Muse."""
+    parser = stage_parser(stage, description, steps, batch, lr=2e-3)
+    add = parser.add_argument
+    add("--mask-power", type=number(float, 0, 10, above=True), default=mask_power,
+        help="exponent of the mask schedule; 1 is Muse's, above 1 masks more (default %(default)s)")
+    add("--init", metavar="FILE",
+        help="start from the weights of an earlier run; new words are added to its vocabulary")
+    add("--compile", action="store_true",
+        help="use torch.compile: faster steps, after a minute of compilation")
+    return parser
+
+
 def start(args, together=False):
     """Check the device, seed the initial weights, and join the other processes of torchrun.
 

@@ -15,25 +15,17 @@ import torch.distributed as dist
 
 from checkpoint.files import write_png
 from checkpoint.weights import save_model
+from commandline.terminal import run_command
+from data.pictures import grid
 from muse import PRESETS, decode, masked_loss, random_mask
 from pretrain.common import (Replay, Run, Steps, batches, image_source, initial_muse, load_vqgan,
-                             optimisers_for, processes, set_rate, stage_parser, start, to_float,
+                             muse_parser, optimisers_for, processes, set_rate, start, to_float,
                              update_average)
-from data.pictures import grid
-from commandline.options import number
-from commandline.terminal import run_command
 from styledrop import autocast, guided_logits, to_uint8
 
 
 def main(argv=None):
-    parser = stage_parser("muse", __doc__, steps=20000, batch=64, lr=2e-3)
-    add = parser.add_argument
-    add("--mask-power", type=number(float, 0, 10, above=True), default=2,
-        help="exponent of the mask schedule; 1 is Muse's, above 1 masks more (default %(default)s)")
-    add("--init", metavar="FILE",
-        help="start from the weights of an earlier run; new words are added to its vocabulary")
-    add("--compile", action="store_true",
-        help="use torch.compile: faster steps, after a minute of compilation")
+    parser = muse_parser("muse", __doc__, steps=20000, batch=64, mask_power=2)
     args = parser.parse_args(argv)
     start(args, together=True)
     rank, world = processes()

@@ -13,27 +13,19 @@ import torch
 
 from checkpoint.files import write_png
 from checkpoint.weights import save_model
+from commandline.terminal import run_command
+from data.pictures import grid
 from muse import SUPERRES, decode, masked_loss, random_mask
 from pretrain.common import (Replay, Run, Steps, batches, image_source, initial_muse, load_vqgan,
-                             optimisers_for, set_rate, stage_parser, start, to_float,
+                             muse_parser, optimisers_for, set_rate, start, to_float,
                              update_average)
-from data.pictures import grid
-from commandline.options import number
-from commandline.terminal import run_command
 from styledrop import autocast, to_uint8
 
 NOISE = 0.2                             # at most this share of the low tokens is replaced at random
 
 
 def main(argv=None):
-    parser = stage_parser("superres", __doc__, steps=10000, batch=16, lr=2e-3)
-    add = parser.add_argument
-    add("--mask-power", type=number(float, 0, 10, above=True), default=1,
-        help="exponent of the mask schedule; 1 is Muse's, above 1 masks more (default %(default)s)")
-    add("--init", metavar="FILE",
-        help="start from the weights of an earlier run; new words are added to its vocabulary")
-    add("--compile", action="store_true",
-        help="use torch.compile: faster steps, after a minute of compilation")
+    parser = muse_parser("superres", __doc__, steps=10000, batch=16, mask_power=1)
     args = parser.parse_args(argv)
     start(args)
 
