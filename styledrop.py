@@ -120,9 +120,11 @@ class StyleDrop:
     """
 
     def __init__(self, vqgan, muse, tokenizer, words=(), clip=None, superres=None, device="cpu"):
-        self.vqgan = vqgan.to(device)
-        self.muse = muse.to(device)
-        self.superres = None if superres is None else superres.to(device)
+        self.vqgan = vqgan.to(device).requires_grad_(False)
+        self.muse = muse.to(device).requires_grad_(False)
+        self.superres = superres
+        if superres is not None:
+            superres.to(device).requires_grad_(False)
         self.tokenizer = tokenizer
         self.words = set(words)
         self._clip = clip
@@ -312,6 +314,7 @@ class StyleDrop:
         for adapter in (style, content):
             if adapter is not None:
                 self.check_adapter(adapter)
+                adapter.to(self.device)
         if content is None:                                  # Eq. 4 alone, or Eq. 1 without a style
             gamma = 0.0
         elif style is None:                                  # Eq. 6 alone
@@ -404,7 +407,7 @@ class StyleDrop:
         return G.text_encoder(ids)
 
     def check_adapter(self, tuned):
-        """Raise ValueError for an adapter of another base; otherwise move it to this device."""
+        """Raise ValueError for an adapter of another base."""
         tuned_on = tuned.about.get("base")
         if tuned_on != self.base_id:
             raise ValueError(f"the adapter was tuned on base {tuned_on}, but these weights are "
@@ -417,7 +420,6 @@ class StyleDrop:
                 raise ValueError(f"the adapter is for {shape[1]} layers of width {shape[0]}, but "
                                  f"the base has {G.config.depth} of width {G.config.width}; "
                                  "tune it again")
-        tuned.to(self.device)
 
 
 def random_views(images, count, generator):

@@ -3,6 +3,7 @@
 Files of adapters and weights: test_checkpoint.py.
 """
 
+import copy
 import math
 import platform
 import shutil
@@ -550,6 +551,14 @@ def test_only_theta_learns(tuned):
     for p in tuned.theta.parameters():
         assert p.grad.abs().sum() > 0
         assert not p.requires_grad
+
+
+def test_a_base_that_could_still_learn_is_frozen(pipe):
+    """Trap: a second step whose backward fails, since T's states are computed once."""
+    models = [copy.deepcopy(model).requires_grad_(True) for model in (pipe.vqgan, pipe.muse)]
+    pipe = StyleDrop(*models, pipe.tokenizer)
+    pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=2)
+    assert not any(p.requires_grad for model in models for p in model.parameters())
 
 
 def test_the_loss_falls_in_both_stages(tuned):
