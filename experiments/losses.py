@@ -19,7 +19,9 @@ from styledrop import WEIGHTS
 RESULTS = Path(__file__).with_name("results")
 NOTES = {                   # what a model that has learned nothing scores, or how a run began
     "vqgan": "one code for all images: usage 1/1024, perplexity 1",
-    "clip": f"guessing among 1,024: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001",
+    "clip": f"guessing among 1,024: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001; the loss "
+            "rises at the end, probably because a small rate no longer memorises the images that "
+            "--reuse repeats",
     "muse": f"guessing among 1,024 tokens: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001; "
             "always the most frequent token, white: accuracy 0.14; label smoothing alone keeps the "
             "loss above 1.02",
