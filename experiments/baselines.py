@@ -33,7 +33,6 @@ Shapes: B images, N image tokens, L text length, V codebook size, R references, 
 
 import copy
 import math
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -242,7 +241,6 @@ def try_out(pipe, ruler, i, method, rate):
     prompts = [style_prompt(phrase, RARE_TOKEN) for phrase in objects]
     lambdas = LAMBDAS
 
-    began = time.time()
     if method == CONTROL:
         tuned = pipe.muse
         trained = 0
@@ -258,7 +256,6 @@ def try_out(pipe, ruler, i, method, rate):
         texts = [style_prompt("", RARE_TOKEN)] * len(tokens)
         tuned = TUNERS[method](pipe, tokens, texts, STEPS[method], rate, generator)
         trained = tuned.trained
-    seconds = time.time() - began
 
     rows = []
     for lambda_a in lambdas:
@@ -269,7 +266,7 @@ def try_out(pipe, ruler, i, method, rate):
         measures = ruler.measure(images, objects, i, with_clip=False)
         measures = {name: float(np.mean(values)) for name, values in measures.items()}
         rows.append(dict(used=reference.used, reference=reference.file, method=method, rate=rate,
-                         lambda_a=lambda_a, trained=trained, seconds=seconds, **measures))
+                         lambda_a=lambda_a, trained=trained, **measures))
     return rows
 
 
@@ -337,11 +334,10 @@ def table_of(rows, used):
     for (method, rate, lambda_a), group in grouped(rows, used).items():
         rate_words = "-" if rate is None else f"{rate:g}"
         shares = [percent([row[name] for row in group]) for name in MEASURES]
-        seconds = np.mean([row["seconds"] for row in group])
         body.append([method, rate_words, f"{lambda_a:g}", str(len(group)), *shares,
-                     f"{group[0]['trained']:,}", f"{seconds:.0f}"])
-    return table(["", "learning rate", "lambda_A", "references", *TITLES, "trained parameters",
-                  "seconds of tuning"], body)
+                     f"{group[0]['trained']:,}"])
+    return table(["", "learning rate", "lambda_A", "references", *TITLES, "trained parameters"],
+                 body)
 
 
 def main():
