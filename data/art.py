@@ -23,8 +23,8 @@ from .scenes import Scene
 TILE = 128                              # side of a tile in pixels
 COLUMNS = 30                            # tiles in a row of a sheet
 MOVED = 0.5                             # share of styled pictures whose scene is moved and scaled
-# Share of the styles not named in words that captions call RARE_TOKEN. The token thus comes to mean
-# "some style", and an adapter then makes it mean one style.
+# If a caption has no words for a style, it says RARE_TOKEN in this share of cases. The token thus
+# comes to mean "some style", and an adapter then makes it mean one style.
 SOME_STYLE = 0.8
 RARE = 0.03                             # share of the captions that say "a [V] cat" for "a cat"
 GENERIC = 0.02                          # share of the captions that say "an object" for "a cat"

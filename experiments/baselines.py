@@ -46,7 +46,8 @@ import muse
 from checkpoint.files import check_place, write_json, write_text
 from commandline.options import Parser, add_base_options, filled, load_pipeline, whole
 from commandline.terminal import run_command, say
-from experiments.common import decided, heading, made_by, percent, read_results, table
+from experiments.common import (INTERVALS, heading, made_by, minus, percent, read_results,
+                                table)
 from experiments.foreign import COMPARED, MEASURES, OBJECTS, TITLES, Ruler, load_references, spread
 from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, autocast, guided_logits,
                        random_views, shuffled, style_prompt)
@@ -295,15 +296,15 @@ def best_settings(rows):
 def report(pipe, rows):
     """The lines of baselines.md."""
     lines = heading("Adapter, full fine-tuning, LoRA and textual inversion on one base")
-    lines += [made_by(pipe), "", f"{len(OBJECTS)} objects of each reference, seeds 0 to 11, "
-              "the first stage alone. On the control lambda_A has no effect. Errors are standard "
-              "errors over references.", "", "## The test references", ""]
+    lines += [made_by(pipe), "", f"{len(OBJECTS)} objects of each reference, "
+              f"seeds 0 to {SEEDS[-1]}, the first stage alone. On the control lambda_A has no "
+              "effect. Errors are standard errors over references.", "",
+              "## The test references", ""]
     lines += table_of(rows, "reported")
     best = best_settings(rows)
     lines += ["## Each method minus the adapter, on the test references", "",
-              "Percentage points with a 95 % interval, paired over references. More, less: the "
-              "interval excludes zero; equal: it lies within 5 points of zero. Each method has "
-              "the rate and lambda_A that were chosen for it, the adapter its defaults.", ""]
+              f"{INTERVALS} Each method has the rate and lambda_A that were chosen for it, the "
+              "adapter its defaults.", ""]
     lines += minus_adapter(rows, best)
     chosen = [f"{method} {rate:g} at lambda_A {lambda_a:g}"
               for method, (rate, lambda_a) in best.items()]
@@ -313,18 +314,21 @@ def report(pipe, rows):
 
 
 def minus_adapter(rows, best):
-    """The lines of a table of paired differences. best: as of best_settings."""
+    """The lines of a table of paired differences. best: as of best_settings.
+
+    Paired by name: an earlier run with other --references leaves rows in another order.
+    """
     groups = grouped(rows, "reported")
-    adapter = groups.get((ADAPTER, ROUND_1.lr, SAMPLING.lambda_a), [])
+    own = groups.get((ADAPTER, ROUND_1.lr, SAMPLING.lambda_a), [])
+    adapter = {row["reference"]: row for row in own}
     others = {CONTROL: groups.get((CONTROL, None, 0), [])}
     for method, settings in best.items():
         others[method] = groups.get((method, *settings), [])
     body = []
     for method, group in others.items():
         if group:
-            cells = [decided([other[name] - own[name] for own, other in zip(adapter, group)])
-                     for name in COMPARED]
-            body.append([method, *cells])
+            pairs = [adapter[row["reference"]] for row in group]
+            body.append([method, *minus(group, pairs, COMPARED)])
     return table(["", *COMPARED], body)
 
 

@@ -90,6 +90,23 @@ def decided(differences):
     return f"{100 * mean:+.1f} ± {100 * half:.1f}: {verdict(mean, half)}"
 
 
+INTERVALS = ("Percentage points with a 95 % interval, paired over references. More, less: the "
+             "interval excludes zero; equal: it lies within 5 points of zero.")
+
+
+def minus(rows, controls, names):
+    """Cells of a table: rows minus controls, for each of `names`; INTERVALS explains them.
+
+    rows, controls: dicts of the same references in the same order, {name: a share, or a list of
+    them, whose mean counts}.
+    """
+    cells = []
+    for name in names:
+        cells.append(decided([np.mean(row[name]) - np.mean(control[name])
+                              for row, control in zip(rows, controls)]))
+    return cells
+
+
 def among(scores, wanted, rivals=AMONG - 1):
     """(B,) the chance that none of `rivals` random other names scores as high as the wanted one.
 

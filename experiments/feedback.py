@@ -33,7 +33,8 @@ import torch
 from checkpoint.files import check_place, write_json, write_text
 from commandline.options import Parser, add_base_options, filled, load_pipeline, whole
 from commandline.terminal import run_command, say
-from experiments.common import decided, heading, made_by, percent, read_results, table
+from experiments.common import (INTERVALS, heading, made_by, minus, percent, read_results,
+                                table)
 from experiments.foreign import (COMPARED, MEASURES, OBJECTS, TITLES, Ruler, columns_of,
                                  load_references, spread)
 from experiments.object_judge import name_scores
@@ -99,25 +100,24 @@ def report(pipe, rows):
         by_arm.setdefault((row["arm"], row["lambda_a"]), []).append(row)
     count = len(by_arm["round 1", SAMPLING.lambda_a])
     lines = heading("A second round of feedback")
-    lines += [made_by(pipe), "", f"{count} test references, {len(OBJECTS)} objects of each, seeds "
-              "0 to 11, the first stage alone. Errors are standard errors over references.", ""]
+    lines += [made_by(pipe), "", f"{count} test references, {len(OBJECTS)} objects of each, "
+              f"seeds 0 to {SEEDS[-1]}, the first stage alone. Errors are standard errors over "
+              "references.", ""]
     body = []
     for (arm, lambda_a), group in by_arm.items():
         body.append([arm, f"{lambda_a:g}", *(percent([row[name] for row in group])
                                              for name in MEASURES)])
     lines += table(["", "lambda_A", *TITLES], body)
     lines += ["## Round 2 minus round 1", "",
-              "Percentage points with a 95 % interval, paired over references. More, less: the "
-              "interval excludes zero; equal: it lies within 5 points of zero. Round 2 has the "
-              "default lambda_A, and round 1 has the one of the row.", ""]
+              f"{INTERVALS} Round 2 has the default lambda_A, and round 1 has the one of the row.",
+              ""]
     pairs = [(chooser, SAMPLING.lambda_a) for chooser in CHOOSERS]
     pairs += [("clip", lambda_a) for lambda_a in LAMBDAS]
     body = []
     for chooser, lambda_a in pairs:
         first = by_arm["round 1", lambda_a]
         second = by_arm[f"round 2, {chooser}", SAMPLING.lambda_a]
-        cells = [decided([b[name] - a[name] for a, b in zip(first, second)]) for name in COMPARED]
-        body.append([f"chosen by {chooser}", f"{lambda_a:g}", *cells])
+        body.append([f"chosen by {chooser}", f"{lambda_a:g}", *minus(second, first, COMPARED)])
     return lines + table(["", "lambda_A of round 1", *COMPARED], body)
 
 

@@ -12,12 +12,12 @@ settings, and test pictures ("reported"), on which the first command only report
 For each reference, an adapter is tuned as by the default command, and a dozen objects are sampled
 with the seeds 0 to 11. There is no ground truth, so these questions are asked of each sample:
 
-    object kept   does a classifier that ignores style (object_judge.py) rank the object first?
-    palette       are its colours nearer to those of its own reference than to 19 others'?
-    texture       the same for its small patches (style_measures.py)
-    blank         is the image empty?
-    copied tokens which share of its tokens equals the reference's token at the same position?
-    leak          does the classifier name what the reference shows instead of what was asked for?
+    object kept     does a classifier that ignores style (object_judge.py) rank the object first?
+    palette         are its colours nearer to those of its own reference than to 19 others'?
+    texture         the same for its small patches (style_measures.py)
+    blank           is the image empty?
+    copied tokens   which share of its tokens equals the reference's token at the same position?
+    leak            does the classifier name what the reference shows instead of the object?
 
 "Object and palette" is the share of samples that keep the object and also have the nearest palette.
 Neither the base, which keeps the object, nor a copy of the reference, which has its palette, scores
@@ -45,7 +45,7 @@ from commandline.options import Parser, add_base_options, load_pipeline, whole
 from commandline.terminal import Progress, run_command, say
 from data.english import head, meanings, plural
 from data.pictures import grid
-from experiments.common import decided, heading, made_by, percent, table, with_error
+from experiments.common import INTERVALS, heading, made_by, minus, percent, table, with_error
 from experiments.object_judge import load_judge, name_scores
 from experiments.style_measures import is_blank, is_nearest, palette, texture
 from styledrop import RARE_TOKEN, ROUND_1, SAMPLING, to_tensor, to_uint8
@@ -62,6 +62,7 @@ COMPARED = ("object kept", "palette", "texture", "object and palette")
 MEASURES = (*COMPARED, "blank", "copied tokens")
 TITLES = ("object kept", "nearest palette", "nearest texture", "object and palette", "blank",
           "copied tokens")              # of the columns of MEASURES
+ABOUT_OBJECTS = ("object kept", "object and palette", "leak")
 YES_OR_NO = ("object kept", "palette", "texture", "blank", "leak")
 
 # What --sweep tries, one change at a time from the defaults: settings of styledrop.Tuning (H, rate,
@@ -255,7 +256,8 @@ def write_report(pipe, ruler, rows):
     references, can_leak = ruler.references, [bool(shown) for shown in ruler.shown]
     lines = heading("Tuning on foreign pictures: the test half")
     lines += [made_by(pipe), "", f"{len(references)} references, {len(OBJECTS)} objects of each, "
-              "seeds 0 to 11, default settings. Errors are standard errors over references.", ""]
+              f"seeds 0 to {len(OBJECTS) - 1}, default settings. Errors are standard errors over "
+              "references.", ""]
     titles = ["", *TITLES, "reference's object", "CLIP style score"]
     body = []
     for name, words in ARMS.items():
@@ -263,25 +265,20 @@ def write_report(pipe, ruler, rows):
         for key in rows[name][0]:
             means[key] = [np.mean(row[key]) for row in rows[name]]
         means["leak"] = np.where(can_leak, means["leak"], math.nan)
-        cells = [percent(means[key]) for key in (*MEASURES, "leak")]
-        if name == "reference":                              # it shows something else
-            for key in ("object kept", "object and palette", "leak"):
-                cells[(*MEASURES, "leak").index(key)] = "-"
+        cells = []
+        for key in (*MEASURES, "leak"):
+            if name == "reference" and key in ABOUT_OBJECTS:     # it shows something else
+                cells.append("-")
+            else:
+                cells.append(percent(means[key]))
         body.append([words, *cells, with_error(means["style score"], digits=3)])
     lines += table(titles, body)
     lines += [f"Nearest: the sample is nearer to its own reference than to {RIVALS} others (by "
               f"chance {1 / (RIVALS + 1):.0%}). Reference's object (below: leak) is measured on "
               f"the {sum(can_leak)} references that show something the judge has a name for.", "",
               "## Tuned minus control", "",
-              "Percentage points with a 95 % interval, paired over references. More, less: the "
-              "interval excludes zero; equal: it lies within 5 points of zero.", ""]
-    body = []
-    for name, words in MINUS.items():
-        cells = []
-        for key in COMPARED:
-            cells.append(decided([np.mean(tuned[key]) - np.mean(control[key])
-                                  for tuned, control in zip(rows["tuned"], rows[name])]))
-        body.append([words, *cells])
+              INTERVALS, ""]
+    body = [[words, *minus(rows["tuned"], rows[name], COMPARED)] for name, words in MINUS.items()]
     lines += table(["", *COMPARED], body)
     lines += ["## Each reference", ""]
     body = []
@@ -338,8 +335,8 @@ def sweep(pipe, settings, count, is_confirmed=False):
     some = range(0, len(references), max(1, len(references) // count))[:count]
     lines = heading(f"Settings compared on the {half} half of the foreign pictures")
     lines += [made_by(pipe), "", f"{len(some)} references, {len(OBJECTS)} objects of each, "
-              "seeds 0 to 11, the first stage alone. One setting differs from the defaults in each "
-              "row. Errors are standard errors over references.", ""]
+              f"seeds 0 to {len(OBJECTS) - 1}, the first stage alone. One setting differs from the "
+              "defaults in each row. Errors are standard errors over references.", ""]
     body = []
     for changes in SWEEP:
         if settings and changes and not set(settings) & set(changes):

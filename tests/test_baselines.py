@@ -206,6 +206,20 @@ def test_the_best_settings_are_those_of_the_validation_references():
     assert baselines.best_settings(rows[-1:]) == {}
 
 
+def test_differences_are_of_the_same_reference():
+    """Trap: rows in another order, which an earlier run with fewer references leaves."""
+    def row(method, rate, lambda_a, reference, share):
+        shares = dict.fromkeys(baselines.COMPARED, share)
+        return dict(shares, used="reported", method=method, rate=rate, lambda_a=lambda_a,
+                    reference=reference)
+
+    own = baselines.ADAPTER, ROUND_1.lr, baselines.SAMPLING.lambda_a
+    rows = [row(*own, "a", 0.5), row(*own, "b", 0.25), row("LoRA", 1e-3, 0, "b", 0.5),
+            row("LoRA", 1e-3, 0, "a", 0.75)]
+    lines = baselines.minus_adapter(rows, {"LoRA": (1e-3, 0)})
+    assert "| LoRA |" + " +25.0 ± 0.0: more |" * 4 in lines
+
+
 class PlainRuler:
     """Every sample keeps its object, and its palette is nearest if it is bright."""
 
