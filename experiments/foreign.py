@@ -332,12 +332,12 @@ def sweep(pipe, settings, count, is_confirmed=False):
         used, half, file = "reported", "test", "foreign_confirm.md"
     references = load_references(used, pipe.resolution)
     ruler, objects, adapters = Ruler(pipe, references), list(OBJECTS), {}
-    some = range(0, len(references), max(1, len(references) // count))[:count]
+    some = spread(len(references), count)
     lines = heading(f"Settings compared on the {half} half of the foreign pictures")
     lines += [made_by(pipe), "", f"{len(some)} references, {len(OBJECTS)} objects of each, "
               f"seeds 0 to {len(OBJECTS) - 1}, the first stage alone. One setting differs from the "
               "defaults in each row. Errors are standard errors over references.", ""]
-    body = []
+    body, differences, defaults = [], [], None
     for changes in SWEEP:
         if settings and changes and not set(settings) & set(changes):
             continue
@@ -348,8 +348,15 @@ def sweep(pipe, settings, count, is_confirmed=False):
         cells = [percent([np.mean(row[key]) for row in rows]) for key in MEASURES]
         words = ", ".join(f"{name} {value}" for name, value in changes.items()) or "the defaults"
         body.append([words, *cells])
+        if not changes:
+            defaults = rows
+        else:
+            differences.append([words, *minus(rows, defaults, COMPARED)])
         say(f"{words}: {'  '.join(cells)}  ({time.time() - began:.0f} s)")
-        write_text(RESULTS / file, "\n".join(lines + table(["", *TITLES], body)))
+        text = lines + table(["", *TITLES], body)
+        text += ["## Each change minus the defaults", "", INTERVALS, ""]
+        text += table(["", *COMPARED], differences)
+        write_text(RESULTS / file, "\n".join(text))
 
 
 def tuned_with(pipe, reference, changes, adapters):
