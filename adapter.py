@@ -79,7 +79,7 @@ class Adapter(nn.Module):
     def forward(self):
         """Return a function (h (B, P, D), layer, placement) -> A(h), which Muse.forward calls.
 
-        The weights are generated once per forward pass of G, not once per layer.
+        The weights are generated here, once, and not again in every layer.
         """
         weights = {placement: generate() for placement, generate in self.generators.items()}
 

@@ -293,7 +293,7 @@ class ResidualBlock(nn.Module):
         y = self.conv2(y)
         if self.halves:
             x = F.avg_pool2d(x, 2, ceil_mode=True)                       # odd sides lose no pixel
-        return F.relu(y + self.shortcut(x))                              # (B, c_out, h / 2, w / 2)
+        return F.relu(y + self.shortcut(x))              # (B, c_out, h, w), or half the sides
 
 
 class ResNet(nn.Module):

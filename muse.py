@@ -8,7 +8,7 @@ Muse (arXiv 2301.00704) Sections 2.1-2.8 and MaskGIT (arXiv 2202.04200), as Styl
     logits = muse(ids, text, text_mask, adapters=adapter())   # G^(v, T(t), theta)
 
 Shapes: B batch, N image tokens, P positions (N / patch^2), L text length, L' = L + registers,
-D width, V codebook size.
+D width, V codebook size, N_low low-resolution tokens (low_grid^2, in the second stage).
 """
 
 import math
@@ -130,9 +130,9 @@ class Block(nn.Module):
                                  nn.Linear(4 * width, width, bias=False))
 
     def forward(self, x, mask=None, text=None, text_mask=None, adapters=no_adapter, layer=0):
-        """x (B, P, D), mask (B, P) or None, text (B, L, D), text_mask (B, L) -> (B, P, D).
+        """x (B, P, D), mask (B, P) or None, text (B, S, D), text_mask (B, S) -> (B, P, D).
 
-        Masks are true for the keys that may be attended to.
+        S = L', plus N_low in the second stage. Masks are true for the keys that may be attended to.
 
         An adapter works on a sub-layer's output, before the skip is added (Houlsby et al. 2019):
         after cross-attention (or after self-attention, in layers without cross-attention) and after
@@ -229,13 +229,13 @@ class Muse(nn.Module):
             self.text_encoder = TextEncoder(config)
 
     def forward(self, ids, text, text_mask, adapters=None, low=None, low_states=None):
-        """G, or G^ with adapters -> logits (B, N, V).
+        """G, or G^ with adapters -> logits (B, N, V), none of which is for [MASK].
 
-        There is no logit for [MASK], so it is never predicted. ids (B, N) in [0, V], with V for
-        [MASK]; text (B, L', text_width) and text_mask (B, L') from T; adapters: None, or a function
-        (h (B, P, D), layer, "cross" | "mlp") -> h. The second stage also takes low (B, low_grid^2),
-        the low-resolution tokens, or low_states, the result of self.encode_low(low, adapters):
-        that does not change between decoding steps, so it can be computed once.
+        ids (B, N) in [0, V]: image tokens, with V for [MASK].
+        text (B, L', text_width), text_mask (B, L'): T's output.
+        adapters: None, or a function (h (B, P, D), layer, "cross" | "mlp") -> h.
+        low (B, N_low): the low-resolution tokens, in the second stage only; or instead
+        low_states: self.encode_low(low, adapters), which does not change between decoding steps.
 
         With patch = 2, four neighbouring tokens share one position, as pixels do in a ViT. The
         transformer then has a quarter of the positions, but each of the four tokens still has its
@@ -250,9 +250,9 @@ class Muse(nn.Module):
         x = (self.patch_embed(x) + self.row + self.col).flatten(1, 2)            # (B, P, D)
         text = self.text_norm(self.text_proj(text))                              # (B, L', D)
         if low is not None:
-            low_states = self.encode_low(low, adapters)                          # (B, low, D)
+            low_states = self.encode_low(low, adapters)                          # (B, N_low, D)
         if low_states is not None:
-            text = torch.cat([text, low_states.to(text.dtype)], 1)               # (B, L' + low, D)
+            text = torch.cat([text, low_states.to(text.dtype)], 1)               # (B, S, D)
             text_mask = F.pad(text_mask, (0, low_states.shape[1]), value=True)
         for layer, block in enumerate(self.blocks):
             x = block(x, None, text, text_mask, adapters, c.low_layers + layer)
@@ -263,14 +263,14 @@ class Muse(nn.Module):
         return x.float()
 
     def encode_low(self, low, adapters=None):
-        """Low-resolution tokens (B, low_grid^2) -> their states (B, low_grid^2, D).
+        """Low-resolution tokens (B, N_low) -> their states (B, N_low, D).
 
         A low token gets the position embedding of the high-resolution tokens at the same place.
         """
         adapters = adapters or no_adapter
         position = (self.row + self.col).movedim(-1, 0)[None]                   # (1, D, side, side)
         position = F.interpolate(position, self.config.low_grid, mode="nearest")
-        x = self.low_token(low) + position[0].flatten(1).T                       # (B, low, D)
+        x = self.low_token(low) + position[0].flatten(1).T                       # (B, N_low, D)
         for layer, block in enumerate(self.low_blocks):
             x = block(x, adapters=adapters, layer=layer)
         return self.low_norm(x)
@@ -350,7 +350,7 @@ def decode(logits_fn, batch, tokens, mask_id, steps, temperature, generator, top
     device = first.device
     ids = torch.full((batch, tokens), mask_id, device=device)
     for step in range(steps):
-        ratio = (step + 1) / steps
+        done = (step + 1) / steps
         masked = ids == mask_id
         log_p = logits_fn(ids, step).float().log_softmax(-1)                     # (B, N, V)
         u = uniform(generator, batch, 2, tokens).clamp(min=1e-20)                # (B, 2, N)
@@ -358,19 +358,20 @@ def decode(logits_fn, batch, tokens, mask_id, steps, temperature, generator, top
         # 1. sample every masked token; the known ones stay as they are
         sampled = torch.where(masked, draw_tokens(log_p, top_k, u[:, 0]), ids)
 
-        # 2. confidence in each: log p(sampled) + temperature (1 - ratio) Gumbel noise. The
+        # 2. confidence in each: log p(sampled) + temperature (1 - done) Gumbel noise. The
         #    temperature (4.5 in Table S3) affects only WHICH tokens are kept, not what they are
         gumbel = -(-u[:, 1].log()).log()
-        noise = temperature * (1 - ratio) * gumbel
+        noise = temperature * (1 - done) * gumbel
         confidence = log_p.gather(-1, sampled[..., None])[..., 0] + noise
         confidence = confidence.masked_fill(~masked, math.inf)
 
-        # 3. unless this is the last step, mask the least confident again: floor(N gamma) of them,
-        #    fewer than before but at least 1 (with more steps than tokens, the last one again)
+        # 3. unless this is the last step, mask the floor(N gamma(done)) least confident again:
+        #    fewer than before, but at least 1, so with more steps than tokens the last token is
+        #    sampled several times
         kept = torch.ones_like(masked)
         if step + 1 < steps:
             before = int(masked[0].sum())                    # the same in every row
-            n_mask = min(before - 1, math.floor(tokens * mask_ratio(ratio)))
+            n_mask = min(before - 1, math.floor(tokens * mask_ratio(done)))
             n_mask = max(1, n_mask)
             rank = confidence.argsort(1).argsort(1)          # 0: the least confident
             kept = rank >= n_mask

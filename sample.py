@@ -61,7 +61,7 @@ def options():
     add("--style", type=filled, metavar="RUN",
         help="a run folder, or none for the base (default: the newest run)")
     add("--content", type=filled, metavar="RUN",
-        help="the run folder of an object: my object in my style")
+        help="the run folder of an object (train.py --kind content), to be drawn in the style")
     add("--style-phrase", type=text, metavar="WORDS",
         help="style phrase to use instead of the run's own; with --style none, it is given to the "
              "base")
@@ -79,8 +79,8 @@ def options():
     add("--gamma-sweep", action="store_true",
         help="sample a row of mixtures, from the style alone to the object alone")
     add("--lambda-grid", action="store_true",
-        help="sample one prompt and seed with a grid of values of lambda_A and lambda_B; "
-             "--lambda-a and --lambda-b have no effect")
+        help="sample one prompt, with one seed, for every pair of several values of lambda_A and "
+             "lambda_B; --lambda-a and --lambda-b have no effect")
     add("--steps", type=whole(1, 1000),
         help=f"decoding steps of the first stage (default: {SAMPLING.steps})")
     add("--temperature", type=number(float, 0, 1000),
@@ -91,7 +91,7 @@ def options():
              f"(default: {SAMPLING.top_k})")
     add("--num", type=whole(1, 10000), default=1, help="images for each prompt (default: 1)")
     add("--seed", type=whole(0, 2**62), default=0,
-        help="seed of the first image; the next ones have the next seeds")
+        help="seed of the first image; each further image has the next seed (default: 0)")
     add("--out", type=filled, default="sample.png",
         help="NAME.png: one sheet with all images, a row for each prompt; any other name: a "
              "folder with a file for each image (default: %(default)s)")
@@ -166,7 +166,7 @@ def find_style(args):
     if args.style is None:
         run = newest_run()
         if run is None:
-            say("style: none (there is no run in runs/ yet), so the base is sampled")
+            say("style: none (runs/ has no style yet), so the base is sampled")
         else:
             say(f"style: {run}, the newest run")
         return run
@@ -216,6 +216,7 @@ def sample_sheet(args, generate, trace=None):
 def sample_files(args, generate, folder, facts):
     """Write a PNG for each prompt and seed into a folder, in batches. facts: see text_chunks."""
     prompts = [prompt for prompt in args.prompt for _ in range(args.num)]
+    facts = dict(facts, num=1)                               # of each file
     progress = SamplingProgress("image", len(prompts))
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(prompts), AT_ONCE):

@@ -119,9 +119,9 @@ class StyleDrop:
     when it is first needed.
     """
 
-    def __init__(self, vqgan, muse, tokenizer, words=(), clip=None, superres=None, device="cpu"):
+    def __init__(self, vqgan, base, tokenizer, words=(), clip=None, superres=None, device="cpu"):
         self.vqgan = vqgan.to(device).requires_grad_(False)
-        self.muse = muse.to(device).requires_grad_(False)
+        self.muse = base.to(device).requires_grad_(False)
         self.superres = superres
         if superres is not None:
             superres.to(device).requires_grad_(False)
@@ -135,7 +135,8 @@ class StyleDrop:
         """The base in a folder of vqgan.pt, muse.pt, clip.pt and perhaps superres.pt.
 
         device: by default a CUDA GPU if there is one. Raises ValueError with a one-line message if
-        a file is missing, damaged, or does not fit the others.
+        vqgan.pt or muse.pt is missing, or if a file is damaged or does not fit the others. clip.pt
+        is read when it is first needed.
         """
         weights = Path(weights)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -229,14 +230,15 @@ class StyleDrop:
         return TunedAdapter(first, second, about).eval().requires_grad_(False)
 
     def fit(self, G, tokens, texts, tuning, generator, on_step=None, low=None):
-        """Eq. 3: theta = argmin E_{(x, t), m} CE_m( G^(M(E(x), m), T(t), theta), E(x) ).
+        """Eq. 3: the theta that minimises the mean of CE_m( G^(M(E(x), m), T(t), theta), E(x) ).
 
-        tokens (M, N): E(x) of the references, or of all their views; texts: their M prompts t;
-        low (M, N_low): the first stage's tokens, for the second stage. G is frozen.
+        The mean is over pairs (x, t) and random masks m. tokens (K, N): E(x) of the references, or
+        of all their views; texts: their K prompts t; low (K, N_low): the first stage's tokens, for
+        the second stage. G is frozen.
         """
         theta = self.new_adapter(G, tuning, generator)
         optimiser = torch.optim.Adam(theta.parameters(), tuning.lr)
-        text, text_mask = self.embed(G, texts)                       # (M, L', text_width), (M, L')
+        text, text_mask = self.embed(G, texts)                       # (K, L', text_width), (K, L')
         batches = shuffled(len(tokens), tuning.batch, generator)
         for step in range(tuning.steps):
             rows = next(batches).to(self.device)                                 # (B,)
@@ -351,7 +353,7 @@ class StyleDrop:
         """
         t, c, n = texts
 
-        def forward_pass(prompts, theta=None):
+        def make_pass(prompts, theta=None):
             """G(v, T(prompts)), or with theta G^(v, T(prompts), theta): a function of v.
 
             T's states and those of the low-resolution tokens are computed once, since only v
@@ -367,10 +369,10 @@ class StyleDrop:
                     states = G.encode_low(low, adapters)                         # (B, N_low, D)
             return lambda v: G(v, text, text_mask, adapters, low_states=states)
 
-        def guided_pass(prompts, theta, lambda_a):
+        def make_guided_pass(prompts, theta, lambda_a):
             """Eq. 4 with these prompts, as a function of v and of the logits G(v, T(n))."""
-            base_pass = forward_pass(prompts)
-            tuned_pass = None if theta is None else forward_pass(prompts, theta)
+            base_pass = make_pass(prompts)
+            tuned_pass = None if theta is None else make_pass(prompts, theta)
 
             def guided(v, null):
                 base = base_pass(v)
@@ -380,11 +382,11 @@ class StyleDrop:
             return guided
 
         if sampling.lambda_b:
-            null_pass = forward_pass(n)
+            null_pass = make_pass(n)
         if gamma < 1:
-            style_pass = guided_pass(t, theta_s, sampling.lambda_a)              # Eq. 5: l_s
+            style_pass = make_guided_pass(t, theta_s, sampling.lambda_a)         # Eq. 5: l_s
         if gamma > 0:
-            content_pass = guided_pass(c, theta_c, sampling.lambda_a_content)    # Eq. 6: l_c
+            content_pass = make_guided_pass(c, theta_c, sampling.lambda_a_content)   # Eq. 6: l_c
 
         def logits_fn(v, step):
             with autocast(self.device.type):
@@ -508,8 +510,10 @@ def autocast(device):
 # Images
 
 def to_tensor(images):
-    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
+    """uint8 (B, H, W, 3), a tensor or an array -> float (B, 3, H, W) in [-1, 1]."""
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images.astype(np.float32))     # a copy: it may be read-only
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_uint8(images):

@@ -16,11 +16,13 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)             # Ctrl-C while importing: no traceback
 
+import math
 import os
 import shlex
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,8 +42,8 @@ from commandline.tuning import TuningProgress, describe
 from data.pictures import grid
 from data.reading import is_one_colour
 from human_feedback import rounds
-from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, SUPERRES_SAMPLING, WEIGHTS, check_device,
-                       precision, style_prompt, to_tensor, to_uint8)
+from styledrop import (BASE_SAMPLING, RARE_TOKEN, ROUND_1, SAMPLING, SUPERRES_SAMPLING, WEIGHTS,
+                       check_device, precision, style_prompt, to_tensor, to_uint8)
 
 ROOT = Path(__file__).resolve().parent    # resolved, in case train.py is called through a link
 PREVIEW = ("a cat", "a tree", "a car", "an apple", "a rocket", "a fish")
@@ -71,7 +73,8 @@ def options():
     add("--batch", type=whole(1, 4096), default=ROUND_1.batch,
         help="batch size of the first stage, in every round (default: %(default)s)")
     add("--d-prj", type=whole(1, 4096), default=ROUND_1.d_prj,
-        help="H, the first stage's bottleneck width in round 1 (default: %(default)s)")
+        help="H, the bottleneck width of the first stage's adapter, in round 1 "
+             "(default: %(default)s)")
     add("--seed", type=whole(0, 2**31), default=0,
         help="random seed (default: %(default)s)")
     add("--out", type=filled, help="run folder (default: runs/NAME OF THE FIRST REFERENCE)")
@@ -83,11 +86,13 @@ def options():
         help="how images are chosen (default: %(default)s)")
     add("--pick", metavar="3,17,20", type=text,
         help="with --feedback human: choose these numbers, instead of choosing in the browser")
-    add("--port", type=whole(0, 65535), default=0, help="port of the page (default: any free one)")
+    add("--port", type=whole(0, 65535), default=0,
+        help="port of the web page of --feedback human (default: any free one)")
     add("--pool", type=whole(1, 1024), default=8,
         help="images sampled for each prompt (default: %(default)s; the paper: 64)")
     add("--pool-prompts", type=filled, metavar="FILE",
-        help="file of content phrases, one per line (default: 30 built-in ones)")
+        help='text file of things to sample, one per line, such as "a dog" '
+             "(default: 30 built-in ones)")
     return parser
 
 
@@ -95,6 +100,8 @@ def check_options(args):
     """Raise ValueError if options contradict each other."""
     if args.kind == "content" and not args.content:
         raise ValueError('a content adapter needs the name of its object: --content "a [V] teapot"')
+    if not args.style.strip() and not args.content:          # the prompt would be empty
+        raise ValueError('--style "" needs --content; leave --style out')
     if args.kind == "content" and args.rounds > 1:
         raise ValueError("rounds of feedback are for styles; leave out --rounds or --kind content")
     is_for_all = args.kind == "content" and len(args.content) == 1   # one name, all its pictures
@@ -110,6 +117,7 @@ def main():
     check_options(args)
     check_device(args.device)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up as any other exit does
+    warnings.filterwarnings("ignore", "only the first")      # of CLIP; notes.py notes the same
     began = time.time()
     out = Path(args.out or default_out(args.ref[0]))
     check_out(out)
@@ -201,8 +209,11 @@ def say_what_is_next(args, out, contents, began):
     names = []
     for path in sorted(out.iterdir()):
         names.append(f"{path.name}/" if path.is_dir() else path.name)
-    say(f"{out}: {' '.join(names)}  ({time.time() - began:.0f} s, "
-        f"peak memory {peak_memory():.0f} MB)")
+    cost = f"{time.time() - began:.0f} s"
+    memory = peak_memory()
+    if not math.isnan(memory):
+        cost += f", peak memory {memory:.0f} MB"
+    say(f"{out}: {' '.join(names)}  ({cost})")
     prompt = contents[0] if args.kind == "content" else "a cat"
     run = "./none" if str(out) == "none" else str(out)       # --style none is the base
     script = Path(sys.argv[0])
@@ -269,9 +280,12 @@ def first_round(args, out, pipe, references, config):
 
 
 def previews(pipe, adapter, prompts, args):
-    """Images (B, 3, H, W) of the prompts before and after tuning, with the same seeds."""
+    """Images (B, 3, H, W) of the prompts before and after tuning, with the same seeds.
+
+    Each has its own default settings: BASE_SAMPLING and SAMPLING.
+    """
     settings = dict(seed=args.seed, superres=args.superres)
-    steps = 2 * SAMPLING.steps
+    steps = BASE_SAMPLING.steps + SAMPLING.steps
     if args.superres and pipe.superres is not None:
         steps += 2 * SUPERRES_SAMPLING.steps
     progress = Progress("previews: step")

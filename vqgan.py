@@ -144,7 +144,7 @@ class Quantizer(nn.Module):
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):  # bf16 is too coarse
             ids = torch.einsum("bdhw,vd->bhwv", z, self.codes).argmax(-1)
         e = self.lookup(ids)
-        z_q = z + (e - z).detach()                           # its gradient goes to z
+        z_q = z + (e - z).detach()
         # |z - sg(e)|^2, averaged over images and positions; mse_loss averages over d as well
         commitment = F.mse_loss(z, e.detach()) * z.shape[1]
         return z_q, ids, commitment

@@ -75,7 +75,8 @@ def read_public(content, quick_gelu=None):
     def layers(tower):
         return sum(name.startswith(tower) and name.endswith(".ln_1.weight") for name in weights)
 
-    # all heads are 64 wide, but no image tower has more than 16 (open_clip's H, g and bigG)
+    # heads are 64 wide, except in open_clip's largest image towers (H, g, bigG), which have 16
+    # wider ones
     config = dict(resolution=grid * patch, patch=patch, vision_width=vision_width,
                   vision_layers=layers("visual."), vision_heads=min(vision_width // 64, 16),
                   text_width=text_width, text_layers=layers("transformer."),

@@ -60,21 +60,23 @@ def load_run(run, kind):
     return adapter
 
 
-def was_made(path, recipe):
-    """Was the part that `path` describes already made, and with this recipe?
-
-    Raises ValueError if it was made by another recipe.
-    """
+def check_recipe(path, recipe):
+    """Raise ValueError if the part that `path` describes was made by another recipe."""
     existing = read_json(path)
     if existing is None:
-        return False
+        return
     recipe = json.loads(json.dumps(recipe))                  # tuples become lists, as in the file
     different = [name for name in recipe if existing.get(name) != recipe[name]]
-    if not different:
-        return True
-    names = ", ".join(name.replace("_", "-") for name in different)
-    raise ValueError(f"{path.parent} was made with different settings ({names}"
-                     f"{who_chose(existing)}); give another --out, or move {path.parent} away")
+    if different:
+        names = ", ".join(name.replace("_", "-") for name in different)
+        raise ValueError(f"{path.parent} was made with different settings ({names}"
+                         f"{who_chose(existing)}); give another --out, or move {path.parent} away")
+
+
+def was_made(path, recipe):
+    """Was the part that `path` describes already made? Raises ValueError: see check_recipe."""
+    check_recipe(path, recipe)
+    return path.exists()
 
 
 def who_chose(choice):

@@ -9,13 +9,18 @@ MOST = 20                               # no more unknown words than this are li
 TEMPLATE = {"in", "style", "[v*]", "[v]"}                    # words of "in S style", rare tokens
 
 
+def words_of(text):
+    """The words of a text, in lower case and without punctuation."""
+    return re.findall(r"[^\s,.;:!?\"]+", text.lower())
+
+
 def unknown_words(words, text):
     """A dict from each word of `text` that is not in `words` to at most three similar `words`.
 
     Stops after MOST unknown words. Only the first 40 letters of each are compared.
     """
     unknown = {}
-    for word in re.findall(r"[^\s,.;:!?\"]+", text.lower()):
+    for word in words_of(text):
         if word in words or word in unknown:
             continue
         if len(unknown) == MOST:
@@ -56,5 +61,6 @@ def note_unknown(pipe, *texts):
 
 def knows_some(pipe, phrase):
     """Does the base know at least one word of a phrase? True where it keeps no vocabulary."""
-    words = phrase.lower().split()
-    return not pipe.words or not words or any(word in pipe.words for word in words)
+    if not pipe.words or not phrase:
+        return True
+    return any(word in pipe.words for word in words_of(phrase))

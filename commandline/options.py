@@ -26,8 +26,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def parse_known_args(self, args=None, namespace=None):
+        """Refuse "-x" after an option.
+
+        argparse would report a missing value or an unknown option, and not how to give it as a
+        value ("--prompt=-x").
+        """
+        arguments = sys.argv[1:] if args is None else args
         option = None
-        for argument in sys.argv[1:] if args is None else args:
+        for argument in arguments:
             if argument.startswith("--"):
                 option = argument.partition("=")[0]
                 if argument.endswith("=--"):                 # argparse would read an empty list
@@ -35,7 +41,7 @@ class Parser(argparse.ArgumentParser):
             elif option is not None and looks_like_option(argument):
                 self.error(f"{argument} is not an option; if it is a value, write "
                            f"{option}={argument}")
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args(arguments, namespace)
 
 
 def looks_like_option(argument):
@@ -90,15 +96,20 @@ def filled(argument):
     return text(argument)
 
 
-def add_base_options(parser):
-    """--weights, --device and --no-superres, which both commands have."""
+def add_base_options(parser, superres=True):
+    """--weights and --device; also --no-superres, unless superres=False.
+
+    superres=False is for commands that decide themselves which stages they use.
+    """
     parser.add_argument("--weights", type=filled, default=WEIGHTS,
                         help="folder of the base's weights (default: the shipped ones)")
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu",
                         help="where to compute (default: cuda where there is a GPU)")
-    parser.add_argument("--no-superres", dest="superres", action="store_false",
-                        help="use the first stage alone: 64 pixels, and faster")
+    parser.set_defaults(superres=True)
+    if superres:
+        parser.add_argument("--no-superres", dest="superres", action="store_false",
+                            help="use the first stage alone: 64 pixels, and faster")
 
 
 def load_pipeline(args):

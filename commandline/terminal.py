@@ -6,8 +6,6 @@ import os
 import signal
 import sys
 import time
-import warnings
-from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
@@ -15,7 +13,7 @@ import torch
 EVERY = 5                               # seconds between two lines of progress
 
 
-class LostReader:
+class QuietStream:
     """A stream that goes quiet, without an error, when its reader leaves or its disk is full.
 
     A reader leaves in `| head -1`, for example. The command then still finishes its work.
@@ -48,7 +46,7 @@ def say(words, stream=None):
     encoding = getattr(stream, "encoding", None) or "utf-8"
     for line in words.split("\n"):
         line = printable(line).encode(encoding, "backslashreplace").decode(encoding)
-        print(line, file=LostReader(stream))
+        print(line, file=QuietStream(stream))
 
 
 def note(line):
@@ -107,8 +105,7 @@ def peak_memory():
 def run_command(main):
     """Run a script's main(). A mistake of the user is one line on stderr and exit code 2."""
     signal.signal(signal.SIGINT, signal.default_int_handler)     # see the scripts' first lines
-    warnings.filterwarnings("ignore", "only the first")      # of CLIP; notes.py notes the same
-    stderr = None if sys.stderr is None else LostReader(sys.stderr)
+    stderr = None if sys.stderr is None else QuietStream(sys.stderr)
     with contextlib.redirect_stderr(stderr):
         line = mistake_in(main)
         if line is not None:
@@ -129,7 +126,7 @@ def mistake_in(main):
             name = name[:60] + "..."
         reason = error.strerror.lower() if error.strerror else str(error)
         line = f"{name}: {reason}" if name else reason
-    except (ValueError, ArgumentTypeError) as error:
+    except ValueError as error:
         line = str(error)
     except (MemoryError, RuntimeError) as error:
         is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))

@@ -149,8 +149,8 @@ class Art:
         """n scenes, each in a style of its own.
 
         rng: a numpy Generator, the only source of randomness. Returns uint8 (n, resolution,
-        resolution, 3) and n captions, of which more than a third name no style and more than a
-        quarter say "in [V*] style".
+        resolution, 3) and n captions. With compose and without bare, more than a third of them name
+        no style and more than a quarter say "in [V*] style".
         """
         images = []
         captions = []

@@ -128,10 +128,10 @@ def bend(rgba, rng, amount):
 # Colours
 
 @functools.lru_cache(None)
-def ramp(colour, middle):
+def ramp(colour, median):
     """A colour for each luminance from 0 to 255: uint8 (256, 3).
 
-    `middle`, the drawing's median luminance, is mapped to (nearly) the colour itself, darker values
+    `median`, the drawing's median luminance, is mapped to (nearly) the colour itself, darker values
     towards black, and lighter ones to a tint of it, so that white walls are coloured too.
     """
     hue = np.float32(COLOURS[colour])
@@ -141,9 +141,9 @@ def ramp(colour, middle):
     elif colour == "white":
         tones = 50, 228, 252
     else:
-        tone = min(200, 0.7 * luminance + 0.3 * middle)
+        tone = min(200, 0.7 * luminance + 0.3 * median)
         tones = 0, tone, max(tone + 30, min(235, tone + 90))
-    grey = np.interp(np.arange(256), [0, middle, 255], tones)[:, None]
+    grey = np.interp(np.arange(256), [0, median, 255], tones)[:, None]
     if colour in ("black", "white"):
         return np.repeat(grey, 3, 1).round().astype(np.uint8)
     tint = hue + (255 - hue) * ((grey - luminance) / (255 - luminance))
@@ -165,9 +165,9 @@ def middle(rgba):
     return min(235, max(30, int(np.sort(grey)[len(grey) // 2])))
 
 
-def recolour(rgba, colour, middle):
-    """The drawing in shades of one colour. middle: its median luminance, from `middle(rgba)`."""
+def recolour(rgba, colour, median):
+    """The drawing in shades of one colour. median: its median luminance, from `middle(rgba)`."""
     painted = np.empty_like(rgba)
-    painted[..., :3] = ramp(colour, middle)[np.asarray(Image.fromarray(rgba).convert("L"))]
+    painted[..., :3] = ramp(colour, median)[np.asarray(Image.fromarray(rgba).convert("L"))]
     painted[..., 3] = rgba[..., 3]
     return painted

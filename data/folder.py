@@ -14,9 +14,9 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", "
 class Folder:
     """Pictures with captions: NAME.txt next to each NAME.png, or captions.tsv (file, caption).
 
-    `.skipped` names the files that are neither pictures nor captions; `.fingerprint` changes with
-    any picture or caption. Raises ValueError, with a one-line message, if the folder, a picture or
-    a caption is missing.
+    `.skipped` names everything else in the folder, such as notes, subfolders, hidden files, and
+    pictures that captions.tsv does not list. `.fingerprint` changes with any picture or caption.
+    Raises ValueError, with a one-line message, if the folder, a picture or a caption is missing.
     """
 
     def __init__(self, path, size=64):

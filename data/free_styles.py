@@ -1,11 +1,12 @@
 """Styles that have no name: colours, light, strokes and backgrounds in any combination.
 
 Real references rarely fit words such as "navy and gold watercolor". Half of the styled training
-pictures whose captions name no colour therefore take a style from this file, and their captions
-call it "[V*]" or nothing. A
-style is determined by its seed (`Style.seed`). What is characteristic of it is drawn from `point`,
-a generator with that seed, so that two pictures of one style share it. What differs between two
-pictures of a style, such as where the noise lies, is drawn from `rng`.
+pictures therefore take a style from this file (but none in which an object has a colour word), and
+their captions call it "[V*]" or nothing.
+
+A style is determined by its seed (`Style.seed`). What is characteristic of it is drawn from
+`point`, a generator with that seed, so that two pictures of one style share it. What differs
+between two pictures of a style, such as where the noise lies, is drawn from `rng`.
 
     picture = paint(rgba, point=np.random.default_rng(7), rng=np.random.default_rng(0))
 

@@ -21,9 +21,6 @@ EXAMPLES = [                            # file, name, set, style: none of these 
     ("cat_stained_glass", "cat", "fluent-emoji-flat", Style("", "", "stained glass", "navy")),
     ("rocket_sticker", "rocket", "twemoji", Style("", "", "", "teal", "sticker")),
 ]
-# One object from four icon sets on four different backgrounds: only the object is the same
-OBJECT = "teapot", {"noto": "cream", "twemoji": "teal", "fluent-emoji": "gold",
-                    "fluent-emoji-flat": "grey"}
 
 
 def grid(images, columns, scale=1, gap=2, top=(), left=(), captions=(), lines=1):
@@ -81,15 +78,10 @@ def main():
     contact_sheet().save(HERE / "contact_sheet.png", optimize=True)
     folder = Path("examples")
     folder.mkdir(exist_ok=True)
-    art = Art(sets=("noto", "twemoji", "fluent-emoji", "fluent-emoji-flat"), size=128)
+    art = Art(sets=("twemoji", "fluent-emoji-flat"), size=128)
     for file, name, set_name, style in EXAMPLES:
         image = draw(art, name, set_name, style, np.random.default_rng(1))
         Image.fromarray(image).save(folder / f"{file}.png", optimize=True)
-    name, backgrounds = OBJECT
-    (folder / name).mkdir(exist_ok=True)
-    for k, (set_name, background) in enumerate(backgrounds.items()):
-        image = draw(art, name, set_name, Style(ground=background), np.random.default_rng(1))
-        Image.fromarray(image).save(folder / name / f"{k + 1}.png", optimize=True)
 
 
 if __name__ == "__main__":

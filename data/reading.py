@@ -200,7 +200,10 @@ def without_metadata(path, kept):
 
 
 def count_scans(path):
-    """Count the scans of a JPEG file, passes over its pixels; a progressive one has several."""
+    """Count the scans of a JPEG file: its passes over the pixels.
+
+    A progressive file has several.
+    """
     data = path.read_bytes()
     marker = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")        # these never occur within a scan
     scans = 0

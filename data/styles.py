@@ -118,8 +118,8 @@ SEEDS = 2 ** 31              # number of seeds
 def sample(rng, held_out=False, plain=PLAIN, free=FREE):
     """A random Style, held out of training or not, as asked.
 
-    rng: numpy Generator. plain: share of drawings as they are; free: share of the others that have
-    a style without words.
+    rng: numpy Generator. plain: share of drawings as they are (never, if held_out); free: share of
+    the others that have a style without words.
     """
     if not held_out and rng.random() < plain:
         return Style()

@@ -28,7 +28,7 @@ the test references? A difference is paired over references. It is decided if it
 (Student's t) excludes zero; two methods count as equal if the interval lies within 5 points of
 zero. lambda_B was chosen for the adapter, and so were the masking and the number of steps.
 
-Shapes: B images, N image tokens, L text length, V codebook size, R references, r rank.
+Shapes: B images, N image tokens, L' states of T, V codebook size, K views of a reference, r rank.
 """
 
 import copy
@@ -60,7 +60,7 @@ RANK = 3                                # of LoRA, which then trains about as mu
 
 # --------------------------------------------------------------------------------------------------
 # Tuning. Each function returns another Muse, frozen, and leaves pipe.muse as it is.
-# tokens (R, N): E(x) of the references; texts: their R prompts t; generator: of the CPU
+# tokens (K, N): E(x) of K views; texts: their K prompts t; generator: of the CPU
 
 def tune_fully(pipe, tokens, texts, steps, lr, generator):
     """Full fine-tuning: all weights of G. T is frozen, as in DreamBooth on Imagen."""
@@ -150,7 +150,7 @@ def fit(pipe, tuned, parameters, tokens, texts, steps, lr, generator):
         mask = muse.random_mask(ROUND_1.batch, ids.shape[1], generator, ROUND_1.mask_power)
         mask = mask.to(pipe.device)
         masked = ids.masked_fill(mask, tuned.config.mask_id)
-        text, text_mask = pipe.embed(tuned, texts)               # (R, L, text_width), (R, L)
+        text, text_mask = pipe.embed(tuned, texts)           # (K, L', text_width), (K, L')
         with autocast(pipe.device.type):
             logits = tuned(masked, text[rows], text_mask[rows])                  # (B, N, V)
         loss = muse.masked_loss(logits, ids, mask)
@@ -253,7 +253,7 @@ def try_out(pipe, ruler, i, method, rate):
         generator = torch.Generator().manual_seed(0)
         views = random_views(picture, ROUND_1.views, generator)[0]
         small = F.interpolate(views, (side, side), mode="area")
-        tokens = pipe.vqgan.encode(small).flatten(1)                             # (views, N)
+        tokens = pipe.vqgan.encode(small).flatten(1)                             # (K, N)
         texts = [style_prompt("", RARE_TOKEN)] * len(tokens)
         tuned = TUNERS[method](pipe, tokens, texts, STEPS[method], rate, generator)
         trained = tuned.trained
@@ -351,7 +351,7 @@ def main():
     parser.add_argument("--references", type=whole(1, 1000), default=12,
                         help="how many references (default: %(default)s)")
     parser.add_argument("--out", type=filled, default=str(RESULTS), help="folder of the results")
-    add_base_options(parser)
+    add_base_options(parser, superres=False)
     args = parser.parse_args()
     check_place(args.out)
     used = "chosen" if args.choose else "reported"

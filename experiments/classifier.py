@@ -30,7 +30,7 @@ from commandline.terminal import run_command, say
 from data import Scene, scenes, styles
 from data.english import read_table
 from experiments.common import among, command, percent, table
-from pretrain.common import machine, to_float
+from pretrain.common import machine
 from styledrop import autocast, to_tensor
 
 FILE = Path(__file__).with_name("quality.pt")
@@ -100,14 +100,14 @@ def load_classifier(path=FILE, device="cpu"):
 
 
 @torch.no_grad()
-def look(net, images):
+def predict(net, images):
     """The classifier's predictions for images: the dict of `forward`, on the CPU."""
     device = next(net.parameters()).device
     parts = [net(part.to(device)) for part in images.split(256)]
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
-def numbers_of(net, names):
+def classes_of(net, names):
     """The classes of some names: (B,)."""
     return torch.tensor([net.known_names.index(name) for name in names])
 
@@ -261,7 +261,7 @@ def train(net, art, names, args):
             rate = min(1, u / 0.05) * (1 + math.cos(math.pi * u)) / 2
             optimiser.param_groups[0]["lr"] = args.lr * rate
             rows = torch.randint(filled, (args.batch,), generator=generator).to(args.device)
-            images = vary(to_float(pool[rows]), generator)
+            images = vary(to_tensor(pool[rows]), generator)
             with autocast(args.device):
                 predictions = net(images.contiguous(memory_format=torch.channels_last))
             loss = loss_of(predictions, labels[rows])
@@ -292,7 +292,8 @@ def own_figures(net, count, seed):
             names = [str(name) for name in rng.choice(sorted(set(subset.names)), count)]
             images = [paint(subset, Scene((name,)), rng, in_style) for name in names]
             style_words = "in random styles" if in_style else "as drawn"
-            of_all, of_100 = named(look(net, to_tensor(np.stack(images))), numbers_of(net, names))
+            predictions = predict(net, to_tensor(np.stack(images)))
+            of_all, of_100 = named(predictions, classes_of(net, names))
             rows.append([f"{title}, {style_words}", percent(of_all), percent(of_100)])
     return table(["", f"named of {len(net.known_names)}", "named of 100"], rows)
 

@@ -91,14 +91,15 @@ def decided(differences):
 
 
 INTERVALS = ("Percentage points with a 95 % interval, paired over references. More, less: the "
-             "interval excludes zero; equal: it lies within 5 points of zero.")
+             "interval excludes zero; equal: it lies within 5 points of zero; open: neither, so it "
+             "is undecided.")
 
 
 def minus(rows, controls, names):
     """Cells of a table: rows minus controls, for each of `names`; INTERVALS explains them.
 
-    rows, controls: dicts of the same references in the same order, {name: a share, or a list of
-    them, whose mean counts}.
+    rows, controls: lists of dicts, of the same references in the same order; a dict is
+    {name: a share, or a list of them, whose mean counts}.
     """
     cells = []
     for name in names:

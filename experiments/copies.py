@@ -16,11 +16,11 @@ import torch.nn.functional as F
 
 import data
 from data import Scene, styles
-from experiments.classifier import look, paint, part
+from experiments.classifier import paint, part, predict
 from experiments.common import mean_and_error, reconstruct
 from styledrop import to_tensor
 
-KEPT = "drawings kept out of training"
+KEPT_OUT = "drawings kept out of training"
 COPY = 5                                # percentile of the distances between two drawings of a name
 
 
@@ -60,7 +60,7 @@ def vectors_of(net, images):
     """
     images = framed(images)
     pixels = images.flatten(1)
-    return {"features": look(net, images)["features"],
+    return {"features": predict(net, images)["features"],
             "pixels": pixels / math.sqrt(pixels.shape[1])}
 
 
@@ -85,12 +85,12 @@ def audit(net, pipe, art, other, names, samples, seed):
     of the samples (B, 3, 64, 64). Only names that have both training and kept-out drawings are
     used. Returns {row: {column: (mean, standard error) in percent}} and the number of such names.
     """
-    is_kept = np.array([pair in data.kept_out_pairs() for pair in zip(art.sets, art.names)])
+    is_kept_out = np.array([pair in data.kept_out_pairs() for pair in zip(art.sets, art.names)])
     rows_of = {}
     for i, name in enumerate(art.names):
         rows_of.setdefault(name, []).append(i)
     both = [name for name in dict.fromkeys(names)
-            if name in rows_of and 0 < is_kept[rows_of[name]].sum() < len(rows_of[name])]
+            if name in rows_of and 0 < is_kept_out[rows_of[name]].sum() < len(rows_of[name])]
     if not both:
         raise ValueError("none of these names has drawings both in training and kept out of it; "
                          "give more --names")
@@ -99,74 +99,76 @@ def audit(net, pipe, art, other, names, samples, seed):
     places = [i for i, name in enumerate(names) if name in both]
     sample_names = [names[i] for i in places]
     rng = np.random.default_rng(seed)
-    trained = part(art, ~is_kept)
-    copies = np.stack([paint(trained, Scene((name,)), rng, False) for name in sample_names])
-    kept = [i for name in both for i in rows_of[name] if is_kept[i]]
+    trained = part(art, ~is_kept_out)
+    known_copies = [paint(trained, Scene((name,)), rng, False) for name in sample_names]
+    known_copies = to_tensor(np.stack(known_copies))
+    kept_out = [i for name in both for i in rows_of[name] if is_kept_out[i]]
     of_other = [i for i, name in enumerate(other.names) if name in both]
     subjects = {
         "samples": (sample_names, samples[places]),
-        "training drawings, reconstructed": (sample_names, reconstruct(pipe, to_tensor(copies))),
+        "training drawings, reconstructed": (sample_names, reconstruct(pipe, known_copies)),
         "drawings of another set": ([other.names[i] for i in of_other],
                                     as_drawn(other.drawings[of_other])),
-        KEPT: ([art.names[i] for i in kept], as_drawn(art.drawings[kept]))}
+        KEPT_OUT: ([art.names[i] for i in kept_out], as_drawn(art.drawings[kept_out]))}
     drawing_vectors = {name: vectors_of(net, as_drawn(art.drawings[rows_of[name]]))
                        for name in both}
-    kept_of = {name: torch.from_numpy(is_kept[rows_of[name]]) for name in both}
-    chance = {name: training_share(art, rows_of[name], is_kept) for name in both}
+    # {name: which of its drawings are kept out of training, (n,) bool}
+    kept_out_of = {name: torch.from_numpy(is_kept_out[rows_of[name]]) for name in both}
+    chance = {name: training_share(art, rows_of[name], is_kept_out) for name in both}
 
     results = {}
     for title, (own_names, images) in subjects.items():
         for measure, vectors in vectors_of(net, images).items():
             drawings = {name: drawing_vectors[name][measure] for name in both}
             row = {}
-            if title != KEPT:            # a kept-out drawing is nearest to itself
-                nearer = are_nearer(vectors, own_names, drawings, kept_of)
+            if title != KEPT_OUT:        # a kept-out drawing is nearest to itself
+                nearer = are_nearer(vectors, own_names, drawings, kept_out_of)
                 row["a training drawing is nearer"] = percents(nearer, own_names)
                 by_chance = [chance[name] for name in own_names]
                 row["by chance"] = percents(by_chance, own_names)
-            copies = are_copies(vectors, own_names, drawings, kept_of)
+            copies = are_copies(vectors, own_names, drawings, kept_out_of)
             row["copies"] = percents(copies, own_names)
             results[f"{title}, by {measure}"] = row
     return results, len(both)
 
 
-def nearest(vector, drawings, is_kept):
+def nearest(vector, drawings, is_kept_out):
     """Distances of a vector (D,) to the nearest drawing of training, and to the nearest kept out.
 
-    drawings (n, D): all of its name; is_kept (n,) bool.
+    drawings (n, D): all of its name; is_kept_out (n,) bool.
     """
     away = (drawings - vector).norm(dim=1)
-    return away[~is_kept].min().item(), away[is_kept].min().item()
+    return away[~is_kept_out].min().item(), away[is_kept_out].min().item()
 
 
-def are_nearer(vectors, names, drawings, is_kept):
+def are_nearer(vectors, names, drawings, kept_out_of):
     """Is each vector nearer to a training drawing of its name than to those kept out? 0 or 1."""
     answers = []
     for vector, name in zip(vectors, names):
-        of_training, of_kept = nearest(vector, drawings[name], is_kept[name])
-        answers.append(float(of_training < of_kept))
+        trained, kept_out = nearest(vector, drawings[name], kept_out_of[name])
+        answers.append(float(trained < kept_out))
     return answers
 
 
-def are_copies(vectors, names, drawings, is_kept):
+def are_copies(vectors, names, drawings, kept_out_of):
     """Is each vector a copy of a training drawing of its name? 0 or 1.
 
     It is a copy if its distance to the nearest one is below the COPY-th percentile of the distances
     between different drawings of one name.
     """
     limit = np.percentile(torch.cat([torch.pdist(of_name) for of_name in drawings.values()]), COPY)
-    return [float(nearest(vector, drawings[name], is_kept[name])[0] < limit)
+    return [float(nearest(vector, drawings[name], kept_out_of[name])[0] < limit)
             for vector, name in zip(vectors, names)]
 
 
-def training_share(art, rows, is_kept):
+def training_share(art, rows, is_kept_out):
     """Of the icon sets that have one of the drawings `rows`, the share that is trained on.
 
     If samples did not depend on which drawings were trained on, the nearest drawing would be a
     training drawing with this probability.
     """
-    kept = {art.sets[i] for i in rows if is_kept[i]}
-    return 1 - len(kept) / len({art.sets[i] for i in rows})
+    kept_out = {art.sets[i] for i in rows if is_kept_out[i]}
+    return 1 - len(kept_out) / len({art.sets[i] for i in rows})
 
 
 def percents(values, names):

@@ -128,7 +128,7 @@ def main():
     parser.add_argument("--prompts", type=whole(1, len(POOL_PROMPTS)), default=len(POOL_PROMPTS),
                         help="prompts of the pool (default: %(default)s)")
     parser.add_argument("--out", type=filled, default=str(RESULTS), help="folder of the results")
-    add_base_options(parser)
+    add_base_options(parser, superres=False)
     args = parser.parse_args()
     check_place(args.out)
     pipe = load_pipeline(args)

@@ -66,7 +66,7 @@ ABOUT_OBJECTS = ("object kept", "object and palette", "leak")
 YES_OR_NO = ("object kept", "palette", "texture", "blank", "leak")
 
 # What --sweep tries, one change at a time from the defaults: settings of styledrop.Tuning (H, rate,
-# steps, masking) and of styledrop.Sampling
+# steps, masking) and of styledrop.Sampling, and the prompt of tuning (style, content)
 SWEEP = [dict(), dict(lambda_a=0), dict(lambda_a=0.5), dict(lambda_a=1), dict(lambda_a=1.5),
          dict(lambda_a=2), dict(lambda_a=3), dict(lambda_b=1), dict(lambda_b=3), dict(lambda_b=6),
          dict(lambda_b=8), dict(lambda_b=12), dict(lambda_b=15),
@@ -164,8 +164,9 @@ class Ruler:
         if side not in self.described:
             small = F.interpolate(self.pictures, (side, side), mode="area")
             tokens = self.pipe.vqgan.encode(small.to(self.pipe.device))
-            again = self.pipe.vqgan.decode(tokens).cpu()
-            self.described[side] = again, tokens.flatten(1), palette(again), texture(again)
+            reconstructed = self.pipe.vqgan.decode(tokens).cpu()
+            self.described[side] = (reconstructed, tokens.flatten(1), palette(reconstructed),
+                                    texture(reconstructed))
         return self.described[side]
 
     @torch.no_grad()
@@ -221,14 +222,14 @@ def report(pipe):
     references = load_references("reported", pipe.resolution)
     ruler, objects = Ruler(pipe, references), list(OBJECTS)
     arms = sample_reported(pipe, references)
-    again, *_ = ruler.at_side(arms["tuned"].shape[-1])
+    reconstructed, *_ = ruler.at_side(arms["tuned"].shape[-1])
     rows = {name: [] for name in ARMS}
     for i in range(len(references)):
         other = (i + 1) % len(references)
         for name, images in arms.items():
             rows[name].append(ruler.measure(images[i], objects, i))
         rows["other"].append(ruler.measure(arms["tuned"][other], objects, i))
-        rows["reference"].append(ruler.measure(again[i:i + 1], objects[:1], i))
+        rows["reference"].append(ruler.measure(reconstructed[i:i + 1], objects[:1], i))
     write_json(RESULTS / "foreign.json", dict(
         base=pipe.base_id, tuning=asdict(ROUND_1), sampling=asdict(SAMPLING), objects=objects,
         references=[reference.file for reference in references],
@@ -321,14 +322,14 @@ def columns_of_two(images, top):
 # --------------------------------------------------------------------------------------------------
 # The sweep, on the validation references; the first stage alone, at its own 64 pixels
 
-def sweep(pipe, settings, count, is_confirmed=False):
+def sweep(pipe, settings, count, on_test=False):
     """results/foreign_sweep.md: a row for each change of SWEEP, on `count` validation references.
 
-    settings: names of those to change, or an empty list for all of them. is_confirmed: use the test
+    settings: names of those to change, or an empty list for all of them. on_test: use the test
     references, and write results/foreign_confirm.md. This is for a setting that was already chosen.
     """
     used, half, file = "chosen", "validation", "foreign_sweep.md"
-    if is_confirmed:
+    if on_test:
         used, half, file = "reported", "test", "foreign_confirm.md"
     references = load_references(used, pipe.resolution)
     ruler, objects, adapters = Ruler(pipe, references), list(OBJECTS), {}
@@ -396,7 +397,7 @@ def main():
                         help="how many pictures --sweep uses (default: %(default)s)")
     parser.add_argument("--confirm", action="store_true",
                         help="with --sweep: on test data, for settings that were already chosen")
-    add_base_options(parser)
+    add_base_options(parser, superres=False)
     args = parser.parse_args()
     for name in args.sweep or ():
         if name not in known:

@@ -20,8 +20,8 @@ RESULTS = Path(__file__).with_name("results")
 NOTES = {                   # what a model that has learned nothing scores, or how a run began
     "vqgan": "one code for all images: usage 1/1024, perplexity 1",
     "clip": f"guessing among 1,024: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001; the loss "
-            "rises at the end, probably because a small rate no longer memorises the images that "
-            "--reuse repeats",
+            "rises at the end, probably because, at the small learning rate near the end, the "
+            "model no longer memorises the images that --reuse repeats",
     "muse": f"guessing among 1,024 tokens: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001; "
             "always the most frequent token, white: accuracy 0.14; label smoothing alone keeps the "
             "loss above 1.02",
@@ -49,7 +49,7 @@ def milestones(log, figures):
         away = [abs(line["step"] - share * steps) for line in log]
         nearest = log[int(np.argmin(away))]
         near = [line for line, steps_away in zip(log, away) if steps_away <= 0.01 * steps]
-        row = [f"{nearest['minutes']:.0f}", f"{nearest['images']:,}"]
+        row = [f"{nearest['minutes']:.1f}", f"{nearest['images']:,}"]
         for figure in figures:
             mean = np.mean([line[figure] for line in near or [nearest]])
             row.append(f"{mean:.3g}")

@@ -78,11 +78,6 @@ def name_scores(judge, images):
 # --------------------------------------------------------------------------------------------------
 # Disguises: random changes of everything but the shape. All take and return values in [0, 1]
 
-def chance(generator, batch, p):
-    """(B, 1, 1, 1) bool, true with probability p."""
-    return torch.rand(batch, 1, 1, 1, generator=generator) < p
-
-
 def smooth_noise(generator, batch, channels):
     """Noise (B, channels, 64, 64) of one of several scales for the whole batch, in [0, 1]."""
     side = (3, 6, 12, 24, 64)[int(torch.randint(5, (), generator=generator))]
@@ -129,8 +124,9 @@ def disguised(rgba, generator):
     """Drawings (B, 4, 64, 64) with straight alpha in [0, 1] -> pictures (B, 3, 64, 64)."""
     B = len(rgba)
 
-    def coin(p):
-        return chance(generator, B, p)
+    def chance(p):
+        """(B, 1, 1, 1) bool, true with probability p."""
+        return torch.rand(B, 1, 1, 1, generator=generator) < p
 
     alpha = rgba[:, 3:]
     rgba = moved(torch.cat([rgba[:, :3] * alpha, alpha], 1), generator)
@@ -138,24 +134,24 @@ def disguised(rgba, generator):
     x = rgba[:, :3] / a.clamp(min=0.05)
 
     # the object: other colours, no colours, or another texture that keeps its light
-    x = torch.where(coin(0.35), random_curves(x, generator), x)
+    x = torch.where(chance(0.35), random_curves(x, generator), x)
     grey = x.mean(1, keepdim=True)
-    x = torch.where(coin(0.2), grey.expand_as(x), x)
+    x = torch.where(chance(0.2), grey.expand_as(x), x)
     tint = torch.rand(B, 3, 1, 1, generator=generator)
-    x = torch.where(coin(0.25), grey * tint * 1.3, x)
+    x = torch.where(chance(0.25), grey * tint * 1.3, x)
     texture = smooth_noise(generator, B, 3)
     light = torch.rand(B, 1, 1, 1, generator=generator)
-    x = torch.where(coin(0.2), torch.lerp(texture, grey.expand_as(x), light), x)
+    x = torch.where(chance(0.2), torch.lerp(texture, grey.expand_as(x), light), x)
 
     # the background: one colour, noise, or parts of other drawings
     ground = torch.rand(B, 3, 1, 1, generator=generator).expand(-1, -1, 64, 64)
     extreme = torch.randint(2, (B, 1, 1, 1), generator=generator).float().expand_as(ground)
-    ground = torch.where(coin(0.3), extreme, ground)
+    ground = torch.where(chance(0.3), extreme, ground)
     mottled = torch.lerp(ground, smooth_noise(generator, B, 3), torch.rand(B, 1, 1, 1,
                                                                            generator=generator))
-    ground = torch.where(coin(0.4), mottled, ground)
+    ground = torch.where(chance(0.4), mottled, ground)
     others = F.avg_pool2d(rgba[torch.randperm(B, generator=generator), :3], 7, 1, 3)
-    ground = torch.where(coin(0.1), others, ground)
+    ground = torch.where(chance(0.1), others, ground)
     picture = torch.lerp(ground, x, a)
 
     # contours alone, or dark contours over it
@@ -163,22 +159,22 @@ def disguised(rgba, generator):
     down = F.pad(picture, (0, 0, 0, 1), mode="replicate").diff(dim=-2).abs()
     lines = ((across + down).mean(1, keepdim=True) * 4).clamp(0, 1)
     ink = torch.rand(B, 3, 1, 1, generator=generator)
-    picture = torch.where(coin(0.12), torch.lerp(ground, ink.expand_as(ground), lines), picture)
-    picture = torch.where(coin(0.12), picture * (1 - lines), picture)
+    picture = torch.where(chance(0.12), torch.lerp(ground, ink.expand_as(ground), lines), picture)
+    picture = torch.where(chance(0.12), picture * (1 - lines), picture)
 
     # the whole: filters, holes where the background shows, displacement, noise, softness
-    picture = torch.where(coin(0.3), random_convolution(picture, generator), picture)
+    picture = torch.where(chance(0.3), random_convolution(picture, generator), picture)
     holes = (smooth_noise(generator, B, 1) > 0.78)
-    picture = torch.where(coin(0.15) & holes, ground, picture)
+    picture = torch.where(chance(0.15) & holes, ground, picture)
     wander = (torch.rand(B, 2, 9, 9, generator=generator) - 0.5) * 0.15
-    wander = F.interpolate(wander, (64, 64), mode="bicubic") * coin(0.3)
+    wander = F.interpolate(wander, (64, 64), mode="bicubic") * chance(0.3)
     still = F.affine_grid(torch.eye(2, 3).expand(B, 2, 3), picture.shape, align_corners=False)
     picture = F.grid_sample(picture, still + wander.movedim(1, -1), padding_mode="border",
                             align_corners=False)
-    picture = torch.where(coin(0.2), F.avg_pool2d(picture, 3, 1, 1, count_include_pad=False),
+    picture = torch.where(chance(0.2), F.avg_pool2d(picture, 3, 1, 1, count_include_pad=False),
                           picture)
     noise = torch.randn(picture.shape, generator=generator) * 0.15
-    return (picture + noise * coin(0.3) * torch.rand(B, 1, 1, 1, generator=generator)).clamp(0, 1)
+    return (picture + noise * chance(0.3) * torch.rand(B, 1, 1, 1, generator=generator)).clamp(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,14 +240,14 @@ def train(args):
     ceilings = {}                                            # written into the file, too
     for role in ("training", "held-out"):
         for kind in ("as drawn", "disguised", "free styles"):
-            named, count = ceiling(judge, names, role, kind)
+            named, count = accuracy(judge, names, role, kind)
             ceilings[f"{role} sets, {kind}"] = named
             print(f"{role} sets, {kind}: {named:.1%} of {count} named among {len(names)}")
     save_model(args.out, "object judge", judge, provenance | dict(ceilings=ceilings), names=names)
 
 
 @torch.no_grad()
-def ceiling(judge, names, role, kind, count=1000):
+def accuracy(judge, names, role, kind, count=1000):
     """The share of `count` drawings whose name it ranks first, and `count`.
 
     kind: "as drawn", "disguised" or "free styles".

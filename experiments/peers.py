@@ -8,6 +8,7 @@ passes per step. The times exclude T, E and D. Each library's own sampling loop 
 default settings. If a library is not installed, its row says so.
 """
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -47,14 +48,6 @@ def ours(patch):
         decode(logits_fn, 4, config.tokens, config.mask_id, steps, 1.0, generators)
 
     return G, sample
-
-
-def ours_as_muse():
-    return ours(patch=1)
-
-
-def ours_as_shipped():
-    return ours(patch=2)
 
 
 def muse_maskgit():
@@ -97,7 +90,8 @@ def amused():
     return G, sample
 
 
-PEERS = {"ours, patch 1 (as Muse)": ours_as_muse, "ours, patch 2 (as shipped)": ours_as_shipped,
+PEERS = {"ours, patch 1 (as Muse)": partial(ours, patch=1),
+         "ours, patch 2 (as shipped)": partial(ours, patch=2),
          "muse-maskgit-pytorch": muse_maskgit, "aMUSEd (diffusers)": amused}
 
 

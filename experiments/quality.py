@@ -32,9 +32,8 @@ from commandline.options import Parser, filled, number, whole
 from commandline.terminal import run_command, say
 from data import Scene, drawing, english, scenes, styles
 from data.pictures import grid
-from experiments.classifier import (COLOURS, FILE, emoji_objects, is_new, labels_of,
-                                    load_classifier, look, named, numbers_of, own_figures, paint,
-                                    part)
+from experiments.classifier import (COLOURS, FILE, classes_of, emoji_objects, is_new, labels_of,
+                                    load_classifier, named, own_figures, paint, part, predict)
 from experiments.common import command, heading, made_by, mean_and_error, reconstruct, table
 from experiments.copies import COPY, all_drawings, audit, framed
 from pretrain.common import machine
@@ -146,7 +145,7 @@ def plain_prompts(net, pipe, art, names, per, seed, sampling):
     chosen = [Scene((name,)) for name in repeated]
     rng = np.random.default_rng(seed)
     known, new = part(art, ~is_new(art)), part(art, is_new(art))
-    reference = look(net, real(known, chosen, rng))["features"].unflatten(0, (-1, per))
+    reference = predict(net, real(known, chosen, rng))["features"].unflatten(0, (-1, per))
     others = real(known, chosen, rng)
     samples = sample(pipe, prompts, seed, sampling)
     images = {
@@ -154,14 +153,14 @@ def plain_prompts(net, pipe, art, names, per, seed, sampling):
         "real, never seen by the classifier": real(new, chosen, rng),
         "real, reconstructed by the tokenizer": reconstruct(pipe, others),
         "**samples**": samples,
-        "samples of the base alone": sample(pipe, prompts, seed, sampling, superres=False),
+        "samples of the first stage alone": sample(pipe, prompts, seed, sampling, superres=False),
         "control: class mean": class_means(known, repeated, rng),
         "control: one decoding step": sample(pipe, prompts, seed, replace(sampling, steps=1))}
     rows = {}
     for title, pictures in images.items():
-        predictions = look(net, pictures)
+        predictions = predict(net, pictures)
         features = predictions["features"].unflatten(0, (-1, per))
-        of_all, of_100 = named(predictions, numbers_of(net, repeated))
+        of_all, of_100 = named(predictions, classes_of(net, repeated))
         rows[title] = distances(reference, features)
         rows[title][f"named of {len(net.known_names)}"] = share(of_all.view(-1, per))
         rows[title]["named of 100"] = share(of_100.view(-1, per))
@@ -197,7 +196,7 @@ def answers(net, images, chosen, title):
     """What is right in images of scenes -> {question: (n,) from 0 to 1, NaN if not asked}."""
     if title.startswith("two things"):
         return two_things(net, images, chosen)
-    return one_thing(look(net, images), chosen, title, net.known_names)
+    return one_thing(predict(net, images), chosen, title, net.known_names)
 
 
 def two_things(net, images, chosen):
@@ -205,17 +204,20 @@ def two_things(net, images, chosen):
 
     Each half's object is enlarged to the size that the classifier knows (`framed`).
     """
-    left = look(net, framed(images[..., :32]))
-    right = look(net, framed(images[..., 32:]))
-    left_all, left_100 = named(left, numbers_of(net, [scene.things[0] for scene in chosen]))
-    right_all, right_100 = named(right, numbers_of(net, [scene.things[1] for scene in chosen]))
+    left = predict(net, framed(images[..., :32]))
+    right = predict(net, framed(images[..., 32:]))
+    left_all, left_100 = named(left, classes_of(net, [scene.things[0] for scene in chosen]))
+    right_all, right_100 = named(right, classes_of(net, [scene.things[1] for scene in chosen]))
     return {f"both of {len(net.known_names)}": left_all * right_all,
             "both of 100": left_100 * right_100,
             f"one or both of {len(net.known_names)}": torch.maximum(left_all, right_all)}
 
 
 def one_thing(predictions, chosen, title, names):
-    """Are object, colour and count right, each alone and all together? predictions: of `look`."""
+    """Are object, colour and count right, each alone and all together?
+
+    predictions: those of `predict`.
+    """
     labels = torch.tensor([labels_of(scene, names) for scene in chosen])
     thing, _, colour, count = labels.unbind(1)
     results = {}
@@ -352,17 +354,17 @@ def report(results, net, pipe, args, sampling):
         f"{excess(plain, infinite):.1f} extrapolated, {excess(plain, full):.1f} with all images, "
         f"and {excess(plain, quarter):.1f} with {quarter}.",
         "", "## More than one word", "",
-        f"{args.scenes} prompts each. Control: what the sample of the next prompt shows of this "
-        "one by chance. Real: composed of drawings that the classifier mostly knows; "
-        "reconstructed: the same by the tokenizer; never seen: of drawings that it does not know. "
-        "Two things: the left one is named in the left half of the image, and the right one in the "
-        "right half.",
+        f"{args.scenes} prompts each. Control: how often the sample for the next prompt happens to "
+        "fit this one. Real: composed of drawings that the classifier mostly knows; "
+        "reconstructed: the same images after the tokenizer; never seen: composed of drawings that "
+        "the classifier does not know. Two things: the left one is named in the left half of the "
+        "image, and the right one in the right half.",
         *table_of(words), "## Copies", "",
         f"{results['audited']} of the names have drawings of both kinds: those that the base was "
         "trained on and those kept out of its training. If samples did not depend on which "
-        "drawings were trained on, the first column would equal the second. Copies: images that "
-        "are nearer to a training drawing than "
-        f"{100 - COPY} % of the pairs of different drawings of one name are to each other. "
+        "drawings were trained on, the first column would equal the second. Copies: images whose "
+        "distance to the nearest training drawing of their object is below the "
+        f"{COPY}th percentile of the distances between two different drawings of one object. "
         "Distances are measured by the classifier's features and by pixels, both after centring. "
         "The other set is OpenMoji, on which nothing here was trained: where its first two columns "
         "differ, the measure is biased by as much.",

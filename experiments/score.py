@@ -9,6 +9,7 @@ and each is printed with its prompt.
 """
 
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from checkpoint.clip import load_clip
 from clip_feedback import style_score, text_score
 from commandline.options import Parser, filled
-from commandline.terminal import run_command, say
+from commandline.terminal import note, run_command, say
 from data.folder import SUFFIXES, read_text
 from data.reading import read_image
 from experiments.common import mean_and_error
@@ -87,9 +88,12 @@ def main():
     clip = load_clip(args.clip, args.merges)
     images = read_images(paths, clip.config.resolution)
     references = read_images(args.ref, clip.config.resolution)
-    text = text_score(clip, images, prompts)
+    with warnings.catch_warnings(record=True) as cut:        # CLIP's, of prompts that are too long
+        text = text_score(clip, images, prompts)
     style = style_score(clip, images, references)
 
+    for warning in cut:
+        note(str(warning.message))
     for path in skipped:
         say(f"skipped, since it is not an image: {path.name}")
     say("text   style  image and prompt")

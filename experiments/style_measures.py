@@ -73,8 +73,11 @@ def is_nearest(images_described, references_described):
 
 
 def is_blank(images, least=0.03, faint=0.12):
-    """Is a picture blank? (B,) bool: fewer than `least`, a share, of its 4 x 4 pixel blocks differ
-    from its median colour by more than `faint` (on a scale from -1 to 1)."""
+    """Is a picture blank? (B,) bool.
+
+    It is if less than a share `least` of its 4 x 4 pixel blocks differ from its median colour by
+    more than `faint` (pixels are in [-1, 1]).
+    """
     parts = F.avg_pool2d(images, 4)
     median = parts.flatten(2).median(-1).values[..., None, None]
     away = ((parts - median).abs().amax(1) > faint).flatten(1).float().mean(1)

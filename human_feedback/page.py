@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from checkpoint.files import write_text
+from checkpoint.files import read_json, write_text
 
 from .choice import check_choice, hash_of
 
@@ -43,17 +43,15 @@ class Picking:
         self.lock = threading.Lock()
         self.done = threading.Event()
         self.chosen = []
-        if not self.path.exists():
+        saved = read_json(self.path)
+        if saved is None:
             return
         try:
-            saved = json.loads(self.path.read_text(encoding="utf-8"))
             pool = saved["pool"]
             chosen = check_choice(saved["chosen"], math.inf)
             if pool == self.pool:
                 chosen = check_choice(chosen, self.count)
-        except PermissionError:
-            raise ValueError(f"no permission to read {path}; change its permissions") from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (KeyError, ValueError):
             raise ValueError(f"{path} is damaged; move it away to choose anew") from None
         if pool != self.pool and chosen:
             raise ValueError(f"{path} contains a choice from another pool; move it away")
@@ -105,7 +103,7 @@ def check_port(port):
     listen(port).server_close()
 
 
-def handler(token, picking, png, references, goal):
+def handler_of(token, picking, png, references, goal):
     """The request handler of one pool. png(kind, i): the bytes of a picture."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -210,7 +208,7 @@ def has_desktop():
 
 
 class ChoicePage:
-    """The page of one pool, from its first request until `close`.
+    """The page of one pool; it is served from now until `close`.
 
     It outlives the choice: a tab that is reloaded while the next round trains says that the choice
     is over.
@@ -230,7 +228,7 @@ class ChoicePage:
             Image.fromarray(pictures[i]).save(buffer, "PNG")
             return buffer.getvalue()
 
-        self.server = listen(port, handler(token, self.picking, png, len(references), goal))
+        self.server = listen(port, handler_of(token, self.picking, png, len(references), goal))
         self.address = f"http://127.0.0.1:{self.server.server_port}/{token}/"
         threading.Thread(target=self.server.serve_forever, args=(0.1,), daemon=True).start()
 

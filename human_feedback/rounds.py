@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import clip_feedback
 from checkpoint.adapters import load_adapter
 from checkpoint.files import read_json, write_json, write_log, write_png
-from checkpoint.runs import was_made
+from checkpoint.runs import check_recipe, was_made
 from checkpoint.weights import fingerprint
 from commandline.notes import note_unknown
 from commandline.options import LONGEST
@@ -55,13 +56,13 @@ class Pool:
         return [prompt for prompt in self.prompts for _ in range(count)]
 
 
-def sample_pool(pipe, prompts, count, style=None, seed=0, on_batch=None, **sampling):
+def sample_pool(pipe, prompts, count, style=None, seed=0, on_batch=None, **options):
     """`count` images for each prompt in the style of an adapter (None: of the base) -> Pool.
 
     The other arguments are those of `StyleDrop.generate`.
     """
     repeated = [prompt for prompt in prompts for _ in range(count)]
-    images = pipe.generate(repeated, style, seed=seed, on_batch=on_batch, **sampling).cpu()
+    images = pipe.generate(repeated, style, seed=seed, on_batch=on_batch, **options).cpu()
     return Pool(images, list(prompts), "" if style is None else style.style)
 
 
@@ -164,8 +165,8 @@ def check_rounds(args, out, prompts):
         has_picks = picks is not None and turn == args.rounds
         recipe = dict(for_choice, chosen=picks) if has_picks else for_choice
         choice = read_choice(here / "choice.json", recipe, count)
-        was_made(here / "pool.json", for_pool)
-        was_made(here / "adapter.json", for_adapter)
+        check_recipe(here / "pool.json", for_pool)
+        check_recipe(here / "adapter.json", for_adapter)
         if choice is not None:
             continue
         clicks = read_json(here / "picking.json") or {}
@@ -177,7 +178,10 @@ def check_rounds(args, out, prompts):
 
 
 def read_choice(path, recipe, count):
-    """The indices in choice.json, or None where there is none. Raises ValueError: see was_made."""
+    """The indices in choice.json, or None where there is none.
+
+    Raises ValueError if the file is damaged, or was made by another recipe.
+    """
     if not was_made(path, recipe):
         return None
     try:
@@ -208,11 +212,9 @@ def further_rounds(args, out, pipe, references, config, prompts):
         for turn in range(2, args.rounds + 1):
             here = out / f"round{turn}"
             made_by = dict(adapter=fingerprint(adapters[-1].state_dict()))
-            for_pool, for_choice, for_adapter = recipes(args, prompts)
-            for_pool = dict(made_by, **for_pool)
-            for_choice = dict(made_by, **for_choice)
-            for_adapter = dict(made_by, **for_adapter)
-            pool = pool_of(pipe, here, adapters[-1], for_pool)
+            for_pool, for_choice, for_adapter = (dict(made_by, **recipe)
+                                                 for recipe in recipes(args, prompts))
+            pool = pool_of(args, here, pipe, adapters[-1], for_pool)
             pick = args.pick if turn == args.rounds else None        # only for the last round
             chosen = choose(args, here, pipe, pool, references, for_choice, pick, pages)
             adapters.append(adapter_of(args, here, pipe, pool, chosen, style, for_adapter, turn))
@@ -222,14 +224,14 @@ def further_rounds(args, out, pipe, references, config, prompts):
     write_json(out / "config.json", dict(config, round=args.rounds))
 
 
-def pool_of(pipe, here, adapter, recipe):
+def pool_of(args, here, pipe, adapter, recipe):
     """The pool of a round, from pool.png if it is there; pool.json says that it is complete."""
     prompts = recipe["prompts"]
     count = recipe["pool"]
     if not (was_made(here / "pool.json", recipe) and (here / "pool.png").exists()):
         progress = SamplingProgress("pool: picture", len(prompts) * count)
         pool = sample_pool(pipe, prompts, count, adapter, recipe["seed"] + 1, progress.on_batch,
-                           on_step=progress.on_step)
+                           on_step=progress.on_step, superres=args.superres)
         picture = grid(to_uint8(pool.images), count, gap=0)
         write_png(here / "pool.png", picture)
         write_json(here / "pool.json", dict(recipe, pixels=hash_of(picture)))
@@ -273,7 +275,7 @@ def choose(args, here, pipe, pool, references, recipe, pick, pages):
         chosen = page.wait(announce=say)
     write_png(here / "chosen.png", grid(images[chosen], 10, 2))
     # raises ValueError if another command has written a different choice in the meantime
-    was_made(here / "choice.json", dict(recipe, chosen=chosen))
+    check_recipe(here / "choice.json", dict(recipe, chosen=chosen))
     write_json(here / "choice.json", dict(recipe, chosen=chosen))
     return chosen
 
@@ -296,9 +298,13 @@ def adapter_of(args, here, pipe, pool, chosen, style, recipe, turn):
 
 
 def compare_rounds(args, out, pipe, references, config, prompts, adapters):
-    """Write rounds.png and scores.json: the base and all rounds, on the same prompts and seed."""
+    """Write rounds.png and scores.json: the base and all rounds, on the same prompts and seeds.
+
+    The base has its own default settings, BASE_SAMPLING, and the rounds have SAMPLING.
+    """
     count = min(len(prompts), 8)
-    reference = to_uint8(references)[:1]
+    side = pipe.resolution if args.superres else pipe.vqgan.config.resolution    # of the samples
+    reference = to_uint8(F.interpolate(references[:1], (side, side), mode="area"))
     rows = []
     left = []
     scores = {}
@@ -306,7 +312,7 @@ def compare_rounds(args, out, pipe, references, config, prompts, adapters):
         name = f"round {turn}" if adapter else "base"
         progress = SamplingProgress(f"{name}: picture", len(prompts))
         pool = sample_pool(pipe, prompts, 1, adapter, args.seed, progress.on_batch,
-                           on_step=progress.on_step)
+                           on_step=progress.on_step, superres=args.superres)
         values = measure(pipe, pool.images, prompts, references, config["content"])
         scores[name] = {key: round(value.nanmean().item(), 4) for key, value in values.items()
                         if not value.isnan().all()}
@@ -316,7 +322,7 @@ def compare_rounds(args, out, pipe, references, config, prompts, adapters):
         rows += [reference if turn == 0 else np.full_like(reference, 255),
                  to_uint8(pool.images[:count])]
     top = ["reference", *prompts[:count]]
-    sheet = grid(np.concatenate(rows), len(top), 128 // reference.shape[1], 8, top, left)
+    sheet = grid(np.concatenate(rows), len(top), max(1, 128 // side), 8, top, left)
     write_png(out / "rounds.png", sheet)
     scorer = (f"{Path(args.weights).name}/clip.pt, one image of each of {len(prompts)} prompts, "
               "those of the pool; texts without the style phrase")

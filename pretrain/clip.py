@@ -19,7 +19,7 @@ from clip_feedback import CLIP, PRESETS, Tokenizer, image_features
 from data import styles
 from commandline.terminal import run_command, say
 from pretrain.common import (Replay, Run, Steps, batches, image_source, optimisers_for, set_rate,
-                             stage_parser, start, to_float, train_merges)
+                             stage_parser, start, train_merges)
 from styledrop import autocast, to_tensor
 
 MAX_LOGIT_SCALE = math.log(100)         # CLIP 2.5: sharper than this, training becomes unstable
@@ -52,8 +52,8 @@ class StyleWords:
 
     def batch(self, n, rng, resolution):
         images, captions = self.source.batch(n, rng, resolution)
-        return images, [words.rpartition(" in ")[2] if words.endswith(" style") else words
-                        for words in captions]
+        return images, [caption.rpartition(" in ")[2] if caption.endswith(" style") else caption
+                        for caption in captions]
 
 
 def augment(images, generator):
@@ -83,21 +83,20 @@ def augment(images, generator):
     return (images * gain + tint).clamp(-1, 1)
 
 
-def contrastive_loss(image_features, text_features, logit_scale, same=None):
+def contrastive_loss(images, texts, logit_scale, same=None):
     """Symmetric InfoNCE (CLIP Figure 3): find each image's caption, and each caption's image.
 
-    image_features, text_features (B, E), not normalised. logit_scale: the model's parameter, the
-    logarithm of the factor by which cosines are multiplied, clamped to at most ln 100. same (B, B)
-    bool: whether text j is also correct for image i; None: only i = j. Returns a scalar.
+    images, texts (B, E): their features, not normalised. logit_scale: the model's parameter, the
+    logarithm of the factor by which cosines are multiplied. same (B, B) bool: whether text j is
+    also correct for image i; None: only i = j. Returns a scalar.
 
     In CLIP, every other caption of the batch counts as wrong. Here, "a cat" often occurs twice in a
     batch, so the target is spread evenly over all correct captions. The lowest possible loss is
     then not 0 but the mean logarithm of their number.
     """
-    image_features = F.normalize(image_features.float(), dim=-1)
-    text_features = F.normalize(text_features.float(), dim=-1)
-    scale = logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-    logits = scale * image_features @ text_features.T                    # (B images, B texts)
+    images = F.normalize(images.float(), dim=-1)
+    texts = F.normalize(texts.float(), dim=-1)
+    logits = logit_scale.exp() * images @ texts.T                        # (B images, B texts)
     same = torch.eye(len(logits), device=logits.device) if same is None else same.to(logits.dtype)
     to_text = F.cross_entropy(logits, same / same.sum(1, keepdim=True))
     to_image = F.cross_entropy(logits.T, same.T / same.T.sum(1, keepdim=True))
@@ -133,7 +132,7 @@ def main(argv=None):
         images, ids = replays[step % len(kinds)](item, generator)  # (B, H, W, 3), (B, L)
         if step < run.step:                                  # resumed: this only fills the replays
             continue
-        images = augment(to_float(images), generator)        # (B, 3, H, W)
+        images = augment(to_tensor(images), generator)        # (B, 3, H, W)
         same = (ids[:, None] == ids[None]).all(-1)           # (B, B): one caption
 
         # the loss: find each image's caption in the batch, and each caption's image
@@ -172,9 +171,9 @@ def main(argv=None):
 def measure(clip, count=400, among=100):
     """Accuracy of a CLIP on drawings of the held-out set, in random styles of the training set.
 
-    top1, top5: how often the drawing's name is the nearest text, or among the five nearest, of it
-    and 99 random other names. style: how often a painted drawing is nearer to a second
-    drawing in the same style than to the same second drawing in another style.
+    top1, top5: how often the drawing's own name is the nearest, or among the five nearest, of 100
+    names: its own and 99 random others. style: how often a painted drawing is nearer to another
+    drawing in the same style than to that other drawing in a different style.
     """
     art = data.Art(role="held-out", size=clip.config.resolution)
     rng = np.random.default_rng(0)

@@ -46,7 +46,7 @@ def stage_parser(stage, description, steps, batch, lr):
     add("--batch", type=whole(1, 65536), default=batch,
         help="batch size (default: %(default)s)")
     add("--reuse", type=whole(1, 64), default=1,
-        help="training steps in which each image is used; raise it if the GPU waits for images")
+        help="how many training steps use each image; raise it if the GPU waits for images")
     add("--lr", type=number(float, 0, 1, above=True), default=lr,
         help="peak learning rate (default: %(default)s)")
     add("--seed", type=whole(0, 2**31), default=0, help="random seed (default: %(default)s)")
@@ -100,7 +100,9 @@ def start(args, together=False):
     if "LOCAL_RANK" in os.environ:                          # torchrun started us
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # unused, but if torch imported it after the group was made, the group would never be freed
+        # The first optimiser imports torch._dynamo, which imports this module, whose functions then
+        # have the group as a default argument: its threads would outlive destroy_process_group. So
+        # the module is imported before there is a group.
         from torch.distributed import nn  # noqa: F401
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
 
@@ -126,8 +128,9 @@ def machine(device):
             names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         if names:
             model = names[0]
-    return (f"{torch.get_num_threads()} threads of {model}, {precision('cpu')}, "
-            f"torch {torch.__version__}")
+    count = torch.get_num_threads()
+    threads = "1 thread" if count == 1 else f"{count} threads"
+    return f"{threads} of {model}, {precision('cpu')}, torch {torch.__version__}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,7 +141,8 @@ def train_merges(texts, n_merges, earlier=()):
 
     Ties go to the lexicographically first pair, so the same texts give the same merges everywhere.
     earlier: the merges of an existing vocabulary, to which new ones are added. Returns pairs of
-    symbols in merge order: n_merges new ones, or fewer when every word has become one symbol.
+    symbols in merge order: the earlier ones, then n_merges new ones, or fewer when every word has
+    become one symbol.
     """
     counts = Counter(word for text in texts for word in split_words(text))
     before = Tokenizer(earlier)
@@ -210,11 +214,14 @@ def initial_muse(init, kind, config, words):
 # Batches
 
 def image_source(args, size, **settings):
-    """Training images of `size` x `size` pixels: the drawings of data/, or the folder of --data."""
+    """Training images of `size` x `size` pixels: the drawings of data/, or the folder of --data.
+
+    settings: of data.Art; a folder has none.
+    """
     if not args.data:
         return data.Art(size=size, **settings)
     folder = data.Folder(args.data, size)
-    is_first = not hasattr(args, "data_fingerprint")         # superres reads the folder twice
+    is_first = not hasattr(args, "data_fingerprint")     # superres and clip read the folder twice
     if folder.skipped and is_first:
         count = len(folder.skipped)
         names = ", ".join(folder.skipped[:5])
@@ -303,11 +310,6 @@ def batches(args, steps, first):
         yield step, [x.to(args.device, non_blocking=True) for x in item], generator
 
 
-def to_float(images):
-    """A uint8 tensor (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1], on the same device."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 # --------------------------------------------------------------------------------------------------
 # Optimisers
 
@@ -339,7 +341,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x):
-    """x (n, rows, columns) -> orthogonal matrices near it, by five Newton-Schulz steps."""
+    """x (n, rows, columns) -> nearly orthogonal matrices near it, by five Newton-Schulz steps."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x.bfloat16() if fast_bf16(x.device.type) else x
@@ -407,6 +409,7 @@ class Run:
         self.began = self.logged_at = self.kept_at = time.time()
         self.logged = self.step              # the step of the last line of the log
         self.sums = {}                       # {figure: its sum since then}
+        self.counts = {}                     # {figure: the number of steps that had it}
 
     def resume(self, saved):
         path = self.out / "checkpoint.pt"
@@ -436,18 +439,20 @@ class Run:
             write_text(log, "".join(lines))
 
     def log(self, done, **figures):
-        """Add a step's figures; every --log-seconds print their means.
+        """Add a step's figures; every --log-seconds print their means over the steps that had them.
 
         Tensors are read only then, since each reading makes a GPU wait. Raises ValueError if the
         loss is NaN or infinite.
         """
         for name, value in figures.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
         now = time.time()
         if now - self.logged_at < self.args.log_seconds and done < self.args.steps:
             return
         n = done - self.logged
-        means = {name: round(float(value) / n, 5) for name, value in self.sums.items()}
+        means = {name: round(float(value) / self.counts[name], 5)
+                 for name, value in self.sums.items()}
         self.check(done, torch.tensor(means["loss"]))
         if self.rank == 0:
             speed = n * self.args.batch / max(now - self.logged_at, 1e-9)
@@ -456,12 +461,17 @@ class Run:
             say(f"step {done}/{self.args.steps}  {words}  {speed:.0f} images/s  "
                 f"{left // 60}:{left % 60:02d} left")
             line = dict(step=done, images=done * self.args.batch, **means,
-                        minutes=round(self.minutes + (now - self.began) / 60, 2))
+                        minutes=round(self.spent(), 2))
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
         self.logged_at = now
         self.logged = done
         self.sums = {}
+        self.counts = {}
+
+    def spent(self):
+        """Minutes that the run has taken, with those before it was resumed."""
+        return self.minutes + (time.time() - self.began) / 60
 
     def check(self, done, *values):
         """Raise ValueError if a tensor is NaN or infinite, before anything is overwritten."""
@@ -482,16 +492,15 @@ class Run:
     def provenance(self, done):
         """A dict that says how the weights were made."""
         a = self.args
-        minutes = self.minutes + (time.time() - self.began) / 60
         return dict(stage=self.stage, steps=done, batch=a.batch, reuse=a.reuse,
                     images=done * a.batch, painted=done * a.batch // a.reuse, lr=a.lr, seed=a.seed,
-                    data=a.data or "data/", minutes=round(minutes, 1), machine=machine(a.device))
+                    data=a.data or "data/", minutes=round(self.spent(), 1),
+                    machine=machine(a.device))
 
     def keep(self, done):
         """Write the checkpoint. Call this last: it says that the other files are complete."""
-        minutes = self.minutes + (time.time() - self.began) / 60
         parts = {name: part.state_dict() for name, part in self.parts.items()}
-        saved = dict(kind=f"{self.stage} checkpoint", step=done, minutes=minutes,
+        saved = dict(kind=f"{self.stage} checkpoint", step=done, minutes=self.spent(),
                      recipe=self.recipe, parts=parts)
         write_whole(self.out / "checkpoint.pt", lambda file: torch.save(saved, file))
         self.kept_at = time.time()

@@ -19,9 +19,9 @@ from commandline.terminal import run_command
 from data.pictures import grid
 from muse import PRESETS, decode, masked_loss, random_mask
 from pretrain.common import (Replay, Run, Steps, batches, image_source, initial_muse, load_vqgan,
-                             muse_parser, optimisers_for, processes, set_rate, start, to_float,
+                             muse_parser, optimisers_for, processes, set_rate, start,
                              update_average)
-from styledrop import autocast, guided_logits, to_uint8
+from styledrop import autocast, guided_logits, to_tensor, to_uint8
 
 
 def main(argv=None):
@@ -52,10 +52,12 @@ def main(argv=None):
         right = (logits.argmax(-1) == ids) & mask
         return masked_loss(logits, ids, mask, label_smoothing=0.1), right.sum() / mask.sum()
 
-    step_on = torch.compile(loss_and_accuracy) if args.compile else loss_and_accuracy
+    compute = loss_and_accuracy
+    if args.compile:
+        compute = torch.compile(loss_and_accuracy)
     for step, (images, text_ids), generator in batches(args, steps, run.step):
         # the batch: images, some new, some seen before; one caption in ten becomes the empty prompt
-        new = vqgan.encode(to_float(images)).flatten(1)
+        new = vqgan.encode(to_tensor(images)).flatten(1)
         ids, text_ids = replay([new, text_ids], generator)                       # (B, N), (B, L)
         if step < run.step:                                                  # only to fill `replay`
             continue
@@ -66,7 +68,7 @@ def main(argv=None):
         # its loss; under torchrun, process `rank` of `world` computes rows rank, rank + world, ...
         mine = slice(rank, None, world)
         with autocast(args.device):
-            loss, accuracy = step_on(ids[mine], text_ids[mine], mask[mine])
+            loss, accuracy = compute(ids[mine], text_ids[mine], mask[mine])
         set_rate((muon, adamw), step, args)
         muon.zero_grad()
         adamw.zero_grad()
@@ -92,16 +94,16 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def samples(muse, vqgan, tokenizer, prompts, args):
+def samples(model, vqgan, tokenizer, prompts, args):
     """A sheet with one image for each prompt, sampled by Eq. 1 with lambda = 3."""
-    c = muse.config
+    c = model.config
     with torch.no_grad():
         text_ids = tokenizer([*prompts, *[""] * len(prompts)], c.text_length).to(args.device)
-        text, text_mask = muse.text_encoder(text_ids)                            # t, then n
+        text, text_mask = model.text_encoder(text_ids)                           # t, then n
 
         def logits_fn(ids, step):
             with autocast(args.device):
-                base, null = muse(ids.repeat(2, 1), text, text_mask).chunk(2)
+                base, null = model(ids.repeat(2, 1), text, text_mask).chunk(2)
             return guided_logits(base, base, null, 0, 3)
 
         generator = torch.Generator(args.device).manual_seed(0)

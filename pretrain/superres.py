@@ -17,9 +17,8 @@ from commandline.terminal import run_command
 from data.pictures import grid
 from muse import SUPERRES, decode, masked_loss, random_mask
 from pretrain.common import (Replay, Run, Steps, batches, image_source, initial_muse, load_vqgan,
-                             muse_parser, optimisers_for, set_rate, start, to_float,
-                             update_average)
-from styledrop import autocast, to_uint8
+                             muse_parser, optimisers_for, set_rate, start, update_average)
+from styledrop import autocast, to_tensor, to_uint8
 
 NOISE = 0.2                             # at most this share of the low tokens is replaced at random
 
@@ -53,11 +52,13 @@ def main(argv=None):
         right = (logits.argmax(-1) == ids) & mask
         return masked_loss(logits, ids, mask, label_smoothing=0.1), right.sum() / mask.sum()
 
-    step_on = torch.compile(loss_and_accuracy) if args.compile else loss_and_accuracy
+    compute = loss_and_accuracy
+    if args.compile:
+        compute = torch.compile(loss_and_accuracy)
     for step, (low, high, text_ids), generator in batches(args, steps, run.step):
         # the batch: the same images at both sizes; one caption in ten becomes the empty prompt
-        low = vqgan.encode(to_float(low)).flatten(1)                             # (B, low_grid^2)
-        high = vqgan.encode(to_float(high)).flatten(1)                           # (B, N)
+        low = vqgan.encode(to_tensor(low)).flatten(1)                             # (B, low_grid^2)
+        high = vqgan.encode(to_tensor(high)).flatten(1)                           # (B, N)
         low, ids, text_ids = replay([low, high, text_ids], generator)
         if step < run.step:                                                  # only to fill `replay`
             continue
@@ -73,7 +74,7 @@ def main(argv=None):
         mask = random_mask(len(ids), config.tokens, generator, args.mask_power)  # (B, N)
 
         with autocast(args.device):
-            loss, accuracy = step_on(ids, low, text_ids, mask)
+            loss, accuracy = compute(ids, low, text_ids, mask)
         set_rate((muon, adamw), step, args)
         muon.zero_grad()
         adamw.zero_grad()
@@ -101,7 +102,7 @@ def samples(model, vqgan, tokenizer, sources, sizes, args):
     low = low.to(args.device)
     high = high.to(args.device)
     text_ids = text_ids.to(args.device)
-    low_ids = vqgan.encode(to_float(low)).flatten(1)
+    low_ids = vqgan.encode(to_tensor(low)).flatten(1)
     text, text_mask = model.text_encoder(text_ids)
 
     def logits_fn(ids, step):
@@ -111,8 +112,8 @@ def samples(model, vqgan, tokenizer, sources, sizes, args):
     generator = torch.Generator(args.device).manual_seed(0)
     ids = decode(logits_fn, len(low), c.tokens, c.mask_id, 12, 1.0, generator)
     drawn = vqgan.decode(ids.view(-1, c.grid, c.grid))
-    low = torch.nn.functional.interpolate(to_float(low), sizes[1], mode="nearest")
-    return grid(to_uint8(torch.cat([low, drawn, to_float(high)])), 8)
+    low = torch.nn.functional.interpolate(to_tensor(low), sizes[1], mode="nearest")
+    return grid(to_uint8(torch.cat([low, drawn, to_tensor(high)])), 8)
 
 
 if __name__ == "__main__":

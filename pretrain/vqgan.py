@@ -6,8 +6,6 @@ The reconstruction and commitment losses are used from the start, the discrimina
 on. The same command resumes where it was stopped.
 """
 
-from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,12 +13,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from checkpoint.files import write_png
 from checkpoint.weights import save_model
-from pretrain.common import (Run, Steps, batches, image_source, set_rate, stage_parser, start,
-                             to_float)
-from data.pictures import grid
 from commandline.options import number
 from commandline.terminal import run_command
-from styledrop import autocast, to_uint8
+from data.pictures import grid
+from pretrain.common import Run, Steps, batches, image_source, set_rate, stage_parser, start
+from styledrop import autocast, to_tensor, to_uint8
 from vqgan import PRESETS, VQGAN
 
 
@@ -112,9 +109,9 @@ def main(argv=None):
     parser = stage_parser("vqgan", __doc__, steps=8000, batch=16, lr=1e-3)
     add = parser.add_argument
     add("--gan-start", type=number(float, 0, 1), default=0.6,
-        help="share of the steps before the discriminator starts (default %(default)s)")
+        help="share of the steps after which the discriminator starts (default: %(default)s)")
     add("--gan-weight", type=number(float, 0, 100), default=0.3,
-        help="weight of the discriminator's loss (default %(default)s)")
+        help="weight of the discriminator's loss (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.reuse > 1:
         raise ValueError("--reuse is for muse, superres and clip; leave it out")
@@ -130,11 +127,11 @@ def main(argv=None):
                                          betas=(0.5, 0.9), weight_decay=0.01)
     run = Run("vqgan", args, model=model, critic=critic, optimiser=optimiser,
               critic_optimiser=critic_optimiser)
-    preview = to_float(Steps([source], [config.resolution], 16, args.seed + 1)[0][0])
+    preview = to_tensor(Steps([source], [config.resolution], 16, args.seed + 1)[0][0])
 
     steps = Steps([source], [config.resolution], args.batch, args.seed)
     for step, (images,), generator in batches(args, steps, run.step):
-        images = to_float(images).contiguous(memory_format=torch.channels_last)
+        images = to_tensor(images).contiguous(memory_format=torch.channels_last)
         adversarial = step >= args.steps * args.gan_start
         set_rate([optimiser, critic_optimiser], step, args)
 
@@ -172,7 +169,7 @@ def main(argv=None):
         if run.due(step + 1):
             sheet = reconstructions(model, preview.to(args.device))
             write_png(run.out / "samples.png", sheet)
-            save_model(Path(args.out) / "vqgan.pt", "vqgan", model, run.provenance(step + 1))
+            save_model(run.out / "vqgan.pt", "vqgan", model, run.provenance(step + 1))
             run.keep(step + 1)
 
 

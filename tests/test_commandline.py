@@ -189,8 +189,7 @@ def raising(error):
     (ValueError("two\nlines"), "two lines"),
     (FileNotFoundError(2, "No such file", "a.png"), "a.png: no such file"),
     (OSError(28, "No space left on device"), "no space left on device"),
-    (OSError("image file is truncated"), "image file is truncated"),
-    (argparse.ArgumentTypeError("is empty"), "is empty")])
+    (OSError("image file is truncated"), "image file is truncated")])
 def test_mistakes_of_the_user(error, line):
     assert mistake_in(raising(error)) == line
 
@@ -340,6 +339,8 @@ def test_notes_about_long_texts_are_quick(capsys, prompt):
 
 @pytest.mark.parametrize("phrase, known", [
     ("watercolor", True), ("blurry sws", True), ("Painting", True), ("sws", False),
-    ("sws abstract", False), ("", True)])
+    ("sws abstract", False), ("", True), ("watercolor.", True), ("sws, painting", True),
+    ("...", False)])
 def test_a_phrase_of_which_nothing_is_known(pipe, phrase, known):
+    """Trap: a full stop makes a word unknown, and the style is renamed."""
     assert knows_some(pipe, phrase) == known

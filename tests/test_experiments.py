@@ -5,6 +5,7 @@ import json
 import math
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,8 @@ from PIL import Image
 
 from checkpoint.clip import load_clip
 from clip_feedback import style_score, text_score
-from experiments import (baselines, classifier, common, losses, main_job, object_judge, peers,
-                         quality, score, speed, timing)
+from experiments import (baselines, classifier, common, feedback, foreign, losses, main_job,
+                         object_judge, peers, quality, score, speed, timing)
 from styledrop import to_uint8
 
 
@@ -98,6 +99,16 @@ def test_scores_pair_images_and_prompts_as_a_person_counts(cli, numbered, weight
         mean = float(re.search(rf"{name} score (\S+) ", out)[1])
         assert mean == pytest.approx(scores.mean().item(), abs=1e-3)
     assert pairs[1][1] == "1.000"                            # the reference itself
+
+
+def test_a_prompt_that_clip_cuts_is_noted(cli, numbered, weights):
+    """In one line. Trap: a score of half a prompt, and nothing says so."""
+    folder, prompts = numbered
+    prompts.write_text("a cat " * 50)
+    code, _, err = cli(score.main, "--images", folder, "--ref", folder / "2.png",
+                       "--prompts", prompts, "--clip", weights / "clip.pt")
+    assert code == 0
+    assert err.startswith("note: only the first 14 tokens of 'a cat ") and err.count("\n") == 1
 
 
 def test_the_clip_that_ships_is_found_from_any_folder(tmp_path, monkeypatch):
@@ -257,6 +268,21 @@ def test_a_median_is_not_the_first_call(monkeypatch):
     assert len(found) == 4                                   # one is not counted
 
 
+def test_a_gpu_has_finished_before_a_time_begins(monkeypatch):
+    """Trap: what the warm-up left to do is counted."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("synchronised"))
+
+    def now():
+        done.append("time")
+        return 0.0
+
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=now))
+    speed.median_seconds(lambda: done.append("work"), 1)
+    assert done == ["work", "synchronised", "time", "work", "synchronised", "time"]
+
+
 def test_computing_in_either_arithmetic(pipe):
     for name, dtype in speed.TYPES.items():
         with speed.computing_in(name), speed.styledrop.autocast("cpu"):
@@ -267,7 +293,7 @@ def test_peers_that_are_not_installed_are_named(cli, tmp_path, monkeypatch):
     def missing():
         raise ImportError("No module named 'theirs'")
 
-    monkeypatch.setattr(peers, "PEERS", {"ours": peers.ours_as_shipped, "theirs": missing})
+    monkeypatch.setattr(peers, "PEERS", {"ours": partial(peers.ours, patch=2), "theirs": missing})
     monkeypatch.setattr(peers, "LAYERS", 1)
     code, _, err = cli(peers.main, "--steps", 1, "--repeats", 1, "--out", tmp_path)
     assert code == 0, err
@@ -287,6 +313,12 @@ def test_a_place_that_cannot_be_written_is_noticed_first(refused, tmp_path, modu
     """Trap: a classifier is trained for hours, and lost."""
     (tmp_path / "text.txt").touch()
     assert words in refused(module.main, "--out", out)
+
+
+@pytest.mark.parametrize("module", [baselines, feedback, foreign])
+def test_no_experiment_has_an_option_without_effect(refused, module):
+    """These decide themselves which stages they use."""
+    assert "--no-superres" in refused(module.main, "--no-superres")
 
 
 @pytest.mark.parametrize("options, words", [

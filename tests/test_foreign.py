@@ -538,7 +538,7 @@ def test_a_disguise_of_nothing_shows_nothing():
     assert (whole.amax(2) - whole.amin(2)).max() < 0.02
 
 
-def test_the_ceiling_is_of_the_drawings_whose_names_are_known(monkeypatch):
+def test_the_accuracy_is_of_the_drawings_whose_names_are_known(monkeypatch):
     """As drawn, on white, a judge of widths names all; one that always says "house", its share."""
     monkeypatch.setattr(data, "Art", ToyArt)
     names, seen = ["cat", "house", "tree"], []
@@ -549,7 +549,7 @@ def test_the_ceiling_is_of_the_drawings_whose_names_are_known(monkeypatch):
         return -(wide - torch.tensor([[20, 40, 30]])).abs().float()
 
     for role in ("training", "held-out"):
-        assert object_judge.ceiling(by_width, names, role, "as drawn", count=30) == (1, 30)
+        assert object_judge.accuracy(by_width, names, role, "as drawn", count=30) == (1, 30)
     assert seen[0].shape == (30, 3, 64, 64) and (seen[0][..., 0, 0] == 1).all()
     always = functools.partial(torch.tensordot, torch.tensor([0.0, 1, 0]), dims=0)
 
@@ -557,7 +557,7 @@ def test_the_ceiling_is_of_the_drawings_whose_names_are_known(monkeypatch):
         return always(torch.ones(len(images))).T
 
     for kind in ("disguised", "free styles"):
-        share, count = object_judge.ceiling(house, names, "training", kind, count=30)
+        share, count = object_judge.accuracy(house, names, "training", kind, count=30)
         assert share == pytest.approx(
             (by_width(seen[0]).argmax(1) == 1).float().mean().item()) and count == 30
 
@@ -566,7 +566,8 @@ def test_the_judge_is_trained_and_read_again(cli, tmp_path, monkeypatch, pipe):
     """Two steps; it names pictures of any size."""
     monkeypatch.setattr(data, "Art", ToyArt)
     monkeypatch.setattr(object_judge, "StyleDrop", SimpleNamespace(load=lambda device: pipe))
-    monkeypatch.setattr(object_judge, "ceiling", functools.partial(object_judge.ceiling, count=4))
+    few = functools.partial(object_judge.accuracy, count=4)
+    monkeypatch.setattr(object_judge, "accuracy", few)
     with torch.random.fork_rng():
         code, out, err = cli(object_judge.main, "--steps", 2, "--batch", 16,
                              "--out", tmp_path / "judge.pt")

@@ -115,8 +115,8 @@ def test_the_classifier_has_the_names_of_its_file():
     assert len(net.known_names) == 837 < len(data.names())
     assert net.known_colours == classifier.COLOURS
     names = ["teapot", "cat"]
-    seen = {"names": torch.eye(837)[classifier.numbers_of(net, names)]}
-    of_all, of_100 = classifier.named(seen, classifier.numbers_of(net, names[::-1]))
+    seen = {"names": torch.eye(837)[classifier.classes_of(net, names)]}
+    of_all, of_100 = classifier.named(seen, classifier.classes_of(net, names[::-1]))
     assert of_all.tolist() == [0, 0] and of_100.max() < 1
     assert set(classifier.emoji_objects(net.known_names).names) <= set(net.known_names)
 
@@ -178,12 +178,12 @@ def test_what_counts_as_right():
 
 def test_two_things_are_named_in_halves(monkeypatch):
     """Trap: the two best names of the whole image, which may both be names of one object."""
-    def look(net, images):                                   # red is a cat, all else an owl
+    def predict(net, images):                                # red is a cat, all else an owl
         is_red = images[:, 0, 32, 32] > images[:, 2, 32, 32]
         rows = [NAMES.index("cat") if red else NAMES.index("owl") for red in is_red]
         return {"names": torch.eye(len(NAMES))[rows]}
 
-    monkeypatch.setattr(quality, "look", look)
+    monkeypatch.setattr(quality, "predict", predict)
     images = torch.ones(2, 3, 64, 64)
     images[0, 1:, 20:40, 5:25] = -1                          # red, and blue next to it
     images[0, :2, 20:40, 40:60] = -1
@@ -209,10 +209,10 @@ def test_questions_are_held_out_as_they_say(art):
 
 def test_the_audit_tells_copies_from_samples_of_kept_out_drawings(monkeypatch):
     """Copies of training drawings are all nearer to these; kept-out drawings never are."""
-    def look(net, images):
+    def predict(net, images):
         return {"features": torch.nn.functional.avg_pool2d(images, 8).flatten(1)}
 
-    monkeypatch.setattr(copies, "look", look)
+    monkeypatch.setattr(copies, "predict", predict)
     art = data.Art(SETS, kept_out=None, smallest=0.9)
     kept_names = [name for set_name, name in sorted(data.kept_out_pairs()) if set_name == "noto"]
     names = [name for name in kept_names if ("twemoji", name) not in data.kept_out_pairs()

@@ -159,7 +159,7 @@ def test_losses_in_the_text_are_those_of_the_logs():
 
 def test_what_the_judge_can_name_is_what_its_file_says():
     text = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
-    figures = re.findall(r"names (\d+) % as they are and (\d+) % in free styles, .+?, "
+    figures = re.findall(r"names (\d+) % as they are and (\d+) % in free styles, .+? names "
                          r"(\d+) and (\d+) %", text)
     judge = torch.load(ROOT / "experiments" / "object_judge.pt", weights_only=True)
     ceilings = judge["provenance"]["ceilings"]
@@ -178,8 +178,9 @@ def test_table_s3_is_the_code():
     assert table["steps"] == [str(how.steps) for how in stages]
     assert [float(rate) for rate in table["learning rate"]] == [how.lr for how in stages]
     assert table["batch"] == [str(how.batch) for how in stages]
-    assert table["H"] == [str(how.d_prj) for how in stages]
-    assert table["views of each reference"] == [str(how.views) for how in stages]
+    assert table["H (the adapter's bottleneck width)"] == [str(how.d_prj) for how in stages]
+    views = table["views (each reference itself and random crops of it)"]
+    assert views == [str(how.views) for how in stages]
     shared = [{True: "yes", False: "no"}[how.is_shared] for how in stages]
     assert table["shared across depth"] == shared
     sampling = (SAMPLING, SAMPLING, SUPERRES_SAMPLING)
@@ -211,5 +212,5 @@ def test_the_changes_to_try_are_those_that_were_measured():
 
 
 def test_the_share_of_parameters_is_the_one_that_train_prints():
-    share, = re.findall(r"not shared: ([\d.]+%) of G", README)
-    assert f", {share} of the base's" in (RESULTS / "main_job.md").read_text(encoding="utf-8")
+    share, = re.findall(r"not shared: ([\d.]+) % of the parameters of G and T", README)
+    assert f", {share}% of the base's" in (RESULTS / "main_job.md").read_text(encoding="utf-8")

@@ -19,6 +19,7 @@ from PIL import Image
 
 import clip_feedback
 import sample
+import styledrop
 import train
 from checkpoint.adapters import load_adapter
 from checkpoint.weights import fingerprint
@@ -218,6 +219,30 @@ def test_two_rounds(rounds, calls, name):
     for row, (i, image) in enumerate(zip(chosen, to_uint8(images), strict=True)):
         x = 16 * (i - 4 * row)
         assert np.array_equal(sheet[16 * row:16 * row + 16, x:x + 16], image)
+
+
+@pytest.mark.parametrize("options, side", [([], 32), (["--no-superres"], 16)])
+def test_rounds_use_the_stages_that_were_tuned(rounds, weights2, calls, monkeypatch, options, side):
+    """Trap: with --no-superres, the pool comes from a second stage that was not tuned."""
+    for name in ("SUPERRES", "SUPERRES_SAMPLING"):
+        monkeypatch.setattr(styledrop, name, replace(getattr(styledrop, name), steps=1))
+    sampled = calls(StyleDrop, "sample_tokens")
+    code, _, err = rounds(*CLIP, "--weights", weights2, *options)
+    assert (code, err) == (0, "")
+    uses_both = {positional[1].config.low_grid > 0 for positional, _ in sampled} == {False, True}
+    assert uses_both == (not options)
+    with Image.open(RUN / "round2/pool.png") as pool:
+        assert pool.size == (4 * side, 3 * side)
+    with Image.open(RUN / "rounds.png") as sheet:            # words, the reference, three samples
+        assert sheet.width == 96 + 8 + 4 * (128 + 8)
+
+
+def test_a_prompt_that_is_too_long_is_noted_once(rounds, recwarn):
+    """And not by CLIP as well, in two lines of Python's."""
+    Path("prompts.txt").write_text("a cat\n" + "tree " * 50)
+    code, _, err = rounds(*CLIP)
+    assert (code, err) == (0, "note: a prompt is longer than 16 tokens; its end is ignored\n")
+    assert list(recwarn) == []
 
 
 def interrupt(monkeypatch, part):

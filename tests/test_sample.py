@@ -90,9 +90,13 @@ def test_the_style_that_is_asked_for(run_sample, pipe2, style):
     assert np.array_equal(pixels_of(), expected_cat(pipe2, style))
 
 
-def test_without_any_run_the_base_is_sampled(run_sample, pipe2):
-    shutil.rmtree("runs")
-    assert "style: none (there is no run in runs/ yet)" in run_sample(*CAT)[1]
+@pytest.mark.parametrize("folders", [["runs"], ["runs/new", "runs/old"]],
+                         ids=["no run", "only objects"])
+def test_without_any_style_the_base_is_sampled(run_sample, pipe2, folders):
+    """Trap: "there is no run", though there are runs of objects."""
+    for folder in folders:
+        shutil.rmtree(folder)
+    assert "style: none (runs/ has no style yet), so the base is sampled" in run_sample(*CAT)[1]
     assert np.array_equal(pixels_of(), expected_cat(pipe2, "none"))
 
 
@@ -180,7 +184,7 @@ def test_a_folder_of_single_files(run_sample, pipe2):
         with Image.open(path) as image:
             text = dict(image.text)
         assert json.loads(text["prompt"]) == [prompt]
-        assert text["seed"] == str(6 + i)
+        assert text["seed"] == str(6 + i) and text["num"] == "1"
         run_sample("--prompt", prompt, *STYLE, "--seed", text["seed"])
         assert np.array_equal(pixels_of(), pixels_of(path))
 

@@ -847,6 +847,17 @@ def test_pixels_round_trip_exactly():
     assert (to_uint8(images) == values).all()
 
 
+def test_an_array_and_a_tensor_become_the_same_images(recwarn):
+    """Bit by bit and in memory alike. Trap: PyTorch warns of an array that is read-only."""
+    values = np.arange(3 * 256, dtype=np.uint8).reshape(2, 8, 16, 3)
+    from_tensor = to_tensor(torch.tensor(values))
+    values.flags.writeable = False
+    from_array = to_tensor(values)
+    assert torch.equal(from_array, from_tensor) and from_array.dtype == torch.float32
+    assert from_array.stride() == from_tensor.stride()
+    assert list(recwarn) == []
+
+
 def test_bright_pixels_are_clipped():
     """Trap: they wrap round to black."""
     images = torch.tensor([-3.0, -1.0, 1.0, 3.0]).expand(1, 3, 2, 4)

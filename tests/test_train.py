@@ -124,6 +124,22 @@ def test_previews_compare_the_base_with_the_adapter(tune, calls):
     assert after_how["style"].about == load_adapter("runs/ref").about
 
 
+def test_the_steps_of_previews_are_those_of_both_settings(tune, calls, monkeypatch):
+    """Trap: twice the steps of a tuned sample, where the base has another number."""
+    for name, steps in (("BASE_SAMPLING", 3), ("SAMPLING", 2)):
+        monkeypatch.setattr(train, name, replace(getattr(train, name), steps=steps))
+    said = calls(train.Progress, "__call__")
+    assert tune()[0] == 0
+    assert {total for (progress, _, total, *_), _ in said if "previews" in progress.name} == {5}
+
+
+def test_memory_that_is_not_known_is_not_said(tune, monkeypatch):
+    """As on Windows. Trap: "peak memory nan MB"."""
+    assert re.search(r"  \(\d+ s, peak memory \d+ MB\)\n", tune()[1])
+    monkeypatch.setattr(train, "peak_memory", lambda: math.nan)
+    assert re.search(r"  \(\d+ s\)\n", tune()[1])
+
+
 @pytest.mark.parametrize("umask, of_folders, of_files", [(0o022, 0o755, 0o644),
                                                          (0o077, 0o700, 0o600)])
 def test_a_run_respects_the_umask(tune, umask, of_folders, of_files):
@@ -398,6 +414,8 @@ REFUSALS = [                            # options, and words of the one line
     (["--ref", "good.png", "--out", "link"], "broken link"),
     (["--ref", "good.png", "--weights", "none"], "no vqgan file at none"),
     (["--ref", "good.png", "--no-superres"], "no second stage"),
+    (["--ref", "good.png", "--style", ""], '--style "" needs --content; leave --style out'),
+    (["--ref", "good.png", "--style", " "], "leave --style out"),
     (["--ref", "good.png", "--kind", "content"], "--content"),
     (["--ref", "good.png", "--kind", "content", "--content", "a", "--rounds", 2], "--rounds"),
     (["--ref", "good.png", "--rounds", 2, "--pick", 3], "--feedback human"),
