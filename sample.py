@@ -38,7 +38,7 @@ from commandline.options import (Parser, add_base_options, filled, load_pipeline
 from commandline.terminal import SamplingProgress, run_command, say
 from data.folder import SUFFIXES
 from data.pictures import grid
-from styledrop import (AT_ONCE, BASE_SAMPLING, SAMPLING, Sampling, check_device,
+from styledrop import (AT_ONCE, BASE_SAMPLING, CONTENT_SAMPLING, SAMPLING, Sampling, check_device,
                        default_sampling, style_prompt, to_uint8)
 
 SCALE = 2                               # images are enlarged this many times in the PNG
@@ -66,18 +66,18 @@ def options():
         help="style phrase to use instead of the run's own; with --style none, it is given to the "
              "base")
     add("--lambda-a", type=strength,
-        help=f"strength of the style in the first stage (Eq. 4; default: {SAMPLING.lambda_a:g})")
+        help="strength of the adapters in the first stage (Eq. 4; default: "
+             f"{SAMPLING.lambda_a:g}, with --content {CONTENT_SAMPLING.lambda_a:g})")
     add("--lambda-b", type=strength,
         help=f"strength of the text in the first stage (Eq. 4; default: {SAMPLING.lambda_b:g}, "
-             f"without an adapter {BASE_SAMPLING.lambda_b:g})")
-    add("--lambda-a-content", type=strength,
-        help="strength of the object in the first stage (Eq. 6; default: "
-             f"{SAMPLING.lambda_a_content:g})")
+             f"with --content {CONTENT_SAMPLING.lambda_b:g}, without an adapter "
+             f"{BASE_SAMPLING.lambda_b:g})")
     add("--gamma", type=number(float, 0, 1), default=0.5,
         help="mixture of two adapters: 0 is the style alone, 1 the object alone "
              "(default: %(default)s)")
     add("--gamma-sweep", action="store_true",
-        help="sample a row of mixtures, from the style alone to the object alone")
+        help="sample a row of mixtures, from the style alone to the object alone, all with the "
+             "same lambda_A and lambda_B")
     add("--lambda-grid", action="store_true",
         help="sample one prompt, with one seed, for every pair of several values of lambda_A and "
              "lambda_B; --lambda-a and --lambda-b have no effect")
@@ -321,7 +321,7 @@ def main():
     pipe = load_pipeline(args)
     note_unknown(pipe, *(style_prompt(prompt, style_phrase) for prompt in args.prompt))
 
-    sampling = sampling_settings(args, default_sampling(style, content))
+    sampling = sampling_settings(args, default_sampling(style, content, args.gamma))
     settings = dict(gamma=args.gamma, style_phrase=style_phrase, superres=args.superres)
     generate = partial(pipe.generate, style=style, content=content, sampling=sampling, **settings)
     facts = dict(asdict(sampling), **settings, num=args.num, style=str(run or "none"),

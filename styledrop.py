@@ -28,8 +28,9 @@ from checkpoint.weights import fingerprint, load_model
 from clip_feedback import Tokenizer
 from vqgan import VQGAN, VQGANConfig
 
-__all__ = ["BASE_SAMPLING", "ROUND_1", "ROUND_2", "SAMPLING", "Sampling", "StyleDrop", "Tuning",
-           "guided_logits", "load_adapter", "mix_logits", "style_prompt", "to_tensor", "to_uint8"]
+__all__ = ["BASE_SAMPLING", "CONTENT", "CONTENT_SAMPLING", "ROUND_1", "ROUND_2", "SAMPLING",
+           "Sampling", "StyleDrop", "Tuning", "guided_logits", "load_adapter", "mix_logits",
+           "style_prompt", "to_tensor", "to_uint8"]
 
 WEIGHTS = str(Path(__file__).parent / "weights" / "tiny")      # the shipped base
 RARE_TOKEN = "[V*]"     # stands for a style without a name (4.4.1), also in the base's captions
@@ -89,23 +90,31 @@ class Sampling:
     steps: int                      # of decoding [36; second stage 12]
     temperature: float              # noise in choosing the tokens to keep [4.5]; see muse.decode
     top_k: int                      # sample tokens from the k most probable; 0: from all [0]
-    lambda_a_content: float = 1.0   # strength of a content adapter; the paper has one lambda_A
 
 
 ROUND_1 = Tuning(steps=50, lr=2e-3, batch=8, d_prj=20, is_shared=False, mask_power=4, views=16)
 ROUND_2 = Tuning(steps=100, lr=2e-3, batch=8, d_prj=20, is_shared=False, mask_power=4, views=16)
+CONTENT = replace(ROUND_1, steps=150)       # of an object (Section 3.4) [not stated]
 SUPERRES = Tuning(steps=30, lr=2e-3, batch=4, d_prj=8, is_shared=False, mask_power=1)
 
 SAMPLING = Sampling(lambda_a=0.75, lambda_b=10.0, steps=18, temperature=4.5, top_k=8)
+CONTENT_SAMPLING = replace(SAMPLING, lambda_a=3.0, lambda_b=5.0)
 BASE_SAMPLING = Sampling(lambda_a=0.0, lambda_b=1.0, steps=18, temperature=1.0, top_k=8)   # Eq. 1
 SUPERRES_SAMPLING = Sampling(lambda_a=1.0, lambda_b=0.0, steps=12, temperature=1.0, top_k=8)
 
 
-def default_sampling(style, content):
-    """The first stage's defaults: SAMPLING with an adapter, BASE_SAMPLING (Eq. 1) without."""
+def default_sampling(style, content, gamma):
+    """The first stage's default settings, which depend on the adapters that are used.
+
+    BASE_SAMPLING without adapters (Eq. 1), SAMPLING with a style adapter alone (Eq. 4), also if
+    gamma = 0 leaves the content adapter unused, and CONTENT_SAMPLING with a content adapter, alone
+    (Eq. 6) or mixed with a style adapter (Eq. 5 and 6).
+    """
     if style is None and content is None:
         return BASE_SAMPLING
-    return SAMPLING
+    if content is None or (style is not None and gamma == 0):
+        return SAMPLING
+    return CONTENT_SAMPLING
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,15 +293,14 @@ class StyleDrop:
 
         seed: image i is sampled with seed + i, whatever batch it is in; or a list of B seeds.
         negative: the prompt n. superres: also sample the second stage, if there is one, with
-        SUPERRES_SAMPLING. sampling: settings of the first stage, by default SAMPLING with an
-        adapter and BASE_SAMPLING without; changes: individual ones to override, such as
-        lambda_a=2.
+        SUPERRES_SAMPLING. sampling: settings of the first stage, by default those of
+        `default_sampling`; changes: individual ones to override, such as lambda_a=2.
         on_step: see muse.decode; it is called in both stages of each batch. on_batch(done) is
         called after each batch of AT_ONCE images. Raises ValueError if an adapter belongs to
         another base, or if the numbers of phrases, seeds and prompts differ.
         """
         if sampling is None:
-            sampling = default_sampling(style, content)
+            sampling = default_sampling(style, content, gamma)
         sampling = replace(sampling, **changes)
         c = [prompts] if isinstance(prompts, str) else list(prompts)
         if style_phrase is None:
@@ -369,7 +377,7 @@ class StyleDrop:
                     states = G.encode_low(low, adapters)                         # (B, N_low, D)
             return lambda v: G(v, text, text_mask, adapters, low_states=states)
 
-        def make_guided_pass(prompts, theta, lambda_a):
+        def make_guided_pass(prompts, theta):
             """Eq. 4 with these prompts, as a function of v and of the logits G(v, T(n))."""
             base_pass = make_pass(prompts)
             tuned_pass = None if theta is None else make_pass(prompts, theta)
@@ -377,16 +385,16 @@ class StyleDrop:
             def guided(v, null):
                 base = base_pass(v)
                 tuned = base if tuned_pass is None else tuned_pass(v)
-                return guided_logits(tuned, base, null, lambda_a, sampling.lambda_b)
+                return guided_logits(tuned, base, null, sampling.lambda_a, sampling.lambda_b)
 
             return guided
 
         if sampling.lambda_b:
             null_pass = make_pass(n)
         if gamma < 1:
-            style_pass = make_guided_pass(t, theta_s, sampling.lambda_a)         # Eq. 5: l_s
+            style_pass = make_guided_pass(t, theta_s)                            # Eq. 5: l_s
         if gamma > 0:
-            content_pass = make_guided_pass(c, theta_c, sampling.lambda_a_content)   # Eq. 6: l_c
+            content_pass = make_guided_pass(c, theta_c)                          # Eq. 6: l_c
 
         def logits_fn(v, step):
             with autocast(self.device.type):

@@ -42,8 +42,9 @@ from commandline.tuning import TuningProgress, describe
 from data.pictures import grid
 from data.reading import is_one_colour
 from human_feedback import rounds
-from styledrop import (BASE_SAMPLING, RARE_TOKEN, ROUND_1, SAMPLING, SUPERRES_SAMPLING, WEIGHTS,
-                       check_device, precision, style_prompt, to_tensor, to_uint8)
+from styledrop import (BASE_SAMPLING, CONTENT, CONTENT_SAMPLING, RARE_TOKEN, ROUND_1, SAMPLING,
+                       SUPERRES_SAMPLING, WEIGHTS, check_device, precision, style_prompt,
+                       to_tensor, to_uint8)
 
 ROOT = Path(__file__).resolve().parent    # resolved, in case train.py is called through a link
 PREVIEW = ("a cat", "a tree", "a car", "an apple", "a rocket", "a fish")
@@ -66,8 +67,9 @@ def options():
         help="the style's name in prompts (default: %(default)s, a rare token)")
     add("--kind", choices=("style", "content"), default="style",
         help="what the pictures teach: a style, or an object (default: %(default)s)")
-    add("--steps", type=whole(1, 10**6), default=ROUND_1.steps,
-        help="training steps of the first stage, in round 1 (default: %(default)s)")
+    add("--steps", type=whole(1, 10**6),
+        help="training steps of the first stage, in round 1 (default: "
+             f"{ROUND_1.steps}, of an object {CONTENT.steps})")
     add("--lr", type=number(float, 0, 1, above=True), default=ROUND_1.lr,
         help="learning rate of the first stage, in round 1 (default: %(default)s)")
     add("--batch", type=whole(1, 4096), default=ROUND_1.batch,
@@ -115,6 +117,8 @@ def check_options(args):
 def main():
     args = options().parse_args()
     check_options(args)
+    if args.steps is None:
+        args.steps = CONTENT.steps if args.kind == "content" else ROUND_1.steps
     check_device(args.device)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up as any other exit does
     warnings.filterwarnings("ignore", "only the first")      # of CLIP; notes.py notes the same
@@ -325,8 +329,7 @@ def note_blank(images, kind):
     blank = sum(is_one_colour(image) for image in images)
     advice = f"Use less of the style: sample.py --lambda-a {SAMPLING.lambda_a / 2:.1g}"
     if kind == "content":
-        less = SAMPLING.lambda_a_content / 2
-        advice = f"Use less of the object: sample.py --lambda-a-content {less:g}"
+        advice = f"Use less of the object: sample.py --lambda-a {CONTENT_SAMPLING.lambda_a / 2:.2g}"
     if blank:
         note(f"{blank} of {len(images)} previews are blank. {advice}")
 

@@ -17,7 +17,7 @@ import sample
 import styledrop
 from checkpoint.adapters import load_adapter
 from checkpoint.files import LEAST_FREE
-from styledrop import StyleDrop, to_uint8
+from styledrop import CONTENT_SAMPLING, StyleDrop, to_uint8
 
 CAT = ["--prompt", "a cat"]
 STYLE = ["--style", "runs/new"]
@@ -111,7 +111,7 @@ def test_a_style_in_words_is_given_otherwise(run_sample):
 
 OPTIONS = [                             # of an object in a style, with both stages
     ["--prompt", "a house"], ["--style", "runs/old"], ["--content", "runs/more"], ["--gamma", 0.1],
-    ["--lambda-a", 3], ["--lambda-b", 9], ["--lambda-a-content", 5], ["--gamma-sweep"],
+    ["--lambda-a", 5], ["--lambda-b", 9], ["--gamma-sweep"],
     ["--style-phrase", "painting"], ["--steps", 2], ["--top-k", 1],
     ["--temperature", 0], ["--no-superres"],
     ["--num", 2], ["--seed", 1]]
@@ -216,13 +216,15 @@ def test_sheets_are_bounded(run_sample, options):
 
 
 def test_gamma_sweep(run_sample):
-    """From the style alone to the object alone, a row for each seed."""
+    """From the style alone to the object alone, a row for each seed; only gamma changes."""
+    strengths = "--lambda-a", CONTENT_SAMPLING.lambda_a, "--lambda-b", CONTENT_SAMPLING.lambda_b
     assert run_sample(*CAT, *TWO, "--gamma-sweep", "--num", 2)[0] == 0
     sheet = pixels_of()
     assert sheet.shape[:2] == (TOP + GAP + 2 * (SIDE + GAP), LEFT + GAP + 8 * (SIDE + GAP))
     assert sample.GAMMAS[0] == 0 and sample.GAMMAS[7] == 1
     for row, column in ((1, 7), (0, 4), (1, 0)):
-        run_sample(*CAT, *TWO, "--gamma", sample.GAMMAS[column], "--seed", row, "--out", "one.png")
+        run_sample(*CAT, *TWO, "--gamma", sample.GAMMAS[column], "--seed", row, *strengths,
+                   "--out", "one.png")
         assert np.array_equal(cell(sheet, row, column, LEFT, TOP), pixels_of("one.png"))
 
 
@@ -241,7 +243,7 @@ def test_lambda_grid(run_sample):
 
 @pytest.mark.parametrize("options", [
     [*CAT, *STYLE, "--prompt", "кот 🐱 | \"a\", b", "--num", 2, "--seed", 3],
-    [*CAT, *TWO, "--style-phrase", "gold", "--temperature", 4.5, "--lambda-a-content", 2],
+    [*CAT, *TWO, "--style-phrase", "gold", "--temperature", 4.5, "--lambda-a", 2],
     [*CAT, *TWO, "--gamma-sweep", "--steps", 1], [*CAT, *CONTENT, "--style", "none"],
     [*CAT, "--style", "none", "--style-phrase", "gold", "--lambda-b", 2, "--no-superres"]])
 def test_a_png_says_how_to_sample_it_again(run_sample, pipe2, monkeypatch, options):

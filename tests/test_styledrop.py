@@ -23,9 +23,10 @@ from adapter import Adapter
 from checkpoint.adapters import TunedAdapter
 from checkpoint.weights import fingerprint, save_model
 from muse import PRESETS, SUPERRES, Muse
-from styledrop import (AT_ONCE, BASE_SAMPLING, ROUND_1, ROUND_2, SAMPLING, SUPERRES_SAMPLING,
-                       Sampling, StyleDrop, Tuning, guided_logits, load_adapter, mix_logits,
-                       random_views, shuffled, style_prompt, to_tensor, to_uint8)
+from styledrop import (AT_ONCE, BASE_SAMPLING, CONTENT_SAMPLING, ROUND_1, ROUND_2, SAMPLING,
+                       SUPERRES_SAMPLING, Sampling, StyleDrop, Tuning, default_sampling,
+                       guided_logits, load_adapter, mix_logits, random_views, shuffled,
+                       style_prompt, to_tensor, to_uint8)
 
 PROMPTS = ["a cat", "a house"]
 EMPTY = ["", ""]
@@ -180,18 +181,18 @@ def test_other_words_and_a_negative_prompt(pipe, passes):
 
 
 def test_eq6_samples_an_object(pipe, passes, watch):
-    """Its prompt has no style words, and its strength is of its own."""
-    found = logits_of(pipe, content=passes.content, lambda_a=9, lambda_a_content=2, lambda_b=5)
+    """Its prompt has no style words."""
+    found = logits_of(pipe, content=passes.content, lambda_a=2, lambda_b=5)
     assert_close(found, 3 * passes.c_content + 3 * passes.c - 5 * passes.null)
     assert len(watch.models) == 3
 
 
 def test_eq5_and_eq6_are_mixed(pipe, passes, watch):
-    """Traps: a branch gets its neighbour's text or adapter or strength; G(t) is used for G(c)."""
+    """Traps: a branch gets its neighbour's text or adapter; G(t) is used for G(c)."""
     found = logits_of(pipe, style=passes.style, content=passes.content, gamma=0.3, lambda_a=2,
-                      lambda_a_content=1, lambda_b=5)
+                      lambda_b=5)
     l_s = 3 * passes.t_style + 3 * passes.t - 5 * passes.null
-    l_c = 2 * passes.c_content + 4 * passes.c - 5 * passes.null
+    l_c = 3 * passes.c_content + 3 * passes.c - 5 * passes.null
     assert_close(found, 0.7 * l_s + 0.3 * l_c)
     assert len(watch.models) == 5
 
@@ -399,6 +400,15 @@ def test_ends_of_gamma_are_single_adapters(pipe2, make_adapter, style_second, co
     assert torch.equal(low, content_low) and torch.equal(high, content_high)
     low, _ = sample(**both, gamma=0.5)
     assert not torch.equal(low, style_low) and not torch.equal(low, content_low)
+
+
+def test_default_settings_depend_on_the_adapters_in_use():
+    """Trap: an object in a style is sampled with the strengths of a style alone."""
+    style, content = "a style", "an object"
+    assert default_sampling(None, None, 0.5) is BASE_SAMPLING
+    assert default_sampling(style, None, 0.5) is default_sampling(style, content, 0) is SAMPLING
+    for adapters in ((style, content, 0.5), (style, content, 1), (None, content, 0)):
+        assert default_sampling(*adapters) is CONTENT_SAMPLING
 
 
 @pytest.mark.parametrize("role", ["style", "content"])
