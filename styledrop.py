@@ -98,7 +98,7 @@ CONTENT = replace(ROUND_1, steps=150)       # of an object (Section 3.4) [not st
 SUPERRES = Tuning(steps=30, lr=2e-3, batch=4, d_prj=8, is_shared=False, mask_power=1)
 
 SAMPLING = Sampling(lambda_a=0.75, lambda_b=10.0, steps=18, temperature=4.5, top_k=8)
-CONTENT_SAMPLING = replace(SAMPLING, lambda_a=3.0, lambda_b=5.0)
+CONTENT_SAMPLING = replace(SAMPLING, lambda_a=5.0, lambda_b=5.0)
 BASE_SAMPLING = Sampling(lambda_a=0.0, lambda_b=1.0, steps=18, temperature=1.0, top_k=8)   # Eq. 1
 SUPERRES_SAMPLING = Sampling(lambda_a=1.0, lambda_b=0.0, steps=12, temperature=1.0, top_k=8)
 

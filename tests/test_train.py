@@ -525,7 +525,7 @@ def test_a_line_at_least_about_every_five_seconds(tune, weights2, slow_passes):
 
 @pytest.mark.parametrize("kind, option", [
     ("style", "--lambda-a 0.4"),
-    ("content", "--lambda-a 1.5")])
+    ("content", "--lambda-a 2.5")])
 def test_blank_previews_are_reported(tune, monkeypatch, kind, option):
     """With the option that matters for this kind of adapter."""
     monkeypatch.setattr(train, "is_one_colour", lambda image: True)

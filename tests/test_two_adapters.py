@@ -51,13 +51,12 @@ def test_an_object_of_ones_own_has_a_rare_token():
 # -- the judge
 
 class PlainRuler:
-    """Names everything as class 0; its judge's features are the mean colours."""
+    """Its judge's features are the mean colours."""
 
     def __init__(self, pipe, references):
         self.references = references
         self.rivals = [[i, *(k for k in range(len(references)) if k != i)]
                        for i in range(len(references))]
-        self.names = ["bear", "other"]
         self.judge = SimpleNamespace(features=lambda images: images.mean((2, 3)))
 
     def at_side(self, side):
@@ -67,14 +66,12 @@ class PlainRuler:
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Images are described by their mean colours, and everything is named a bear."""
+    """Images are described by their mean colours."""
     monkeypatch.setattr(two_adapters, "framed", lambda images: images)
     monkeypatch.setattr(two_adapters, "Ruler", PlainRuler)
     monkeypatch.setattr(two_adapters, "palette", lambda images: images.mean((2, 3)))
     monkeypatch.setattr(two_adapters, "is_nearest",
                         lambda one, other: torch.cdist(one, other).argmin(1) == 0)
-    monkeypatch.setattr(two_adapters, "name_scores",
-                        lambda judge, images: torch.tensor([[1.0, 0.0]] * len(images)))
 
 
 def test_identity_is_the_nearest_drawing_of_the_name(art, plain):
@@ -89,7 +86,6 @@ def test_identity_is_the_nearest_drawing_of_the_name(art, plain):
     own = two_adapters.as_drawn(art.drawings[[art.find("bear", pair[0]), *others]])
     found = judge.measure(own)
     assert found["identity"] == [1.0] + [0.0] * len(others)
-    assert found["object kept"] == [1.0] * len(own)
     dark = torch.full((1, 3, 32, 32), -0.9)
     assert judge.measure(dark)["palette"] == [1.0] and judge.measure(-dark)["palette"] == [0.0]
 
