@@ -111,7 +111,7 @@ def test_a_style_in_words_is_given_otherwise(run_sample):
 
 OPTIONS = [                             # of an object in a style, with both stages
     ["--prompt", "a house"], ["--style", "runs/old"], ["--content", "runs/more"], ["--gamma", 0.1],
-    ["--lambda-a", 5], ["--lambda-b", 9], ["--gamma-sweep"],
+    ["--lambda-a", 2], ["--lambda-b", 9], ["--gamma-sweep"],
     ["--style-phrase", "painting"], ["--steps", 2], ["--top-k", 1],
     ["--temperature", 0], ["--no-superres"],
     ["--num", 2], ["--seed", 1]]
