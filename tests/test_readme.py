@@ -192,7 +192,8 @@ def test_table_s3_is_the_code():
 def test_the_changes_to_try_are_those_that_were_measured():
     """Each row of the table, of a change in code, beside its row of foreign_sweep.md."""
     rows = {}
-    for line in (RESULTS / "foreign_sweep.md").read_text(encoding="utf-8").splitlines():
+    text = (RESULTS / "foreign_sweep.md").read_text(encoding="utf-8")
+    for line in text.split("\n## ")[0].splitlines():         # the second table has differences
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         name, _, value = cells[0].partition(" ")
         if name == "the":
