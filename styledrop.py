@@ -103,7 +103,7 @@ BASE_SAMPLING = Sampling(lambda_a=0.0, lambda_b=1.0, steps=18, temperature=1.0, 
 SUPERRES_SAMPLING = Sampling(lambda_a=1.0, lambda_b=0.0, steps=12, temperature=1.0, top_k=8)
 
 
-def default_sampling(style, content, gamma):
+def default_sampling(style, content, gamma=0.5):
     """The first stage's default settings, which depend on the adapters that are used.
 
     BASE_SAMPLING without adapters (Eq. 1), SAMPLING with a style adapter alone (Eq. 4), also if

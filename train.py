@@ -42,9 +42,9 @@ from commandline.tuning import TuningProgress, describe
 from data.pictures import grid
 from data.reading import is_one_colour
 from human_feedback import rounds
-from styledrop import (BASE_SAMPLING, CONTENT, CONTENT_SAMPLING, RARE_TOKEN, ROUND_1, SAMPLING,
-                       SUPERRES_SAMPLING, WEIGHTS, check_device, precision, style_prompt,
-                       to_tensor, to_uint8)
+from styledrop import (CONTENT, CONTENT_SAMPLING, RARE_TOKEN, ROUND_1, SAMPLING,
+                       SUPERRES_SAMPLING, WEIGHTS, check_device, default_sampling, precision,
+                       style_prompt, to_tensor, to_uint8)
 
 ROOT = Path(__file__).resolve().parent    # resolved, in case train.py is called through a link
 PREVIEW = ("a cat", "a tree", "a car", "an apple", "a rocket", "a fish")
@@ -114,11 +114,18 @@ def check_options(args):
         raise ValueError("--pick needs --rounds 2 --feedback human")
 
 
+def default_tuning(kind):
+    """The default settings of tuning the first stage on a style or on an object ("content")."""
+    if kind == "content":
+        return CONTENT
+    return ROUND_1
+
+
 def main():
     args = options().parse_args()
     check_options(args)
     if args.steps is None:
-        args.steps = CONTENT.steps if args.kind == "content" else ROUND_1.steps
+        args.steps = default_tuning(args.kind).steps
     check_device(args.device)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cleans up as any other exit does
     warnings.filterwarnings("ignore", "only the first")      # of CLIP; notes.py notes the same
@@ -251,7 +258,8 @@ def first_round(args, out, pipe, references, config):
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=partial_prefix()) as temporary:
         run = Path(temporary) / "run"
         run.mkdir()
-        tuning = replace(ROUND_1, steps=args.steps, lr=args.lr, batch=args.batch, d_prj=args.d_prj)
+        tuning = replace(default_tuning(args.kind), steps=args.steps, lr=args.lr, batch=args.batch,
+                         d_prj=args.d_prj)
         progress = TuningProgress()
         adapter = pipe.tune(references, contents, style, args.seed, args.superres, tuning, progress)
         say(describe(pipe, adapter))
@@ -286,10 +294,12 @@ def first_round(args, out, pipe, references, config):
 def previews(pipe, adapter, prompts, args):
     """Images (B, 3, H, W) of the prompts before and after tuning, with the same seeds.
 
-    Each has its own default settings: BASE_SAMPLING and SAMPLING.
+    Each has its own default settings (styledrop.default_sampling).
     """
     settings = dict(seed=args.seed, superres=args.superres)
-    steps = BASE_SAMPLING.steps + SAMPLING.steps
+    adapters = dict(style=None, content=None)
+    adapters[args.kind] = adapter
+    steps = default_sampling(None, None).steps + default_sampling(**adapters).steps
     if args.superres and pipe.superres is not None:
         steps += 2 * SUPERRES_SAMPLING.steps
     progress = Progress("previews: step")
@@ -301,10 +311,7 @@ def previews(pipe, adapter, prompts, args):
         progress(done, steps)
 
     before = pipe.generate(prompts, on_step=on_step, **settings)
-    if args.kind == "content":
-        after = pipe.generate(prompts, content=adapter, on_step=on_step, **settings)
-    else:
-        after = pipe.generate(prompts, style=adapter, on_step=on_step, **settings)
+    after = pipe.generate(prompts, on_step=on_step, **adapters, **settings)
     return before, after
 
 

@@ -34,7 +34,6 @@ Shapes: B images, N image tokens, L' states of T, V codebook size, K views of a 
 import copy
 import math
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,16 +42,15 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 import muse
-from checkpoint.files import check_place, write_json, write_text
-from commandline.options import Parser, add_base_options, filled, load_pipeline, whole
+from checkpoint.files import write_json, write_text
+from commandline.options import Parser, whole
 from commandline.terminal import run_command, say
 from experiments.common import (INTERVALS, heading, made_by, minus, percent, read_results,
-                                table)
+                                start_study, table)
 from experiments.foreign import COMPARED, MEASURES, OBJECTS, TITLES, Ruler, load_references, spread
 from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, autocast, guided_logits,
                        random_views, shuffled, style_prompt)
 
-RESULTS = Path(__file__).with_name("results")
 SEEDS = list(range(len(OBJECTS)))
 LAMBDAS = (0, SAMPLING.lambda_a, 1.5)   # lambda_A
 RANK = 3                                # of LoRA, which then trains about as much as the adapter
@@ -350,12 +348,9 @@ def main():
                         help="choose the learning rate and lambda_A of each method")
     parser.add_argument("--references", type=whole(1, 1000), default=12,
                         help="how many references (default: %(default)s)")
-    parser.add_argument("--out", type=filled, default=str(RESULTS), help="folder of the results")
-    add_base_options(parser, superres=False)
-    args = parser.parse_args()
-    check_place(args.out)
+    args, pipe, out = start_study(parser)
     used = "chosen" if args.choose else "reported"
-    study(load_pipeline(args), used, args.references, Path(args.out))
+    study(pipe, used, args.references, out)
 
 
 if __name__ == "__main__":

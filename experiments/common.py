@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint.files import read_json
+from checkpoint.files import check_place, read_json
+from commandline.options import add_base_options, filled, load_pipeline
 from pretrain.common import machine
 
+RESULTS = Path(__file__).with_name("results")
 AMONG = 100                             # classes in the easier task "named of 100"
 
 
@@ -134,7 +136,19 @@ def reconstruct(pipe, images):
 
 
 # --------------------------------------------------------------------------------------------------
-# Reports
+# Studies that resume, and reports
+
+def start_study(parser):
+    """Add --out and the base's options, and parse -> args, the pipeline, and the results' folder.
+
+    For studies that decide themselves which stages they use.
+    """
+    parser.add_argument("--out", type=filled, default=str(RESULTS), help="folder of the results")
+    add_base_options(parser, superres=False)
+    args = parser.parse_args()
+    check_place(args.out)
+    return args, load_pipeline(args), Path(args.out)
+
 
 def read_results(path, settings):
     """The results of an earlier run, which this one continues; without a file, no rows.

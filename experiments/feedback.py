@@ -25,16 +25,15 @@ What is already in feedback.json is not computed again.
 """
 
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoint.files import check_place, write_json, write_text
-from commandline.options import Parser, add_base_options, filled, load_pipeline, whole
+from checkpoint.files import write_json, write_text
+from commandline.options import Parser, whole
 from commandline.terminal import run_command, say
 from experiments.common import (INTERVALS, heading, made_by, minus, percent, read_results,
-                                table)
+                                start_study, table)
 from experiments.foreign import (COMPARED, MEASURES, OBJECTS, TITLES, Ruler, columns_of,
                                  load_references, spread)
 from experiments.object_judge import name_scores
@@ -43,7 +42,6 @@ from human_feedback.rounds import (POOL_PROMPTS, choose_at_random, choose_by_cli
                                    sample_pool)
 from styledrop import RARE_TOKEN, ROUND_1, ROUND_2, SAMPLING
 
-RESULTS = Path(__file__).with_name("results")
 SEEDS = list(range(len(OBJECTS)))
 POOL = 8                                # images for each prompt
 LAMBDAS = (0.0, 0.5, 1.0, 1.5)          # other lambda_A that round 1 is sampled with
@@ -127,12 +125,7 @@ def main():
                         help="how many of the test references (default: %(default)s)")
     parser.add_argument("--prompts", type=whole(1, len(POOL_PROMPTS)), default=len(POOL_PROMPTS),
                         help="prompts of the pool (default: %(default)s)")
-    parser.add_argument("--out", type=filled, default=str(RESULTS), help="folder of the results")
-    add_base_options(parser, superres=False)
-    args = parser.parse_args()
-    check_place(args.out)
-    pipe = load_pipeline(args)
-    out = Path(args.out)
+    args, pipe, out = start_study(parser)
     references = load_references("reported", pipe.resolution)
     ruler = Ruler(pipe, references)
     path = out / "feedback.json"

@@ -30,27 +30,25 @@ What is already in two_adapters.json is not computed again.
 
 import zlib
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
-from checkpoint.files import check_place, write_json, write_png, write_text
-from commandline.options import Parser, add_base_options, filled, load_pipeline, whole
+from checkpoint.files import write_json, write_png, write_text
+from commandline.options import Parser, whole
 from commandline.terminal import run_command, say
 from data import drawing, scenes, styles
 from data.pictures import grid
 from experiments.common import (INTERVALS, heading, made_by, minus, percent, read_results,
-                                reconstruct, table)
+                                reconstruct, start_study, table)
 from experiments.copies import as_drawn, framed
 from experiments.foreign import Ruler, load_references, spread
 from experiments.style_measures import is_nearest, palette
 from styledrop import (CONTENT, CONTENT_SAMPLING, RARE_TOKEN, ROUND_1, style_prompt, to_tensor,
                        to_uint8)
 
-RESULTS = Path(__file__).with_name("results")
 SETS = ("noto", "noto-v1", "twemoji", "fluent-emoji", "fluent-emoji-flat", "openclipart",
         "sweethome3d")                  # those whose drawings have colours
 BACKGROUNDS = ("cream", "teal", "gold", "grey")
@@ -108,12 +106,17 @@ def rare_name(name):
     return f"a [V] {noun}"
 
 
+def resized(images, side):
+    """Images (B, 3, H, W) as (B, 3, side, side)."""
+    return F.interpolate(images, (side, side), mode="area")
+
+
 class Judge:
     """What of MEASURES a sample has, for one object and one reference of a Ruler."""
 
     def __init__(self, art, ruler, pair, i):
         set_name, name = pair
-        self.ruler, self.i = ruler, i
+        self.ruler, self.pair, self.i = ruler, pair, i
         own = art.find(name, set_name)
         others = [art.find(name, other) for other in SETS
                   if other != set_name and name in art.index[other]]
@@ -134,67 +137,73 @@ class Judge:
         return {"identity": identity.float().tolist(), "palette": near.float().tolist(),
                 "identity and palette": (identity & near).float().tolist()}
 
+    def row(self, arm, images):
+        """A row of the results: the shares of images that have each of MEASURES."""
+        means = {name: float(np.mean(values)) for name, values in self.measure(images).items()}
+        return dict(object="/".join(self.pair), reference=self.ruler.references[self.i].file,
+                    arm=arm, **means)
+
 
 # --------------------------------------------------------------------------------------------------
 # One pair of object and reference
 
-def tune_pair(pipe, art, pair, reference, joint=True):
-    """The content adapter, the style adapter, and, with joint, one that is tuned on both."""
+def material(pipe, art, pair, reference):
+    """What is tuned on: the object's name, pictures of it (4, 3, S, S), the reference (1, 3, S, S).
+
+    S: the first stage's side.
+    """
     side = pipe.vqgan.config.resolution
-    shown = F.interpolate(pictures(art, pair, 4, seed=0), (side, side), mode="area")
-    picture = F.interpolate(reference.picture[None], (side, side), mode="area")
-    name = rare_name(pair[1])
-    content = pipe.tune(shown, [name] * 4, tuning=CONTENT)
-    style = pipe.tune(picture, [""], RARE_TOKEN)
-    if not joint:
-        return content, style
-    # the reference is repeated, so that both count equally
-    both = torch.cat([shown, picture.expand(4, -1, -1, -1)])
-    texts = [name] * 4 + [style_prompt("", RARE_TOKEN)] * 4
-    return content, style, pipe.tune(both, texts, tuning=CONTENT)
+    shown = resized(pictures(art, pair, 4, seed=0), side)
+    return rare_name(pair[1]), shown, resized(reference.picture[None], side)
+
+
+def tune_separately(pipe, name, shown, picture):
+    """The content adapter and the style adapter; see `material`."""
+    content = pipe.tune(shown, [name] * len(shown), tuning=CONTENT)
+    return content, pipe.tune(picture, [""], RARE_TOKEN)
+
+
+def tune_jointly(pipe, name, shown, picture):
+    """One adapter of both. The reference is repeated, so that both count equally."""
+    both = torch.cat([shown, picture.expand_as(shown)])
+    texts = [name] * len(shown) + [style_prompt("", RARE_TOKEN)] * len(shown)
+    return pipe.tune(both, texts, tuning=CONTENT)
 
 
 def try_pair(pipe, art, ruler, pair, i):
     """Rows of results for one pair, and its samples with the default settings {gamma: images}."""
-    reference = ruler.references[i]
     judge = Judge(art, ruler, pair, i)
-    content, style, joint = tune_pair(pipe, art, pair, reference)
-    prompts = [rare_name(pair[1])] * len(SEEDS)
-    rows = []
-
-    def keep(arm, images):
-        means = {name: float(np.mean(values)) for name, values in judge.measure(images).items()}
-        rows.append(dict(object="/".join(pair), reference=reference.file, arm=arm, **means))
-        return images
-
+    name, shown, picture = material(pipe, art, pair, ruler.references[i])
+    content, style = tune_separately(pipe, name, shown, picture)
+    joint = tune_jointly(pipe, name, shown, picture)
+    prompts = [name] * len(SEEDS)
     samples = {}
+    rows = []
     for gamma in GAMMAS:
-        samples[gamma] = keep(f"gamma {gamma:g}", pipe.generate(
-            prompts, style, content, seed=SEEDS, gamma=gamma, superres=False))
-    keep("one adapter of both", pipe.generate(prompts, joint, seed=SEEDS, superres=False,
-                                              style_phrase=RARE_TOKEN))
-    side = pipe.vqgan.config.resolution
+        samples[gamma] = pipe.generate(prompts, style, content, seed=SEEDS, gamma=gamma,
+                                       superres=False)
+        rows.append(judge.row(f"gamma {gamma:g}", samples[gamma]))
+    images = pipe.generate(prompts, joint, seed=SEEDS, superres=False, style_phrase=RARE_TOKEN)
+    rows.append(judge.row("one adapter of both", images))
     further = pictures(art, pair, 8, seed=1, backgrounds=("white", "navy", "pink", "green"))
-    keep("the object, reconstructed",
-         reconstruct(pipe, F.interpolate(further, (side, side), mode="area")))
+    images = reconstruct(pipe, resized(further, shown.shape[-1]))
+    rows.append(judge.row("the object, reconstructed", images))
     return rows, samples
 
 
 def choose_for_pair(pipe, art, ruler, pair, i):
     """Rows of results of one validation pair, for each of STRENGTHS and each gamma."""
     judge = Judge(art, ruler, pair, i)
-    content, style = tune_pair(pipe, art, pair, ruler.references[i], joint=False)
-    prompts = [rare_name(pair[1])] * len(SEEDS)
+    name, shown, picture = material(pipe, art, pair, ruler.references[i])
+    content, style = tune_separately(pipe, name, shown, picture)
+    prompts = [name] * len(SEEDS)
     rows = []
     for lambda_a, lambda_b in STRENGTHS:
         for gamma in GAMMAS[1:]:
             images = pipe.generate(prompts, style, content, seed=SEEDS, gamma=gamma,
                                    superres=False, lambda_a=lambda_a, lambda_b=lambda_b)
-            means = {name: float(np.mean(values))
-                     for name, values in judge.measure(images).items()}
             arm = f"lambda_A {lambda_a:g}, lambda_B {lambda_b:g}, gamma {gamma:g}"
-            rows.append(dict(object="/".join(pair), reference=ruler.references[i].file, arm=arm,
-                             **means))
+            rows.append(judge.row(arm, images))
     return rows
 
 
@@ -233,7 +242,7 @@ def picture_of(art, pairs, references, samples):
     for pair, reference, images in zip(pairs, references, samples):
         side = images[0.0].shape[-1]
         shown = torch.cat([pictures(art, pair, 1, seed=0), reference.picture[None]])
-        rows += [F.interpolate(shown, (side, side), mode="area"),
+        rows += [resized(shown, side),
                  *(images[gamma][:1].cpu() for gamma in GAMMAS)]
     top = ["object", "style", *(f"gamma {gamma:g}" for gamma in GAMMAS)]
     return grid(to_uint8(torch.cat(rows)), len(top), 2, 4, top)
@@ -245,12 +254,7 @@ def main():
                         help="compare settings on the validation objects and references")
     parser.add_argument("--pairs", type=whole(1, 1000), default=12,
                         help="how many pairs of object and reference (default: %(default)s)")
-    parser.add_argument("--out", type=filled, default=str(RESULTS), help="folder of the results")
-    add_base_options(parser, superres=False)
-    args = parser.parse_args()
-    check_place(args.out)
-    pipe = load_pipeline(args)
-    out = Path(args.out)
+    args, pipe, out = start_study(parser)
     used, half, file = "reported", "test", "two_adapters"
     if args.choose:
         used, half, file = "chosen", "validation", "two_adapters_chosen"

@@ -57,8 +57,8 @@ def main(argv=None):
         compute = torch.compile(loss_and_accuracy)
     for step, (low, high, text_ids), generator in batches(args, steps, run.step):
         # the batch: the same images at both sizes; one caption in ten becomes the empty prompt
-        low = vqgan.encode(to_tensor(low)).flatten(1)                             # (B, low_grid^2)
-        high = vqgan.encode(to_tensor(high)).flatten(1)                           # (B, N)
+        low = vqgan.encode(to_tensor(low)).flatten(1)                            # (B, low_grid^2)
+        high = vqgan.encode(to_tensor(high)).flatten(1)                          # (B, N)
         low, ids, text_ids = replay([low, high, text_ids], generator)
         if step < run.step:                                                  # only to fill `replay`
             continue

@@ -29,7 +29,7 @@ import styledrop
 import train
 from checkpoint.adapters import load_adapter
 from checkpoint.files import LEAST_FREE, partial_prefix
-from styledrop import RARE_TOKEN, StyleDrop, to_uint8
+from styledrop import CONTENT, RARE_TOKEN, ROUND_1, StyleDrop, to_uint8
 
 ROOT = Path(train.__file__).parent
 RUN = ["adapter.pt", "config.json", "log.jsonl", "samples.png"]
@@ -124,13 +124,24 @@ def test_previews_compare_the_base_with_the_adapter(tune, calls):
     assert after_how["style"].about == load_adapter("runs/ref").about
 
 
-def test_the_steps_of_previews_are_those_of_both_settings(tune, calls, monkeypatch):
-    """Trap: twice the steps of a tuned sample, where the base has another number."""
-    for name, steps in (("BASE_SAMPLING", 3), ("SAMPLING", 2)):
-        monkeypatch.setattr(train, name, replace(getattr(train, name), steps=steps))
+@pytest.mark.parametrize("kind, total", [("style", 5), ("content", 7)])
+def test_the_steps_of_previews_are_those_of_both_settings(tune, calls, monkeypatch, kind, total):
+    """Trap: twice the steps of a sample in a style, where the base or an object has another number.
+    """
+    for name, steps in (("BASE_SAMPLING", 3), ("SAMPLING", 2), ("CONTENT_SAMPLING", 4)):
+        monkeypatch.setattr(styledrop, name, replace(getattr(styledrop, name), steps=steps))
     said = calls(train.Progress, "__call__")
-    assert tune()[0] == 0
-    assert {total for (progress, _, total, *_), _ in said if "previews" in progress.name} == {5}
+    assert tune("--kind", kind)[0] == 0
+    assert {of for (progress, _, of, *_), _ in said if "previews" in progress.name} == {total}
+
+
+def test_an_object_is_tuned_with_settings_of_its_own(tune, calls, monkeypatch):
+    """All of them, unless an option overrides them. Trap: the settings of a style."""
+    monkeypatch.setattr(train, "CONTENT", replace(CONTENT, mask_power=1, views=1))
+    fitted = calls(StyleDrop, "fit")
+    for kind, expected in (("style", ROUND_1), ("content", train.CONTENT)):
+        assert tune("--kind", kind, "--out", f"runs/{kind}")[0] == 0
+        assert fitted[-1][0][4] == replace(expected, steps=2)
 
 
 def test_memory_that_is_not_known_is_not_said(tune, monkeypatch):
