@@ -330,7 +330,7 @@ def draw_tokens(logits, top_k, u):
     logits (B, N, V), u (B, N) uniform in [0, 1) -> ids (B, N) in [0, V), by inverting the
     cumulative distribution: the token is the first whose cumulative probability reaches u.
     """
-    k = top_k or logits.shape[-1]
+    k = min(top_k or logits.shape[-1], logits.shape[-1])
     values, tokens = logits.topk(k, -1)                                          # (B, N, k)
     cumulative = values.softmax(-1).cumsum(-1)
     total = cumulative[..., -1:]                             # 1, but for rounding

@@ -84,11 +84,15 @@ def options():
     add("--steps", type=whole(1, 1000),
         help=f"decoding steps of the first stage (default: {SAMPLING.steps})")
     add("--temperature", type=number(float, 0, 1000),
-        help=f"randomness in which tokens are decoded first (default: {SAMPLING.temperature:g}, "
-             f"without an adapter {BASE_SAMPLING.temperature:g})")
+        help="how random the choice of the tokens to keep at each step is (default: "
+             f"{SAMPLING.temperature:g}, without an adapter {BASE_SAMPLING.temperature:g})")
     add("--top-k", type=whole(0, 2**31),
         help="sample each token of the first stage from the TOP_K most probable ones; 0: from all "
              f"(default: {SAMPLING.top_k})")
+    add("--min-p", type=number(float, 0, 1),
+        help="leave out tokens that the tuned model finds less than MIN_P times as probable as its "
+             f"most probable one; 0: none (default: {SAMPLING.min_p:g} with a style alone, "
+             "otherwise 0)")
     add("--num", type=whole(1, 10000), default=1, help="images for each prompt (default: 1)")
     add("--seed", type=whole(0, 2**62), default=0,
         help="seed of the first image; each further image has the next seed (default: 0)")
@@ -289,7 +293,8 @@ def text_chunks(facts, prompts, seed):
     info = PngInfo()
     for name, value in sorted(facts.items()):
         if value is not None:
-            info.add_itxt(name, str(value))
+            # a folder's name need not be UTF-8
+            info.add_itxt(name, str(value).encode("utf-8", "backslashreplace").decode())
     return info
 
 

@@ -34,7 +34,8 @@ __all__ = ["BASE_SAMPLING", "CONTENT", "CONTENT_SAMPLING", "ROUND_1", "ROUND_2",
 
 WEIGHTS = str(Path(__file__).parent / "weights" / "tiny")      # the shipped base
 RARE_TOKEN = "[V*]"     # stands for a style without a name (4.4.1), also in the base's captions
-AT_ONCE = 16            # images sampled in one batch, to limit the memory
+AT_ONCE = 16            # images sampled or encoded in one batch, to limit the memory
+IMPROBABLE = -1e4       # a logit that is never sampled. It is finite, so that it can be mixed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -60,6 +61,21 @@ def guided_logits(tuned, base, null, lambda_a, lambda_b):
     empty prompt, towards the text. With tuned = base this is Eq. 1, whatever lambda_A is.
     """
     return tuned + lambda_a * (tuned - base) + lambda_b * (base - null)
+
+
+def only_probable(logits, tuned, min_p):
+    """Guided logits in which only tokens that the tuned model finds probable keep a chance.
+
+    logits and tuned (B, N, V): of `guided_logits`, and G^(v, T(t), theta). A token stays if the
+    tuned model gives it at least `min_p` times the probability of its most probable token; 0: all
+    tokens stay. Eq. 4 multiplies differences of logits. Between tokens that are improbable anyway,
+    these are mostly noise, but lambda_B = 10 can make one of them the winner. This is the
+    plausibility constraint of contrastive decoding (arXiv 2210.15097); StyleDrop has none.
+    """
+    if min_p == 0:
+        return logits
+    least = tuned.amax(-1, keepdim=True) + math.log(min_p)
+    return logits.masked_fill(tuned < least, IMPROBABLE)
 
 
 def mix_logits(style, content, gamma):
@@ -90,6 +106,7 @@ class Sampling:
     steps: int                      # of decoding [36; second stage 12]
     temperature: float              # noise in choosing the tokens to keep [4.5]; see muse.decode
     top_k: int                      # sample tokens from the k most probable; 0: from all [0]
+    min_p: float = 0.0              # see only_probable; 0: all tokens [0]
 
 
 ROUND_1 = Tuning(steps=50, lr=2e-3, batch=8, d_prj=20, is_shared=False, mask_power=4, views=16)
@@ -97,8 +114,9 @@ ROUND_2 = Tuning(steps=100, lr=2e-3, batch=8, d_prj=20, is_shared=False, mask_po
 CONTENT = replace(ROUND_1, steps=150)       # of an object (Section 3.4) [not stated]
 SUPERRES = Tuning(steps=30, lr=2e-3, batch=4, d_prj=8, is_shared=False, mask_power=1)
 
-SAMPLING = Sampling(lambda_a=0.75, lambda_b=10.0, steps=18, temperature=4.5, top_k=8)
-CONTENT_SAMPLING = replace(SAMPLING, lambda_a=5.0, lambda_b=5.0)
+SAMPLING = Sampling(lambda_a=0.75, lambda_b=10.0, steps=18, temperature=4.5, top_k=8,
+                    min_p=0.01)
+CONTENT_SAMPLING = replace(SAMPLING, lambda_a=5.0, lambda_b=5.0, min_p=0.0)
 BASE_SAMPLING = Sampling(lambda_a=0.0, lambda_b=1.0, steps=18, temperature=1.0, top_k=8)   # Eq. 1
 SUPERRES_SAMPLING = Sampling(lambda_a=1.0, lambda_b=0.0, steps=12, temperature=1.0, top_k=8)
 
@@ -225,14 +243,13 @@ class StyleDrop:
         generator = torch.Generator().manual_seed(seed)
 
         views = random_views(images, tuning.views, generator).flatten(0, 1)  # (R * views, 3, H, W)
-        small = F.interpolate(views, (side, side), mode="area")
-        tokens = self.vqgan.encode(small).flatten(1)                         # (R * views, N)
+        tokens = self.tokens_at(side, views)                                 # (R * views, N)
         texts_of_views = [text for text in texts for _ in range(tuning.views)]
         first = self.fit(self.muse, tokens, texts_of_views, tuning, generator, on_step)
         second = None
         if superres and self.superres is not None and images.shape[-1] == self.resolution:
             low = tokens[::tuning.views]     # (R, N): the first view is the reference itself
-            high = self.vqgan.encode(images).flatten(1)                          # (R, N')
+            high = self.tokens_at(self.resolution, images)                       # (R, N')
             second = self.fit(self.superres, high, texts, SUPERRES, generator, on_step, low)
         about = dict(asdict(tuning), base=self.base_id, style=style, prompts=list(prompts),
                      seed=seed)
@@ -271,6 +288,14 @@ class StyleDrop:
         if not all(p.isfinite().all() for p in theta.parameters()):      # spoiled by the last step
             raise ValueError("the adapter is NaN or infinite; give a lower learning rate")
         return theta
+
+    def tokens_at(self, side, images):
+        """Tokens (B, N) of images (B, 3, H, W), reduced to `side`; AT_ONCE of them at a time."""
+        parts = []
+        for part in images.split(AT_ONCE):
+            small = F.interpolate(part, (side, side), mode="area")
+            parts.append(self.vqgan.encode(small).flatten(1))
+        return torch.cat(parts)
 
     def new_adapter(self, G, tuning, generator):
         """A new adapter theta for one of the stages; until it is trained, it changes nothing."""
@@ -385,7 +410,8 @@ class StyleDrop:
             def guided(v, null):
                 base = base_pass(v)
                 tuned = base if tuned_pass is None else tuned_pass(v)
-                return guided_logits(tuned, base, null, sampling.lambda_a, sampling.lambda_b)
+                logits = guided_logits(tuned, base, null, sampling.lambda_a, sampling.lambda_b)
+                return only_probable(logits, tuned, sampling.min_p)
 
             return guided
 

@@ -62,7 +62,8 @@ def options():
     add("--ref", nargs="+", action="extend", type=filled, metavar="IMG", required=True,
         help="the style reference; several references teach one style together")
     add("--content", nargs="+", action="extend", type=filled, metavar="PHRASE",
-        help='what each reference shows, such as "a house" (default: the style alone is named)')
+        help='what each reference shows, such as "a house" (default: the prompt names only the '
+             "style)")
     add("--style", type=text, default=RARE_TOKEN,
         help="the style's name in prompts (default: %(default)s, a rare token)")
     add("--kind", choices=("style", "content"), default="style",
@@ -108,8 +109,9 @@ def check_options(args):
         raise ValueError("rounds of feedback are for styles; leave out --rounds or --kind content")
     is_for_all = args.kind == "content" and len(args.content) == 1   # one name, all its pictures
     if args.content and not is_for_all and len(args.content) != len(args.ref):
-        raise ValueError(f"{len(args.ref)} references need as many --content phrases, "
-                         f"not {len(args.content)}")
+        raise ValueError(f"there are {len(args.ref)} --ref and {len(args.content)} --content; give "
+                         "one phrase for each reference, and put a phrase of several words in "
+                         "quotes")
     if args.pick is not None and (args.rounds == 1 or args.feedback != "human"):
         raise ValueError("--pick needs --rounds 2 --feedback human")
 
@@ -131,6 +133,8 @@ def main():
     warnings.filterwarnings("ignore", "only the first")      # of CLIP; notes.py notes the same
     began = time.time()
     out = Path(args.out or default_out(args.ref[0]))
+    if ".." in out.parts:                    # "a/../b", where there may be no folder a
+        out = out.resolve()
     check_out(out)
     prompts = rounds.read_prompts(args.pool_prompts)
     rounds.check_rounds(args, out, prompts)
@@ -173,9 +177,13 @@ def check_out(out):
     check_place(out)
     if not out.exists():
         return
-    if is_empty(out):                                        # an empty folder will do
-        if os.path.ismount(out):                             # os.replace cannot replace it
-            raise ValueError(f"{out} is a mount point; give --out a folder inside it")
+    if is_empty(out):                        # it is replaced, if that can be done without harm
+        if os.path.ismount(out) or out.resolve() == Path.cwd():
+            raise ValueError(f"{out} is a mount point or the current folder; give --out a folder "
+                             "inside it")
+        if not os.access(out.resolve().parent, os.W_OK):
+            raise ValueError(f"{out} lies in a folder that is read-only; give --out a folder "
+                             f"inside {out}")
         return
     if not (out / "config.json").exists() or not (out / "adapter.pt").exists():
         raise ValueError(f"{out} already exists, but is not a run folder; give another --out")

@@ -34,6 +34,8 @@ def read_weights(path):
             entries = archive.infolist()
     except PermissionError:
         raise ValueError(f"no permission to read {path}; change its permissions") from None
+    except MemoryError:
+        raise
     except Exception:                    # a damaged archive fails in a dozen ways
         raise damaged from None
     if any(entry.filename.endswith("constants.pkl") for entry in entries):
@@ -46,6 +48,8 @@ def read_weights(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, "cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception:
         raise damaged from None
     if not isinstance(content, dict):
@@ -157,7 +161,7 @@ def build(make, weights):
     try:
         with torch.device("meta"), SkipInitialisation():
             model = make()
-    except ValueError:
+    except (MemoryError, ValueError):
         raise
     except Exception:                    # sizes that contradict each other
         raise ValueError("its config does not fit this version") from None

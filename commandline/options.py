@@ -23,6 +23,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message):
+        if message.startswith("unrecognized arguments"):
+            message += "; put a prompt or a phrase of several words in quotes"
         raise ValueError(message)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -109,7 +111,7 @@ def add_base_options(parser, superres=True):
     parser.set_defaults(superres=True)
     if superres:
         parser.add_argument("--no-superres", dest="superres", action="store_false",
-                            help="use the first stage alone: 64 pixels, and faster")
+                            help="use only the first stage: faster, and images of 64 x 64 pixels")
 
 
 def load_pipeline(args):

@@ -48,7 +48,7 @@ from commandline.terminal import run_command, say
 from experiments.common import (INTERVALS, heading, made_by, minus, percent, read_results,
                                 start_study, table)
 from experiments.foreign import COMPARED, MEASURES, OBJECTS, TITLES, Ruler, load_references, spread
-from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, autocast, guided_logits,
+from styledrop import (RARE_TOKEN, ROUND_1, SAMPLING, autocast, guided_logits, only_probable,
                        random_views, shuffled, style_prompt)
 
 SEEDS = list(range(len(OBJECTS)))
@@ -183,7 +183,8 @@ def sample(pipe, tuned, prompts, seeds, lambda_a, sampling=SAMPLING):
             tuned_logits = tuned(v, tuned_text, tuned_mask)
             base_logits = base(v, base_text, base_mask)
             null_logits = base(v, null_text, null_mask)
-        return guided_logits(tuned_logits, base_logits, null_logits, lambda_a, sampling.lambda_b)
+        logits = guided_logits(tuned_logits, base_logits, null_logits, lambda_a, sampling.lambda_b)
+        return only_probable(logits, tuned_logits, sampling.min_p)
 
     generators = [torch.Generator(pipe.device).manual_seed(seed) for seed in seeds]
     ids = muse.decode(logits_fn, len(prompts), base.config.tokens, base.config.mask_id,

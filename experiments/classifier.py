@@ -31,7 +31,7 @@ from data import Scene, scenes, styles
 from data.english import read_table
 from experiments.common import among, command, percent, table
 from pretrain.common import machine
-from styledrop import autocast, to_tensor
+from styledrop import autocast, check_device, to_tensor
 
 FILE = Path(__file__).with_name("quality.pt")
 EMOJI = ("noto", "noto-v1", "twemoji", "fluent-emoji", "fluent-emoji-flat")
@@ -328,6 +328,7 @@ def options():
 def main():
     args = options().parse_args()
     check_place(args.out, is_folder=False)
+    check_device(args.device)
     began = time.time()
     torch.manual_seed(args.seed)
     art = emoji_objects(smallest=0.75, bent=0.04)

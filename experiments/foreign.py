@@ -40,7 +40,7 @@ from PIL import Image
 
 import clip_feedback
 import data
-from checkpoint.files import write_json, write_png, write_text, write_whole
+from checkpoint.files import check_place, write_json, write_png, write_text, write_whole
 from commandline.options import Parser, add_base_options, load_pipeline, whole
 from commandline.terminal import Progress, run_command, say
 from data.english import head, meanings, plural
@@ -70,8 +70,9 @@ YES_OR_NO = ("object kept", "palette", "texture", "blank", "leak")
 SWEEP = [dict(), dict(lambda_a=0), dict(lambda_a=0.5), dict(lambda_a=1), dict(lambda_a=1.5),
          dict(lambda_a=2), dict(lambda_a=3), dict(lambda_b=1), dict(lambda_b=3), dict(lambda_b=6),
          dict(lambda_b=8), dict(lambda_b=12), dict(lambda_b=15),
-         dict(temperature=1), dict(top_k=3), dict(top_k=0), dict(views=1), dict(steps=30),
-         dict(steps=100), dict(d_prj=4), dict(d_prj=12), dict(d_prj=40), dict(is_shared=True),
+         dict(min_p=0), dict(min_p=0.1), dict(temperature=1), dict(top_k=3), dict(top_k=0),
+         dict(views=1), dict(steps=30), dict(steps=100), dict(d_prj=4), dict(d_prj=12),
+         dict(d_prj=40), dict(is_shared=True),
          dict(lr=5e-4), dict(lr=1e-3), dict(lr=3e-3), dict(mask_power=1), dict(mask_power=2),
          dict(mask_power=8), dict(style="words"), dict(content="an object"),
          dict(content="named")]
@@ -250,7 +251,7 @@ MINUS = {"words": "minus the style in words",
 
 
 def write_report(pipe, ruler, rows):
-    """results/foreign.md: one table of the arms, one of the references.
+    """results/foreign.md: tables of the arms, the objects, the kinds and the references.
 
     A reference can only leak where the judge has a name for what it shows; others are left out.
     """
@@ -281,6 +282,23 @@ def write_report(pipe, ruler, rows):
               INTERVALS, ""]
     body = [[words, *minus(rows["tuned"], rows[name], COMPARED)] for name, words in MINUS.items()]
     lines += table(["", *COMPARED], body)
+    lines += ["## Each object", "", "The base without a style was sampled once for each object, so "
+              "its object is either kept or not.", ""]
+    body = []
+    for k, phrase in enumerate(OBJECTS):
+        shares = [np.mean([row[key][k] for row in rows["tuned"]])
+                  for key in ("object kept", "object and palette")]
+        base = "yes" if rows["base"][0]["object kept"][k] else "no"
+        body.append([phrase, *(f"{100 * share:.0f} %" for share in shares), base])
+    lines += table(["object", "object kept", "object and palette", "kept by the base"], body)
+    lines += ["## Each kind of reference", ""]
+    body = []
+    for kind in dict.fromkeys(reference.kind for reference in references):
+        group = [row for row, reference in zip(rows["tuned"], references)
+                 if reference.kind == kind]
+        shares = [np.mean([row[key] for row in group]) for key in COMPARED]
+        body.append([kind, str(len(group)), *(f"{100 * share:.0f} %" for share in shares)])
+    lines += table(["kind", "references", *COMPARED], body)
     lines += ["## Each reference", ""]
     body = []
     for i, reference in enumerate(references):
@@ -404,6 +422,7 @@ def main():
             parser.error(f"--sweep knows no setting {name!r}; give some of {', '.join(known)}")
     if args.confirm and args.sweep is None:
         parser.error("--confirm needs --sweep")
+    check_place(RESULTS, "place to the repository")
     pipe = load_pipeline(args)
     if args.sweep is not None:
         sweep(pipe, args.sweep, args.references, args.confirm)

@@ -37,8 +37,19 @@ NOT_FIGURES = ("step", "images", "minutes", "critic")
 
 
 def read_log(path):
-    """The lines of a log: a list of dicts with step, images, minutes and the figures."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The lines of a log: a list of dicts with step, images, minutes and the figures.
+
+    A last line that was cut by a kill is left out. Raises ValueError if there are fewer than two.
+    """
+    log = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            log.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    if len(log) < 2:
+        raise ValueError(f"{path} has fewer than two lines; train for longer")
+    return log
 
 
 def milestones(log, figures):
@@ -73,6 +84,8 @@ def curve(title, x, y, width=320, height=200):
     pen = ImageDraw.Draw(image)
     left, top, right, bottom = 44, 24, width - 12, height - 34
     low, high = min(y), max(y)
+    if low == high:
+        high = low + 1
 
     def across(value):
         return left + (right - left) * value / max(x)

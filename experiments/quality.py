@@ -37,7 +37,8 @@ from experiments.classifier import (COLOURS, FILE, classes_of, emoji_objects, is
 from experiments.common import command, heading, made_by, mean_and_error, reconstruct, table
 from experiments.copies import COPY, all_drawings, audit, framed
 from pretrain.common import machine
-from styledrop import BASE_SAMPLING, WEIGHTS, StyleDrop, style_prompt, to_tensor, to_uint8
+from styledrop import (BASE_SAMPLING, WEIGHTS, StyleDrop, check_device, style_prompt, to_tensor,
+                       to_uint8)
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -415,6 +416,7 @@ def main():
     began = time.time()
     out = Path(args.out)
     check_place(out)
+    check_device(args.device)
     net = load_classifier(args.classifier, args.device)
     pipe = StyleDrop.load(args.weights, args.device)
     sampling = replace(BASE_SAMPLING, lambda_b=args.lambda_b, steps=args.steps,

@@ -28,7 +28,7 @@ def natural_order(path):
     """A key by which "2.png" comes before "10.png"."""
     pieces = re.split(r"([0-9]+)", path.name.lower())        # text, digits, text, digits, ..., text
     pieces[1::2] = [int(digits) for digits in pieces[1::2]]
-    return pieces
+    return pieces, path.name                                 # "7.png" and "07.png" differ
 
 
 def find_images(folder):
@@ -101,7 +101,8 @@ def main():
         say(f"{of_text:5.3f}  {of_style:5.3f}  {path.name}  {prompt}")
     for name, scores in (("text", text), ("style", style)):
         mean, error = mean_and_error(scores.cpu())
-        say(f"{name} score {mean:.4f} +- {error:.4f}  ({len(scores)} images, by {args.clip})")
+        words = f"{mean:.4f}" if len(scores) == 1 else f"{mean:.4f} +- {error:.4f}"
+        say(f"{name} score {words}  (images: {len(scores)}, by {args.clip})")
 
 
 if __name__ == "__main__":

@@ -183,7 +183,8 @@ def try_pair(pipe, art, ruler, pair, i):
         samples[gamma] = pipe.generate(prompts, style, content, seed=SEEDS, gamma=gamma,
                                        superres=False)
         rows.append(judge.row(f"gamma {gamma:g}", samples[gamma]))
-    images = pipe.generate(prompts, joint, seed=SEEDS, superres=False, style_phrase=RARE_TOKEN)
+    images = pipe.generate(prompts, joint, seed=SEEDS, superres=False, style_phrase=RARE_TOKEN,
+                           sampling=CONTENT_SAMPLING)        # as the mixtures are sampled
     rows.append(judge.row("one adapter of both", images))
     further = pictures(art, pair, 8, seed=1, backgrounds=("white", "navy", "pink", "green"))
     images = reconstruct(pipe, resized(further, shown.shape[-1]))

@@ -220,6 +220,19 @@ def test_json_round_trip(tmp_path):
     assert read_json(tmp_path / "missing.json") is None
 
 
+def test_too_little_memory_is_not_called_damage(tmp_path, monkeypatch):
+    """Trap: "train it again" where there was no memory left to read the file."""
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    torch.save({}, tmp_path / "a.pt")
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(MemoryError):
+        read_weights(tmp_path / "a.pt")
+    with pytest.raises(MemoryError):
+        build(no_memory, {})
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b"7", b"\xff\xfe", b"null", b"[" * 99_999,
                                      b"9" * 9_999, b'{"a": 1'])
 def test_damaged_json_is_one_line(tmp_path, content):

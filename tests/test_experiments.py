@@ -126,7 +126,30 @@ def test_scores_need_a_prompt_for_each_image(refused, numbered, lines, complaint
     assert re.search(complaint, line)
 
 
+def test_the_order_of_images_does_not_depend_on_the_file_system(tmp_path):
+    """Trap: names that tie as numbers, so that prompts are paired with other images."""
+    names = ["007.png", "07.png", "7.png", "a.png"]
+    for name in reversed(names):
+        (tmp_path / name).touch()
+    images, _ = score.find_images(tmp_path)
+    assert [path.name for path in images] == names
+
+
 # -- losses.py
+
+def test_a_log_that_was_cut_by_a_kill_is_read(tmp_path):
+    log = tmp_path / "muse.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert losses.read_log(log) == [{"step": 1}, {"step": 2}]
+    log.write_text('{"step": 1}\n{"ste')
+    with pytest.raises(ValueError, match="muse.jsonl has fewer than two lines; train for longer"):
+        losses.read_log(log)
+
+
+def test_a_loss_that_never_changes_is_drawn():
+    """Trap: a range of zero, whose logarithm does not exist."""
+    assert losses.curve("muse: loss", [16, 32], [3.0, 3.0]).size == (320, 200)
+
 
 def test_losses_of_the_shipped_base(cli, tmp_path):
     """The last row of every table is the end of that stage's log."""
@@ -304,6 +327,11 @@ def test_peers_that_are_not_installed_are_named(cli, tmp_path, monkeypatch):
 
 
 # -- all of them
+
+@pytest.mark.parametrize("module", [classifier, quality])
+def test_a_missing_gpu_is_one_line(refused, tmp_path, module):
+    assert "no CUDA GPU here" in refused(module.main, "--device", "cuda", "--out", tmp_path / "out")
+
 
 @pytest.mark.parametrize("module", [baselines, classifier, losses, main_job, object_judge, peers,
                                     quality, speed])

@@ -424,7 +424,8 @@ def test_the_report(command, tmp_path, calls, pipe2):
 
 def test_the_pictures_show_a_reference_and_its_samples(command, tmp_path, monkeypatch):
     """In the README's picture, two rows side by side; every reference is before its samples."""
-    measures = dict.fromkeys((*foreign.MEASURES, "leak", "style score"), [0.0])
+    measures = dict.fromkeys((*foreign.MEASURES, "leak", "style score"),
+                             [0.0] * len(foreign.OBJECTS))
     monkeypatch.setattr(foreign.Ruler, "measure", lambda *_, **__: measures)
     # tuned and twice words in turn, then base
     colours = iter([-1.0, 0.0, 0.0, 1.0, -0.5, -0.5, 0.5])

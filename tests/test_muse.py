@@ -332,7 +332,8 @@ def chi_squared(counts, probabilities):
     return ((counts - expected) ** 2 / expected).sum()
 
 
-@pytest.mark.parametrize("top_k, most", [(0, 24.3), (8, 24.3), (3, 13.8), (1, 0)])
+@pytest.mark.parametrize("top_k, most", [
+    (0, 24.3), (8, 24.3), (99, 24.3), (3, 13.8), (1, 0)])
 def test_tokens_are_sampled_by_the_softmax(top_k, most):
     """Chi-squared against the exact probabilities; `most` is its quantile at p = 0.001.
 

@@ -723,6 +723,15 @@ def test_a_base_from_scratch(stage, own_pictures, monkeypatch):
         assert sheet.width > 8 * 16
 
 
+@pytest.mark.parametrize("file", ["muse.pt", "adapter.pt"])
+def test_weights_and_adapters_are_not_overwritten(stage, file):
+    """Trap: `--out weights/mine` replaces a base by one that has hardly been trained."""
+    Path("mine").mkdir()
+    Path("mine", file).write_bytes(b"days of work")
+    assert_refused(stage("muse", "mine"), f"mine already has {file}; give another --out")
+    assert Path("mine", file).read_bytes() == b"days of work"
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_files_that_are_left_out_are_named_once(stage, own_pictures, name):
     """Trap: a picture of a rare kind is missing in training without a note."""

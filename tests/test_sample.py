@@ -112,7 +112,7 @@ def test_a_style_in_words_is_given_otherwise(run_sample):
 OPTIONS = [                             # of an object in a style, with both stages
     ["--prompt", "a house"], ["--style", "runs/old"], ["--content", "runs/more"], ["--gamma", 0.1],
     ["--lambda-a", 2], ["--lambda-b", 9], ["--gamma-sweep"],
-    ["--style-phrase", "painting"], ["--steps", 2], ["--top-k", 1],
+    ["--style-phrase", "painting"], ["--steps", 2], ["--top-k", 1], ["--min-p", 1],
     ["--temperature", 0], ["--no-superres"],
     ["--num", 2], ["--seed", 1]]
 OTHER_OPTIONS = ["--lambda-grid", "--out", "--trace", "--words", "--weights", "--device", "--help"]
@@ -351,6 +351,7 @@ def test_a_line_at_least_about_every_five_seconds(run_sample, slow_passes, optio
 # -- refusals
 
 REFUSALS = [                            # options in addition to a prompt; words of the message
+    (["cat"], "unrecognized arguments: cat; put a prompt"),
     (["--prompt", "", "--out", "new/deep/a.png"], "is empty"), (["--prompt", "\udcff"], "UTF-8"),
     (["--style-phrase", "\udcff"], "UTF-8"), (["--content", "\udcff"], "UTF-8"),
     (["--style", "runs/\udcff"], "UTF-8"), (["--prompt", "x" * 100_000], "100,000 characters"),

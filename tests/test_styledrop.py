@@ -25,8 +25,8 @@ from checkpoint.weights import fingerprint, save_model
 from muse import PRESETS, SUPERRES, Muse
 from styledrop import (AT_ONCE, BASE_SAMPLING, CONTENT_SAMPLING, ROUND_1, ROUND_2, SAMPLING,
                        SUPERRES_SAMPLING, Sampling, StyleDrop, Tuning, default_sampling,
-                       guided_logits, load_adapter, mix_logits, random_views, shuffled,
-                       style_prompt, to_tensor, to_uint8)
+                       guided_logits, load_adapter, mix_logits, only_probable, random_views,
+                       shuffled, style_prompt, to_tensor, to_uint8)
 
 PROMPTS = ["a cat", "a house"]
 EMPTY = ["", ""]
@@ -36,6 +36,15 @@ STYLED = ["a cat in watercolor painting style", "a house in watercolor painting 
 
 def assert_close(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_many_references_are_encoded_in_parts(pipe, calls):
+    """Trap: a hundred references with sixteen views each need gigabytes at once."""
+    images = noise_images(2 * AT_ONCE + 1, pipe.resolution)
+    found = calls(type(pipe.vqgan), "encode")
+    tokens = pipe.tokens_at(pipe.resolution, images)
+    assert max(len(positional[1]) for positional, _ in found) == AT_ONCE
+    assert torch.equal(tokens, pipe.vqgan.encode(images).flatten(1))
 
 
 # -- equations
@@ -49,6 +58,28 @@ def test_eq4_is_a_weighted_sum(lambda_a, lambda_b, weights):
     """
     tuned, base, null = torch.eye(3)
     assert guided_logits(tuned, base, null, lambda_a, lambda_b).tolist() == weights
+
+
+@pytest.mark.parametrize("min_p, kept", [
+    (0, [0, 1, 2, 3]), (0.001, [0, 1, 2, 3]), (0.02, [0, 1, 2]), (0.5, [0, 1]), (1, [0])])
+def test_only_tokens_that_the_tuned_model_finds_probable_keep_a_chance(min_p, kept):
+    """Trap: the share is of 1 and not of the best, or the guided logits are asked.
+
+    The best token always stays, whatever the guided logits say.
+    """
+    tuned = torch.tensor([0.60, 0.35, 0.04, 0.01]).log() + 3         # logits have no fixed sum
+    guided = torch.tensor([-50.0, 1.0, 2.0, 90.0])
+    found = only_probable(guided, tuned, min_p)
+    assert found[kept].tolist() == guided[kept].tolist()
+    left_out = [i for i in range(4) if i not in kept]
+    assert (found[left_out] < -1000).all()
+
+
+def test_two_adapters_that_agree_on_no_token_still_leave_some():
+    """Trap: with -inf, a mixture of two such results would be NaN or nothing."""
+    first = only_probable(torch.zeros(2), torch.tensor([0.0, -9.0]), 0.5)
+    second = only_probable(torch.zeros(2), torch.tensor([-9.0, 0.0]), 0.5)
+    assert mix_logits(first, second, 0.5).softmax(-1).tolist() == [0.5, 0.5]
 
 
 def test_gamma_weighs_the_content():
@@ -154,7 +185,7 @@ def test_each_prompt_may_have_words_of_its_own(pipe, passes):
 
 def test_eq4_samples_a_style(pipe, passes, watch):
     """Traps: the phrase is forgotten; the tuned model sees the null prompt."""
-    found = logits_of(pipe, style=passes.style, lambda_a=2, lambda_b=5)
+    found = logits_of(pipe, style=passes.style, lambda_a=2, lambda_b=5, min_p=0)
     assert_close(found, 3 * passes.t_style + 3 * passes.t - 5 * passes.null)
     assert len(watch.models) == 3
 
@@ -162,6 +193,7 @@ def test_eq4_samples_a_style(pipe, passes, watch):
 def test_eq4_with_the_settings_of_table_s3(pipe, passes):
     a, b = SAMPLING.lambda_a, SAMPLING.lambda_b
     expected = (1 + a) * passes.t_style + (b - a) * passes.t - b * passes.null
+    expected = only_probable(expected, passes.t_style, SAMPLING.min_p)
     assert_close(logits_of(pipe, style=passes.style), expected)
     assert_close(logits_of(pipe, style=passes.style, sampling=replace(SAMPLING, lambda_b=b)),
                  expected)
@@ -169,14 +201,14 @@ def test_eq4_with_the_settings_of_table_s3(pipe, passes):
 
 def test_eq4_without_strengths_is_the_tuned_model(pipe, passes, watch):
     """Trap: lambda_a = lambda_b = 0 read as "no adapter". A null pass is not needed."""
-    found = logits_of(pipe, style=passes.style, lambda_a=0, lambda_b=0)
+    found = logits_of(pipe, style=passes.style, lambda_a=0, lambda_b=0, min_p=0)
     assert_close(found, passes.t_style)
     assert len(watch.models) == 2
 
 
 def test_other_words_and_a_negative_prompt(pipe, passes):
     found = logits_of(pipe, style=passes.style, negative="blurry", style_phrase="flat vector",
-                      lambda_a=2, lambda_b=5)
+                      lambda_a=2, lambda_b=5, min_p=0)
     assert_close(found, 3 * passes.flat_style + 3 * passes.flat - 5 * passes.blurry)
 
 
@@ -201,10 +233,10 @@ def test_eq5_and_eq6_are_mixed(pipe, passes, watch):
 
 def test_g_runs_in_bf16_where_that_is_fast(pipe, make_adapter, monkeypatch, watch):
     """Sampling and tuning alike; the logits come out in fp32 and are nearly the same."""
-    exact = logits_of(pipe, style=make_adapter())
+    exact = logits_of(pipe, style=make_adapter(), min_p=0)
     assert watch.in_bf16 == [False] * 3
     monkeypatch.setattr(styledrop, "fast_bf16", lambda device: True)
-    fast = logits_of(pipe, style=make_adapter())
+    fast = logits_of(pipe, style=make_adapter(), min_p=0)
     pipe.tune(noise_images(1), ["a cat"], PHRASE, steps=3)
     assert watch.in_bf16 == [False] * 3 + [True] * 6
     assert fast.dtype == torch.float32

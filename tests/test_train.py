@@ -368,7 +368,25 @@ def test_a_mount_point_is_refused_before_tuning(refused, picture, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mount")
     monkeypatch.setattr(StyleDrop, "load", lambda *_: pytest.fail("too late"))
     line = refused(train.main, "--ref", picture(), "--out", "mount")
-    assert "mount is a mount point; give --out a folder inside it" in line
+    assert "give --out a folder inside it" in line
+
+
+def test_a_way_through_a_folder_that_does_not_exist(cli, weights, picture):
+    """Trap: "a/../b" is tuned in full, and then "no such file or directory"."""
+    code, _, err = cli(train.main, "--ref", picture(), "--out", "a/../b", "--steps", 1,
+                       "--weights", weights)
+    assert code == 0, err
+    assert Path("b/adapter.pt").exists() and not Path("a").exists()
+
+
+def test_the_current_folder_is_refused_before_tuning(refused, picture, monkeypatch):
+    """Trap: the finished folder replaces it, and the shell stands in one that was deleted."""
+    Path("empty").mkdir()
+    path = picture()
+    monkeypatch.chdir("empty")
+    monkeypatch.setattr(StyleDrop, "load", lambda *_: pytest.fail("too late"))
+    line = refused(train.main, "--ref", path, "--out", ".")
+    assert "give --out a folder inside it" in line
 
 
 @pytest.mark.parametrize("reference, folder", [
@@ -415,8 +433,9 @@ REFUSALS = [                            # options, and words of the one line
     (["--ref", "good.png", "--content", "\udcff"], "not valid UTF-8"),
     (["--ref", "good.png", "--style", "\udcff"], "not valid UTF-8"),
     (["--ref", "good.png", "--out", "\udcff"], "not valid UTF-8"),
-    (["--ref", "good.png", "--content", "a", "cat"], "1 references .* not 2"),
-    (["--ref", "good.png", "--content", "a", "--content", "b", "--content", "c"], "not 3"),
+    (["--ref", "good.png", "--content", "a", "cat"], "1 --ref and 2 --content.*quotes"),
+    (["--ref", "good.png", "--content", "a", "--content", "b", "--content", "c"],
+     "1 --ref and 3 --content"),
     (["--ref", "good.png", "--style", "x" * 100_000], "100,000 characters"),
     (["--ref", "good.png", "--out", "folder"], "folder already exists, but is not a run folder"),
     (["--ref", "good.png", "--out", "text.txt"], "text.txt is a file, not a folder"),
