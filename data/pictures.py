@@ -1,26 +1,17 @@
 """Images side by side on a sheet.
 
-    python -m data.pictures     # draws data/contact_sheet.png and the PNGs of examples/
+    python -m data.pictures     # draws data/contact_sheet.png
 """
 
 import math
 import textwrap
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from . import styles
 from .art import Art
 from .english import HERE
-from .styles import Style
-
-EXAMPLES = [                            # file, name, set, style: none of these styles is trained on
-    ("house_watercolor", "house", "twemoji", Style("navy and gold", "", "watercolor", "cream")),
-    ("cat_stained_glass", "cat", "fluent-emoji-flat", Style("", "", "stained glass", "navy")),
-    ("rocket_sticker", "rocket", "twemoji", Style("", "", "", "teal", "sticker")),
-]
 
 
 def grid(images, columns, scale=1, gap=2, top=(), left=(), captions=(), lines=1):
@@ -62,11 +53,6 @@ def readable(words):
     return plain.encode("ascii", "backslashreplace").decode()
 
 
-def draw(art, name, set_name, style, rng):
-    """One drawing in one style: uint8 (size, size, 3)."""
-    return styles.apply(style, art.drawings[art.find(name, set_name)], rng)
-
-
 def contact_sheet(columns=10, rows=6):
     """What the base is trained on, captions and all."""
     art = Art(size=64, smallest=0.9)
@@ -76,12 +62,6 @@ def contact_sheet(columns=10, rows=6):
 
 def main():
     contact_sheet().save(HERE / "contact_sheet.png", optimize=True)
-    folder = Path("examples")
-    folder.mkdir(exist_ok=True)
-    art = Art(sets=("twemoji", "fluent-emoji-flat"), size=128)
-    for file, name, set_name, style in EXAMPLES:
-        image = draw(art, name, set_name, style, np.random.default_rng(1))
-        Image.fromarray(image).save(folder / f"{file}.png", optimize=True)
 
 
 if __name__ == "__main__":

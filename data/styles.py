@@ -11,7 +11,7 @@ A word names a region, a picture shows a point in it: `Style.seed` decides every
 leave open, such as which navy, how wide the strokes are, and where the light comes from. Half of
 the styles have no words at all (`Style.free`); free_styles.py paints them.
 
-    python -m data.pictures        # writes data/contact_sheet.png and examples/
+    python -m data.pictures        # writes data/contact_sheet.png
 
 numpy and Pillow only. Pictures are float32 (H, W, 3) in [0, 1] inside and uint8 outside; lengths
 are 64ths of the side.
