@@ -330,7 +330,8 @@ def draw_tokens(logits, top_k, u):
     logits (B, N, V), u (B, N) uniform in [0, 1) -> ids (B, N) in [0, V), by inverting the
     cumulative distribution: the token is the first whose cumulative probability reaches u.
     """
-    k = min(top_k or logits.shape[-1], logits.shape[-1])
+    codes = logits.shape[-1]
+    k = min(top_k or codes, codes)
     values, tokens = logits.topk(k, -1)                                          # (B, N, k)
     cumulative = values.softmax(-1).cumsum(-1)
     total = cumulative[..., -1:]                             # 1, but for rounding

@@ -178,9 +178,10 @@ def check_out(out):
     if not out.exists():
         return
     if is_empty(out):                        # it is replaced, if that can be done without harm
-        if os.path.ismount(out) or out.resolve() == Path.cwd():
-            raise ValueError(f"{out} is a mount point or the current folder; give --out a folder "
-                             "inside it")
+        if os.path.ismount(out):
+            raise ValueError(f"{out} is a mount point; give --out a folder inside it")
+        if out.resolve() == Path.cwd():
+            raise ValueError(f"{out} is the current folder; give --out a folder inside it")
         if not os.access(out.resolve().parent, os.W_OK):
             raise ValueError(f"{out} lies in a folder that is read-only; give --out a folder "
                              f"inside {out}")

@@ -38,7 +38,6 @@ from dataclasses import asdict
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 import muse
@@ -251,8 +250,7 @@ def try_out(pipe, ruler, i, method, rate):
     else:
         generator = torch.Generator().manual_seed(0)
         views = random_views(picture, ROUND_1.views, generator)[0]
-        small = F.interpolate(views, (side, side), mode="area")
-        tokens = pipe.vqgan.encode(small).flatten(1)                             # (K, N)
+        tokens = pipe.tokens_at(side, views)                                     # (K, N)
         texts = [style_prompt("", RARE_TOKEN)] * len(tokens)
         tuned = TUNERS[method](pipe, tokens, texts, STEPS[method], rate, generator)
         trained = tuned.trained

@@ -45,13 +45,13 @@ from commandline.options import Parser, add_base_options, load_pipeline, whole
 from commandline.terminal import Progress, run_command, say
 from data.english import head, meanings, plural
 from data.pictures import grid
-from experiments.common import INTERVALS, heading, made_by, minus, percent, table, with_error
+from experiments.common import (INTERVALS, RESULTS, heading, made_by, minus, percent,
+                                table, with_error)
 from experiments.object_judge import load_judge, name_scores
 from experiments.style_measures import is_blank, is_nearest, palette, texture
 from styledrop import RARE_TOKEN, ROUND_1, SAMPLING, to_tensor, to_uint8
 
 FOLDER = Path(__file__).with_name("foreign")
-RESULTS = Path(__file__).with_name("results")
 OBJECTS = ("a cat", "a car", "an apple", "a rocket", "a house", "a fish", "an owl", "a guitar",
            "a butterfly", "a tree", "a sailboat", "a teapot")
 SHOWN = 6                               # objects on the contact sheet
@@ -246,6 +246,11 @@ MINUS = {"words": "minus the style in words",
          "base": "minus the base"}
 
 
+def rounded(shares):
+    """Shares from 0 to 1 as the cells of a table, in whole percents."""
+    return [f"{100 * share:.0f} %" for share in shares]
+
+
 def write_report(pipe, ruler, rows):
     """results/foreign.md: tables of the arms, the objects, the kinds and the references.
 
@@ -285,7 +290,7 @@ def write_report(pipe, ruler, rows):
         shares = [np.mean([row[key][k] for row in rows["tuned"]])
                   for key in ("object kept", "object and palette")]
         base = "yes" if rows["base"][0]["object kept"][k] else "no"
-        body.append([phrase, *(f"{100 * share:.0f} %" for share in shares), base])
+        body.append([phrase, *rounded(shares), base])
     lines += table(["object", "object kept", "object and palette", "kept by the base"], body)
     lines += ["## Each kind of reference", ""]
     body = []
@@ -293,12 +298,12 @@ def write_report(pipe, ruler, rows):
         group = [row for row, reference in zip(rows["tuned"], references)
                  if reference.kind == kind]
         shares = [np.mean([row[key] for row in group]) for key in COMPARED]
-        body.append([kind, str(len(group)), *(f"{100 * share:.0f} %" for share in shares)])
+        body.append([kind, str(len(group)), *rounded(shares)])
     lines += table(["kind", "references", *COMPARED], body)
     lines += ["## Each reference", ""]
     body = []
     for i, reference in enumerate(references):
-        cells = [f"{100 * np.mean(rows['tuned'][i][key]):.0f} %" for key in YES_OR_NO]
+        cells = rounded([np.mean(rows["tuned"][i][key]) for key in YES_OR_NO])
         if not can_leak[i]:
             cells[YES_OR_NO.index("leak")] = "-"
         body.append([reference.file, reference.kind, *cells])
@@ -418,7 +423,7 @@ def main():
             parser.error(f"--sweep knows no setting {name!r}; give some of {', '.join(known)}")
     if args.confirm and args.sweep is None:
         parser.error("--confirm needs --sweep")
-    check_place(RESULTS, "place to the repository")
+    check_place(RESULTS, "place for the repository")
     pipe = load_pipeline(args)
     if args.sweep is not None:
         sweep(pipe, args.sweep, args.references, args.confirm)

@@ -13,10 +13,9 @@ from PIL import Image, ImageDraw
 from checkpoint.files import check_place, write_png, write_text
 from commandline.options import Parser, filled
 from commandline.terminal import run_command, say
-from experiments.common import heading, table
+from experiments.common import RESULTS, heading, table
 from styledrop import WEIGHTS
 
-RESULTS = Path(__file__).with_name("results")
 NOTES = {                   # what a model that has learned nothing scores, or how a run began
     "vqgan": "one code for all images: usage 1/1024, perplexity 1",
     "clip": f"guessing among 1,024: loss ln 1024 = {math.log(1024):.2f}, accuracy 0.001; the loss "
@@ -39,7 +38,8 @@ NOT_FIGURES = ("step", "images", "minutes", "critic")
 def read_log(path):
     """The lines of a log: a list of dicts with step, images, minutes and the figures.
 
-    A last line that was cut by a kill is left out. Raises ValueError if there are fewer than two.
+    Incomplete lines, where a run was killed, are left out. Raises ValueError if there are fewer
+    than two others.
     """
     log = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -48,7 +48,7 @@ def read_log(path):
         except json.JSONDecodeError:
             continue
     if len(log) < 2:
-        raise ValueError(f"{path} has fewer than two lines; train for longer")
+        raise ValueError(f"{path} has fewer than two complete lines; train for longer")
     return log
 
 

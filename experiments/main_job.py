@@ -24,11 +24,10 @@ from PIL import Image
 from checkpoint.files import check_place, write_png, write_text
 from commandline.options import Parser, filled, whole
 from commandline.terminal import run_command, say
-from experiments.common import heading, made_by, table
+from experiments.common import RESULTS, heading, made_by, table
 from styledrop import WEIGHTS, StyleDrop
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).with_name("results")
 TUNING = ("start", "weights", "reference", "tuning, stage 1", "tuning, stage 2",
           "sampling, stage 1", "sampling, stage 2", "pixels", "writing")
 SAMPLING = ("start", "weights", "sampling, stage 1", "sampling, stage 2", "pixels", "writing")

@@ -17,13 +17,12 @@ import torch
 from checkpoint.files import check_place, write_text
 from commandline.options import Parser, filled, whole
 from commandline.terminal import run_command, say
-from experiments.common import heading, table
+from experiments.common import RESULTS, heading, table
 from experiments.speed import TYPES, median_seconds, ms
 from muse import Muse, MuseConfig, decode
 from pretrain.common import machine
 from styledrop import guided_logits
 
-RESULTS = Path(__file__).with_name("results")
 WIDTH = 256
 LAYERS = 6
 HEADS = 8

@@ -34,13 +34,12 @@ from data import Scene, drawing, english, scenes, styles
 from data.pictures import grid
 from experiments.classifier import (COLOURS, FILE, classes_of, emoji_objects, is_new, labels_of,
                                     load_classifier, named, own_figures, paint, part, predict)
-from experiments.common import command, heading, made_by, mean_and_error, reconstruct, table
+from experiments.common import (RESULTS, command, heading, made_by, mean_and_error,
+                                reconstruct, table)
 from experiments.copies import COPY, all_drawings, audit, framed
 from pretrain.common import machine
-from styledrop import (BASE_SAMPLING, WEIGHTS, StyleDrop, check_device, style_prompt, to_tensor,
-                       to_uint8)
+from styledrop import BASE_SAMPLING, WEIGHTS, StyleDrop, style_prompt, to_tensor, to_uint8
 
-RESULTS = Path(__file__).with_name("results")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -416,9 +415,8 @@ def main():
     began = time.time()
     out = Path(args.out)
     check_place(out)
-    check_device(args.device)
+    pipe = StyleDrop.load(args.weights, args.device)         # also checks the device
     net = load_classifier(args.classifier, args.device)
-    pipe = StyleDrop.load(args.weights, args.device)
     sampling = replace(BASE_SAMPLING, lambda_b=args.lambda_b, steps=args.steps,
                        temperature=args.temperature, top_k=args.top_k)
     art = emoji_objects(net.known_names, smallest=0.9)

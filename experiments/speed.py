@@ -24,11 +24,10 @@ import styledrop
 from checkpoint.files import check_place, write_json, write_text
 from commandline.options import Parser, filled, whole
 from commandline.terminal import run_command, say
-from experiments.common import heading, made_by, table
+from experiments.common import RESULTS, heading, made_by, table
 from styledrop import (ROUND_1, SAMPLING, SUPERRES, SUPERRES_SAMPLING, WEIGHTS, StyleDrop,
                        precision, style_prompt)
 
-RESULTS = Path(__file__).with_name("results")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 THREADS = (1, 2)
 STYLE = "watercolor"

@@ -405,9 +405,10 @@ class Run:
         self.rank, _ = processes()
         if (self.out / "checkpoint.pt").exists():
             self.resume(read_checkpoint(self.out / "checkpoint.pt", f"{stage} checkpoint"))
-        for name in (f"{stage}.pt", "adapter.pt"):
-            if self.step == 0 and (self.out / name).exists():
-                raise ValueError(f"{self.out} already has {name}; give another --out")
+        else:
+            for name in (f"{stage}.pt", "adapter.pt"):
+                if (self.out / name).exists():
+                    raise ValueError(f"{self.out} already has {name}; give another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         self.began = self.logged_at = self.kept_at = time.time()
         self.logged = self.step              # the step of the last line of the log

@@ -142,7 +142,7 @@ def test_a_log_that_was_cut_by_a_kill_is_read(tmp_path):
     log.write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert losses.read_log(log) == [{"step": 1}, {"step": 2}]
     log.write_text('{"step": 1}\n{"ste')
-    with pytest.raises(ValueError, match="muse.jsonl has fewer than two lines; train for longer"):
+    with pytest.raises(ValueError, match="muse.jsonl has fewer than two complete lines"):
         losses.read_log(log)
 
 

@@ -134,8 +134,8 @@ def rows(text):
             and not next_line.startswith("|---")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "experiments/README.md"])
-def test_tables_of_results_are_the_ones_that_scripts_wrote(page):
+@pytest.mark.parametrize("page, least", [("README.md", 6), ("experiments/README.md", 50)])
+def test_tables_of_results_are_the_ones_that_scripts_wrote(page, least):
     """Row by row, so that no figure is of another base than the file that is cited for it."""
     text = section("Results")
     if page != "README.md":
@@ -143,7 +143,7 @@ def test_tables_of_results_are_the_ones_that_scripts_wrote(page):
     cited = [RESULTS / Path(place).name for place in re.findall(r"results/[a-z_0-9]+\.md", text)]
     written = "\n".join(path.read_text(encoding="utf-8") for path in cited).splitlines()
     found = [row for row in rows(text) if "±" in row]
-    assert len(found) > 5
+    assert len(found) >= least
     assert [row for row in found if row not in written] == []
 
 

@@ -38,15 +38,6 @@ def assert_close(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_many_references_are_encoded_in_parts(pipe, calls):
-    """Trap: a hundred references with sixteen views each need gigabytes at once."""
-    images = noise_images(2 * AT_ONCE + 1, pipe.resolution)
-    found = calls(type(pipe.vqgan), "encode")
-    tokens = pipe.tokens_at(pipe.resolution, images)
-    assert max(len(positional[1]) for positional, _ in found) == AT_ONCE
-    assert torch.equal(tokens, pipe.vqgan.encode(images).flatten(1))
-
-
 # -- equations
 
 @pytest.mark.parametrize("lambda_a, lambda_b, weights", [
@@ -471,6 +462,15 @@ def test_an_adapter_of_other_sizes_is_refused(pipe2, tmp_path, role, width, dept
 
 
 # -- tuning
+
+def test_many_references_are_encoded_in_parts(pipe, calls):
+    """Trap: a hundred references with sixteen views each need gigabytes at once."""
+    images = noise_images(2 * AT_ONCE + 1, pipe.resolution)
+    found = calls(type(pipe.vqgan), "encode")
+    tokens = pipe.tokens_at(pipe.resolution, images)
+    assert max(len(positional[1]) for positional, _ in found) == AT_ONCE
+    assert torch.equal(tokens, pipe.vqgan.encode(images).flatten(1))
+
 
 def shrink(images):
     """Images at the first stage's size."""

@@ -368,7 +368,7 @@ def test_a_mount_point_is_refused_before_tuning(refused, picture, monkeypatch):
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "mount")
     monkeypatch.setattr(StyleDrop, "load", lambda *_: pytest.fail("too late"))
     line = refused(train.main, "--ref", picture(), "--out", "mount")
-    assert "give --out a folder inside it" in line
+    assert "mount is a mount point; give --out a folder inside it" in line
 
 
 def test_a_way_through_a_folder_that_does_not_exist(cli, weights, picture):
@@ -386,7 +386,7 @@ def test_the_current_folder_is_refused_before_tuning(refused, picture, monkeypat
     monkeypatch.chdir("empty")
     monkeypatch.setattr(StyleDrop, "load", lambda *_: pytest.fail("too late"))
     line = refused(train.main, "--ref", path, "--out", ".")
-    assert "give --out a folder inside it" in line
+    assert "is the current folder; give --out a folder inside it" in line
 
 
 @pytest.mark.parametrize("reference, folder", [
